@@ -1,0 +1,214 @@
+"""CLIP's vision transformer, ViT-L/14 at 336 pixels: the eye that turns a grid of pixels into patch features.
+
+What      The architecture alone. Pictures become grids in unires.py; weights are read by data/weights.py.
+Paper     Sec. 3.2 (the vision encoder); CLIP, arXiv 2103.00020; LLaVA's choice of the layer before the last.
+Run       imported by longva.py.
+Key       N grids = frames   P patches per grid (576)      A all places: the class token, then P patches (577)
+          E CLIP width       H heads   K head width        C colour channels   Y X pixels
+Deviates  `forward` stops after block 23 of 24, where LLaVA reads; the release computes all and picks later.
+          The last block and post_layernorm are held all the same: files have 391 tensors, loading is strict.
+
+Parameters bear the names of Hugging Face's files below `vision_model.`, with CLIP's misspelt `pre_layrnorm`,
+so that loading is strict and needs no table of renames.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# What the pixels, scaled to 0..1, are shifted and divided by, per colour. unires.py, a neighbour that may not
+# import this file, repeats them where it makes the pixels; a test keeps the two alike.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of the tower, under the names of Hugging Face's config.json; the defaults are ViT-L/14-336's."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    patch_size: int = 14  # pixels
+    image_size: int = 336  # pixels
+    layer_norm_eps: float = 1e-5
+    select_layer: int = -2  # which hidden state `forward` returns: 0 enters block 0, -1 leaves the last block
+
+    def __post_init__(self):
+        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.patch_size) < 1:
+            raise ValueError(f"a vision tower needs sizes of at least 1; check the vision config: {self}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"a vision width of {self.hidden_size} cannot be divided among {self.num_attention_heads} "
+                "heads; check hidden_size and num_attention_heads"
+            )
+        if self.image_size % self.patch_size or self.image_size < 1:
+            raise ValueError(
+                f"a grid of {self.image_size} pixels is no whole number of {self.patch_size}-pixel patches; "
+                "check image_size and patch_size"
+            )
+        if not -self.num_hidden_layers - 1 <= self.select_layer <= self.num_hidden_layers:
+            raise ValueError(
+                f"select_layer {self.select_layer} does not exist: {self.num_hidden_layers} layers have "
+                f"hidden states 0 to {self.num_hidden_layers}, or -1 for the last; choose one of those"
+            )
+
+    @classmethod
+    def from_dict(cls, found: dict) -> "ClipConfig":
+        """Read a config.json, either of the tower or of a whole CLIP (`vision_config` inside).
+
+        Raises ValueError for a missing size or for a tower that this file does not compute.
+        """
+        found = found.get("vision_config", found)
+        if (act := found.get("hidden_act", "quick_gelu")) != "quick_gelu":
+            raise ValueError(f"the vision tower uses the activation {act!r}, but only quick_gelu is built")
+        if (channels := found.get("num_channels", 3)) != 3:
+            raise ValueError(f"the vision tower reads {channels} colour channels, but pictures have 3 here")
+        sizes = [f.name for f in fields(cls) if f.name not in ("layer_norm_eps", "select_layer")]
+        if missing := [name for name in sizes if name not in found]:
+            raise ValueError(f"the vision config lacks {', '.join(missing)}; is this a CLIP's config.json?")
+        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+
+    @property
+    def side(self) -> int:
+        """Pixels along the side of a grid (336)."""
+        return self.image_size
+
+    @property
+    def patches(self) -> int:
+        """Patches along the side of a grid (24)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def depth(self) -> int:
+        """How many blocks stand before the chosen hidden state (23)."""
+        return self.select_layer % (self.num_hidden_layers + 1)
+
+
+class Embeddings(nn.Module):
+    """Pixels to patches: one linear map of each square, a class token in front, learned positions."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        E, side = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(E))
+        self.patch_embedding = nn.Conv2d(3, E, kernel_size=side, stride=side, bias=False)
+        self.position_embedding = nn.Embedding(config.patches**2 + 1, E)
+
+    def forward(self, pixels_NCYX: Tensor) -> Tensor:
+        """The first x_NAE, in the dtype of the parameters."""
+        pixels_NCYX = pixels_NCYX.to(self.class_embedding.dtype)
+        patches_NEP = self.patch_embedding(pixels_NCYX).flatten(2)  # row by row
+        class_N1E = self.class_embedding.expand(len(pixels_NCYX), 1, -1)
+        return torch.cat([class_N1E, patches_NEP.transpose(1, 2)], dim=1) + self.position_embedding.weight
+
+
+class Attention(nn.Module):
+    """Every place of a grid sees every other; no mask, no rotation."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        E, self.heads = config.hidden_size, config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(E, E) for _ in range(4))
+
+    def forward(self, x_NAE: Tensor) -> Tensor:
+        """What each place read from the others."""
+        projected = (proj(x_NAE) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_NHAK, k_NHAK, v_NHAK = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
+        o_NHAK = F.scaled_dot_product_attention(q_NHAK, k_NHAK, v_NHAK)
+        return self.out_proj(o_NHAK.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers around quick_gelu, CLIP's cheap stand-in for GELU."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_NAE: Tensor) -> Tensor:
+        """Each place on its own."""
+        f = self.fc1(x_NAE)
+        return self.fc2(f * torch.sigmoid(1.702 * f))
+
+
+class Block(nn.Module):
+    """One transformer layer, normalised before attention and before the MLP."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_NAE: Tensor) -> Tensor:
+        """Add to the residual stream twice."""
+        x_NAE = x_NAE + self.self_attn(self.layer_norm1(x_NAE))
+        return x_NAE + self.mlp(self.layer_norm2(x_NAE))
+
+
+class ClipVision(nn.Module):
+    """The vision transformer. Set `recompute` to trade a third more work for one saved tensor per block."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config, self.recompute = config, False
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": blocks})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def hidden(self, pixels_NCYX: Tensor, depth: int) -> Tensor:
+        """The state x_NAE after `depth` blocks, class token first."""
+        side = self.config.side
+        shape = tuple(pixels_NCYX.shape)
+        assert shape[1:] == (3, side, side), f"{shape}, not [N, 3, {side}, {side}]"
+        x_NAE = self.pre_layrnorm(self.embeddings(pixels_NCYX))
+        for block in self.encoder.layers[:depth]:
+            x_NAE = checkpoint(block, x_NAE, use_reentrant=False) if self.recompute else block(x_NAE)
+        return x_NAE
+
+    def forward(self, pixels_NCYX: Tensor) -> Tensor:
+        """Features z_NPE of the patches, row by row: the chosen hidden state without its class token.
+
+        Pixels are normalised as unires.py does; any floating dtype, the answer has that of the parameters.
+        """
+        return self.hidden(pixels_NCYX, self.config.depth)[:, 1:].clone()  # FSDP2 warns of views
+
+    def features(self, pixels_NCYX: Tensor) -> Tensor:
+        """One vector cls_NE per grid: the class token after the last block and post_layernorm.
+
+        This is what CLIP compares with captions; LongVA does not use it, contrastive pretraining does.
+        """
+        return self.post_layernorm(self.hidden(pixels_NCYX, self.config.num_hidden_layers)[:, 0])
+
+
+@torch.no_grad()
+def init(model: ClipVision, generator: torch.Generator | None = None) -> None:
+    """Fill every parameter for training from scratch, with CLIP's own spreads (about 0.03 at its width).
+
+    Maps that read the residual stream keep its scale; the two that write to it (out_proj, fc2) start smaller
+    by the square root of their number, so that the stream does not grow with depth.
+    """
+    E, L = model.config.hidden_size, model.config.num_hidden_layers
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.zero_()
+        elif "norm" in name:
+            weight.fill_(1)
+        else:
+            std = E**-0.5
+            if "patch_embedding" in name:
+                std = (3 * model.config.patch_size**2) ** -0.5
+            elif "fc1" in name:
+                std = (2 * E) ** -0.5
+            elif "out_proj" in name or "fc2" in name:
+                std = E**-0.5 * (2 * L) ** -0.5
+            weight.normal_(0, std, generator=generator)

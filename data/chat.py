@@ -1,0 +1,217 @@
+"""Conversations as token ids and labels, with room left for pictures.
+
+What: a prompt for a question (`prompt`), a training sample with its labels (`example`), a batch (`pad`).
+Each `<image>` in a text becomes as many ids IMAGE as the picture has visual tokens, so that every length is
+known before the model runs; the model then puts the visual tokens in their place.
+Paper: Sec. 3.2 (UniRes samples, in Qwen2's chat format), Fig. 4 and App. B (the templates of V-NIAH).
+Run: imported; `prompt(tokenizer, "What is this?", [144])`.
+Deviations (`example(..., clean=False)` undoes the first three):
+(1) Only what the assistant says is trained; the release also trains <|im_start|> of every turn, and
+<|im_end|> with its newline after the system's and the user's words. (2) One newline follows the picture, as
+in a prompt; the release trains with two and asks with one. (3) Several pictures stay where the text has them;
+the release puts them all in front. (4) A text that spells a control token ("<|im_end|>") stays text.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import Tokenizer
+
+IMAGE = -200  # the id that stands for one visual token
+IGNORE = -100  # the label of a token that is not trained
+PLACEHOLDER = "<image>"
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+LLAMA3_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+VICUNA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions."
+)
+# What stands before and after the user's words, up to where the answer begins. A BOS is written out.
+TEMPLATES = {
+    "qwen_1_5": (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "mistral": ("<s>[INST]", " [/INST]"),
+    "vicuna": (f"<s>{VICUNA_SYSTEM} USER:", "ASSISTANT:"),
+    "llama3": (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{LLAMA3_SYSTEM}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
+CONTROL = re.compile(r"<\|\w+\|>|<s>")  # control tokens as the templates write them
+
+
+def template_ids(tokenizer: Tokenizer, template: str = "qwen_1_5") -> tuple[list[int], list[int]]:
+    """The ids before and after the user's words, tokenised on their own as V-NIAH does (Qwen2: 14 and 5)."""
+    pre, post = look_up(tokenizer, template)
+    return tokenizer.encode(pre, special=True), tokenizer.encode(post, special=True)
+
+
+def prompt(
+    tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), template: str = "qwen_1_5"
+) -> list[int]:
+    """The ids that ask `text`; the answer follows them.
+
+    image_tokens: visual tokens of each picture, in the order of the placeholders `<image>`. A text without
+    placeholders gets them in front, then a newline. The string is cut at placeholders and control tokens and
+    each piece is tokenised on its own, as in the release. Raises ValueError for an unknown template, for one
+    whose control tokens the tokenizer lacks, and when placeholders and pictures differ in number.
+    """
+    pre, post = look_up(tokenizer, template)
+    if image_tokens and PLACEHOLDER not in text:
+        text = " ".join([PLACEHOLDER] * len(image_tokens)) + "\n" + text
+    check_count(text.count(PLACEHOLDER), image_tokens)
+    return wrap(tokenizer, pre, text, post, iter(image_tokens))
+
+
+def example(
+    tokenizer: Tokenizer,
+    turns: Sequence[tuple[str, str]],
+    image_tokens: Sequence[int] = (),
+    template: str = "qwen_1_5",
+    clean: bool = True,
+) -> tuple[list[int], list[int]]:
+    """(ids, labels) of one training sample, of equal length; labels are not shifted (`pad` does that).
+
+    turns: ("user" or "assistant", text); an assistant's turn in front is dropped, as in the release.
+    image_tokens: as in `prompt`; only the user's texts hold placeholders, and one that is alone in its text
+    moves to the front. template: "qwen_1_5" for instruction tuning; "plain" for the projector's stage:
+    picture, caption, newline, of which the last two are trained (the user's words are dropped). clean=False:
+    the release's labels, newlines and order. Raises ValueError as `prompt` does, and for unknown roles.
+    """
+    turns = list(turns[1:] if turns and turns[0][0] == "assistant" else turns)
+    if not turns or any(role not in ("user", "assistant") for role, _ in turns):
+        raise ValueError(f"expected turns of 'user' and 'assistant', found {[role for role, _ in turns]}")
+    check_count(sum(text.count(PLACEHOLDER) for role, text in turns if role == "user"), image_tokens)
+    if template == "plain":
+        return caption(tokenizer, turns, image_tokens)
+    if template != "qwen_1_5":
+        raise ValueError(f"template {template!r} is for questions only; train with 'qwen_1_5' or 'plain'")
+    look_up(tokenizer, template)
+    return (clean_chat if clean else released_chat)(tokenizer, turns, iter(image_tokens))
+
+
+def pad(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(ids_BT, targets_BT), int64, padded on the right to the longest of `examples`.
+
+    targets_BT[b, t] is the label of token t + 1, so that position t predicts it; the last one is IGNORE.
+    """
+    length = max(len(ids) for ids, _ in examples)
+    ids_BT = torch.full((len(examples), length), pad_id)
+    targets_BT = torch.full((len(examples), length), IGNORE)
+    for row, (ids, labels) in enumerate(examples):
+        assert len(ids) == len(labels)
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        targets_BT[row, : len(ids) - 1] = torch.tensor(labels[1:])
+    return ids_BT, targets_BT
+
+
+# ---- the three kinds of samples ----
+
+
+def clean_chat(
+    tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]
+) -> tuple[list[int], list[int]]:
+    """Ids as a prompt has them; labels on the assistant's words and its <|im_end|> with the newline."""
+    ids = tokenizer.encode(SYSTEM, special=True)
+    labels = [IGNORE] * len(ids)
+    end = tokenizer.encode("<|im_end|>\n", special=True)
+    for role, text in turns:
+        if role == "user":
+            said = wrap(tokenizer, "<|im_start|>user\n", to_front(text), "<|im_end|>\n", image_tokens)
+            ids += said
+            labels += [IGNORE] * len(said)
+        else:
+            header = tokenizer.encode("<|im_start|>assistant\n", special=True)
+            said = tokenizer.encode(text) + end
+            ids += header + said
+            labels += [IGNORE] * len(header) + said
+    return ids, labels
+
+
+def released_chat(
+    tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]
+) -> tuple[list[int], list[int]]:
+    """Ids and labels as released: structural tokens trained, pictures in front, two newlines after them."""
+    start, newline = tokenizer.special["<|im_start|>"], tokenizer.encode("\n")
+    end = [tokenizer.special["<|im_end|>"], *newline]
+    words = tokenizer.encode("system") + newline + tokenizer.encode("You are a helpful assistant.")
+    ids, labels = [start, *words, *end], [start] + [IGNORE] * len(words) + end
+    for role, text in turns:
+        header, said = tokenizer.encode(role) + newline, []
+        if role == "user" and PLACEHOLDER in text:
+            text = to_front(text)
+            for _ in range(text.count(PLACEHOLDER)):
+                header += [IMAGE] * next(image_tokens)
+            header += newline  # the first of two: the text itself still begins with one
+            text = text.replace(PLACEHOLDER, "")
+        said = tokenizer.encode(text)
+        ids += [start, *header, *said, *end]
+        trained = said if role == "assistant" else [IGNORE] * len(said)
+        labels += [start] + [IGNORE] * len(header) + trained + end
+    return ids, labels
+
+
+def caption(
+    tokenizer: Tokenizer, turns: Sequence, image_tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """A captioned picture for the projector's stage: no chat tokens, no question."""
+    if [role for role, _ in turns] != ["user", "assistant"]:
+        raise ValueError(f"template 'plain' needs one question and one caption, found {len(turns)} turn(s)")
+    said = tokenizer.encode(turns[1][1] + "\n")
+    picture = [IMAGE] * sum(image_tokens)
+    return picture + said, [IGNORE] * len(picture) + said
+
+
+# ---- what they share ----
+
+
+def look_up(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
+    """The (pre, post) strings of a template whose control tokens the tokenizer has."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; known are {', '.join(sorted(TEMPLATES))}")
+    pre, post = TEMPLATES[template]
+    if missing := set(CONTROL.findall(pre + post)) - set(tokenizer.special):
+        raise ValueError(
+            f"template {template!r} needs control tokens that this tokenizer lacks: {sorted(missing)}; "
+            "choose the template of the model's family"
+        )
+    return pre, post
+
+
+def check_count(placeholders: int, image_tokens: Sequence[int]) -> None:
+    """One placeholder per picture, and no empty pictures."""
+    if placeholders != len(image_tokens):
+        raise ValueError(
+            f"the text has {placeholders} placeholder(s) {PLACEHOLDER} for {len(image_tokens)} picture(s); "
+            "write one for each"
+        )
+    if any(n < 1 for n in image_tokens):
+        raise ValueError(f"each picture needs at least one visual token, found {list(image_tokens)}")
+
+
+def to_front(text: str) -> str:
+    """A text with one placeholder, inside or behind, gets it in front with a newline, as in the release."""
+    if text.count(PLACEHOLDER) != 1 or text.startswith(PLACEHOLDER):
+        return text
+    return f"{PLACEHOLDER}\n{text.replace(PLACEHOLDER, '').strip()}"
+
+
+def wrap(tokenizer: Tokenizer, pre: str, text: str, post: str, image_tokens: Iterator[int]) -> list[int]:
+    """Ids of pre + text + post, control tokens in pre and post only, the next picture at each placeholder.
+
+    Pieces of plain text that touch are tokenised together ("user\n" and the first words), as in one string.
+    """
+    *pre, before = tokenizer.split(pre)
+    after, *post = tokenizer.split(post)
+    first, *rest = (before + text + after).split(PLACEHOLDER)
+    ids = tokenizer.encode("".join(pre), special=True) + tokenizer.encode(first)
+    for piece in rest:
+        ids += [IMAGE] * next(image_tokens) + tokenizer.encode(piece)
+    return ids + tokenizer.encode("".join(post), special=True)

@@ -1,0 +1,384 @@
+"""A small world made from a seed: its words, its stories, its pictures, its film and its needles.
+
+What      Everything that the tiny models are trained and tested on. Nothing is downloaded, nothing repeats
+          between training and test: every maker takes a numpy Generator, and callers seed it with
+          (purpose, seed, step), so that a sample is a function of these three and of nothing else.
+Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and
+          needles of V-NIAH (Sec. 4.1).
+Run       python -m data.synthetic        writes data/tiny/tokenizer and data/needles again, and a sheet to look at
+Key       Y X pixels   C colour channels
+Deviates  The loss is taken only where the text so far determines the next token (a fact told before is asked for
+          again); the words between are drawn at random, and no model could learn them.
+"""
+
+import re
+import string
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from data import needles, tokenizer
+from data.chat import IGNORE
+
+TOKENIZER = Path(__file__).parent / "tiny" / "tokenizer"
+SIDE = 32  # pixels of a grid's side; 336 in the real model
+
+# ------------------------------------------------------------------------------------------------- words
+
+THINGS = (  # what pictures show and stories tell of
+    "star moon heart cross ring square triangle diamond arrow house tree fish flag key cup bell"
+).split()
+NOUNS = (  # what only stories tell of
+    "apple boat bridge candle chair clock cloud crown door drum fan feather fire flower fork gate glove hammer "
+    "hat horn knife lamp leaf lock mirror nail needle pearl pen pipe plate rope saddle shell shoe spoon table tent"
+).split()
+COLOURS = {
+    "red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 250), "yellow": (245, 225, 50),
+    "purple": (175, 60, 220), "orange": (250, 145, 30), "pink": (250, 130, 190), "white": (250, 250, 250),
+}  # fmt: skip
+PEOPLE = "farmer sailor baker teacher king child doctor painter".split()
+MOODS = "old young quiet happy tired brave kind wise".split()
+MOVES = "walks runs looks comes goes turns sails rides".split()
+PLACES = "river village forest hill market harbour garden road".split()
+SENTENCES = (
+    " The {mood} {person} {moves} to the {place}.",
+    " A {person} {moves} from the {mood} {place}.",
+    " In the {place} a {mood} {person} {moves}.",
+)
+FACTS = (" The {thing} shows {number}.", " A {thing} with the number {number}.", " There is a {thing}: {number}.")
+ASK_NUMBER = "Which number is on the {thing}?"
+ASK_COLOUR = "Which colour is the {thing}?"
+CAPTION = " a {colour} {thing} with the number {number}."
+BARE = " a {colour} {thing}."
+
+
+WORD = re.compile(r" ?[A-Za-z]+")
+
+
+def lexicon() -> list[str]:
+    """Every word of the small world as it stands in text, its space in front: each becomes one token."""
+    templates = [needles.PREFIX, needles.NEEDLE, needles.QUESTION, *SENTENCES, *FACTS, ASK_NUMBER, ASK_COLOUR]
+    templates += [CAPTION, BARE]
+    plain = [literal for text in templates for literal, *_ in string.Formatter().parse(text)]
+    plain += ["user", "assistant", "system\nYou are a helpful assistant."]
+    lists = [THINGS, NOUNS, COLOURS, PEOPLE, MOODS, MOVES, PLACES, CITIES]
+    words = [word for text in plain for word in WORD.findall(text)]
+    return sorted({*words, *COLOURS, *(" " + word for some in lists for name in some for word in name.split())})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE in Qwen2's file format that knows every word of the small world."""
+    vocab, merges = tokenizer.train_bpe(lexicon())
+    tokenizer.write_qwen2(folder, vocab, merges)
+
+
+# ------------------------------------------------------------------------------------------------ stories
+CITIES = [needles.CITY, *needles.DISTRACTORS]
+
+# A text is a list of pieces (text, learn): `learn` marks what the text before determines. Pieces are cut
+# where tokens are cut, so that the marks survive tokenising.
+
+Pieces = list[tuple[str, bool]]
+
+
+def sentence(rng: np.random.Generator) -> str:
+    """One sentence of which nothing follows."""
+    words = {"mood": MOODS, "person": PEOPLE, "moves": MOVES, "place": PLACES}
+    chosen = {name: some[rng.integers(len(some))] for name, some in words.items()}
+    return SENTENCES[rng.integers(len(SENTENCES))].format(**chosen)
+
+
+def pairs(rng: np.random.Generator, tokens: int, most: int = 12) -> Pieces:
+    """Nouns with their digits in an endless stream: " star7 moon3 star7"; a digit can be known the second time."""
+    nouns = rng.permutation(THINGS + NOUNS)[: rng.integers(3, most + 1)]
+    digits, told, pieces = rng.integers(0, 10, len(nouns)), set(), []
+    for _ in range(tokens // 2 + 1):
+        i = int(rng.integers(len(nouns)))
+        pieces += [(" " + nouns[i], False), (str(digits[i]), i in told)]
+        told.add(i)
+    return pieces
+
+
+def album(rng: np.random.Generator, tokens: int) -> Pieces:
+    """Facts strewn among sentences, then a conversation that asks for some of them, each once."""
+    questions = int(rng.integers(1, max(2, min(12, tokens // 40))))
+    facts = min(questions + int(rng.integers(0, 8)), len(THINGS + NOUNS))
+    nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
+    lines = [FACTS[rng.integers(len(FACTS))].format(thing=n, number=d) for n, d in zip(nouns, digits)]
+    story = mix(rng, lines, tokens - 14 * questions - 10 * facts - 16)
+    pieces = [("<|im_start|>user\n" + story, False)]
+    for turn, i in enumerate(rng.permutation(facts)[:questions]):
+        ask = ASK_NUMBER.format(thing=nouns[i]) + "<|im_end|>\n<|im_start|>assistant\n"
+        pieces += [("\n" if turn == 0 else "<|im_start|>user\n", False), (ask, False)]
+        pieces += [(str(digits[i]), True), ("<|im_end|>", True), ("\n", False)]
+    return pieces
+
+
+def book(rng: np.random.Generator, tokens: int, digits: int = 0) -> Pieces:
+    """A story book with a magic number for one to six cities, then the question of the text needle test (App. A)."""
+    digits = digits or int(rng.integers(1, 4))
+    cities = rng.permutation(CITIES)[: rng.integers(1, 7)]
+    numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
+    lines = [needles.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
+    story = mix(rng, lines, tokens - (14 + digits) * len(cities) - 50)
+    question = needles.QUESTION.replace(needles.CITY, cities[0])
+    return [(needles.PREFIX + story + question, False), *((digit, True) for digit in numbers[0]), (".", True)]
+
+
+def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
+    """`lines` in random places among about `tokens` tokens of sentences."""
+    story = lines + [sentence(rng) for _ in range(max(0, tokens // 8))]
+    return "".join(story[i] for i in rng.permutation(len(story)))
+
+
+MAKERS = (pairs, album, book)
+SHARES = {True: (0.85, 0.15, 0.0), False: (0.4, 0.4, 0.2)}  # of each, in very short texts and in longer ones
+
+
+def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; what cannot be known has target -100."""
+    rng = np.random.default_rng([0x7E7, seed, part])
+    ids_BT = torch.full((rows, tokens), words.pad_id)
+    targets_BT = torch.full((rows, tokens), IGNORE)
+    for row in range(rows):
+        ids, labels = [], []
+        for text, learn in MAKERS[rng.choice(3, p=SHARES[tokens <= 64])](rng, tokens):
+            piece = words.encode(text, special=True)
+            ids += piece
+            labels += piece if learn else [IGNORE] * len(piece)
+        ids, labels = ids[-tokens - 1 :], labels[-tokens - 1 :]  # too long: the question must stay
+        ids_BT[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets_BT[row, : len(ids) - 1] = torch.tensor(labels[1:])
+    return ids_BT, targets_BT
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+FINE = 8  # things are drawn this many times larger, then reduced: smooth edges
+DIGITS = (  # five by seven dots each, rows from the top, as five-bit numbers
+    (14, 17, 19, 21, 25, 17, 14), (4, 12, 4, 4, 4, 4, 14), (14, 17, 1, 2, 4, 8, 31), (31, 2, 4, 2, 1, 17, 14),
+    (2, 6, 10, 18, 31, 2, 2), (31, 16, 30, 1, 1, 17, 14), (6, 8, 16, 30, 17, 17, 14), (31, 1, 2, 4, 8, 8, 8),
+    (14, 17, 17, 14, 17, 17, 14), (14, 17, 17, 15, 1, 2, 12),
+)  # fmt: skip
+OUTLINES = {  # polygons in a unit square, y down
+    "cross": [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1), (0.35, 1),
+              (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)],
+    "square": [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)],
+    "triangle": [(0.5, 0.02), (1, 0.95), (0, 0.95)],
+    "diamond": [(0.5, 0), (0.85, 0.5), (0.5, 1), (0.15, 0.5)],
+    "arrow": [(0, 0.36), (0.5, 0.36), (0.5, 0.08), (1, 0.5), (0.5, 0.92), (0.5, 0.64), (0, 0.64)],
+    "house": [(0.5, 0), (1, 0.45), (0.85, 0.45), (0.85, 1), (0.6, 1), (0.6, 0.65), (0.4, 0.65), (0.4, 1),
+              (0.15, 1), (0.15, 0.45), (0, 0.45)],
+    "tree": [(0.5, 0), (0.95, 0.7), (0.58, 0.7), (0.58, 1), (0.42, 1), (0.42, 0.7), (0.05, 0.7)],
+    "flag": [(0.1, 0), (0.22, 0), (0.22, 0.06), (0.95, 0.3), (0.22, 0.55), (0.22, 1), (0.1, 1)],
+    "bell": [(0.5, 0), (0.68, 0.12), (0.76, 0.6), (1, 0.82), (0, 0.82), (0.24, 0.6), (0.32, 0.12)],
+    "star": [(0.5 + r * np.sin(a * np.pi / 5), 0.53 - r * np.cos(a * np.pi / 5))
+             for a, r in zip(range(10), [0.53, 0.2] * 5)],
+}  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def outline(thing: str, pixels: int) -> np.ndarray:
+    """How much of each pixel a thing of that width covers, float32[Y, X] in 0..1."""
+    n = pixels * FINE
+    canvas = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(canvas)
+
+    def ellipse(x0: float, y0: float, x1: float, y1: float, fill: int = 255) -> None:
+        draw.ellipse([x0 * n, y0 * n, x1 * n, y1 * n], fill=fill)
+
+    def box(x0: float, y0: float, x1: float, y1: float, fill: int = 255) -> None:
+        draw.rectangle([x0 * n, y0 * n, x1 * n, y1 * n], fill=fill)
+
+    def polygon(points: list) -> None:
+        draw.polygon([(x * n, y * n) for x, y in points], fill=255)
+
+    if thing in OUTLINES:
+        polygon(OUTLINES[thing])
+    if thing == "ring":
+        ellipse(0, 0, 1, 1), ellipse(0.28, 0.28, 0.72, 0.72, 0)
+    elif thing == "moon":
+        ellipse(0, 0, 1, 1), ellipse(0.35, -0.1, 1.25, 0.85, 0)
+    elif thing == "heart":
+        ellipse(0, 0.05, 0.54, 0.58), ellipse(0.46, 0.05, 1, 0.58), polygon([(0.04, 0.42), (0.96, 0.42), (0.5, 1)])
+    elif thing == "fish":
+        ellipse(0, 0.2, 0.75, 0.8), polygon([(0.6, 0.5), (1, 0.15), (1, 0.85)])
+    elif thing == "key":
+        ellipse(0, 0.25, 0.5, 0.75), ellipse(0.16, 0.41, 0.34, 0.59, 0), box(0.45, 0.42, 1, 0.58)
+        box(0.7, 0.5, 0.78, 0.8), box(0.9, 0.5, 1, 0.8)
+    elif thing == "cup":
+        ellipse(0.5, 0.2, 1, 0.75), ellipse(0.62, 0.32, 0.88, 0.63, 0), polygon([(0, 0.1), (0.75, 0.1), (0.62, 1), (0.13, 1)])
+    elif thing == "bell":
+        ellipse(0.4, 0.78, 0.6, 1)
+    return np.asarray(canvas.reduce(FINE), dtype=np.float32) / 255
+
+
+@lru_cache(maxsize=None)
+def digit_mask(digit: int) -> np.ndarray:
+    """A digit of 10 by 14 pixels, float32[Y, X] of 0 and 1."""
+    dots = [[row >> (4 - x) & 1 for x in range(5)] for row in DIGITS[digit]]
+    return np.kron(np.array(dots, dtype=np.float32), np.ones((2, 2), dtype=np.float32))
+
+
+def landscape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A muted background: two or three colours melting into each other, and some grain, float32[Y, X, C] 0..255."""
+    coarse = rng.uniform(20, 135, (int(rng.integers(2, 4)), int(rng.integers(2, 4)), 3)).astype(np.float32)
+    ways = [
+        np.stack([np.interp(np.linspace(0, 1, n), np.linspace(0, 1, k), np.eye(k)[i]) for i in range(k)], axis=1)
+        for n, k in ((height, coarse.shape[0]), (width, coarse.shape[1]))
+    ]
+    smooth = np.einsum("ya,abc,xb->yxc", ways[0], coarse, ways[1], optimize=True)
+    return (smooth + rng.normal(0, rng.uniform(1, 7), (height, width, 1))).astype(np.float32)
+
+
+def paste(canvas_YXC: np.ndarray, mask_YX: np.ndarray, top: int, left: int, colour: tuple) -> None:
+    """Paint `colour` through a mask, in place."""
+    part = canvas_YXC[top : top + mask_YX.shape[0], left : left + mask_YX.shape[1]]
+    part += mask_YX[..., None] * (np.array(colour, dtype=np.float32) - part)
+
+
+def put(
+    rng: np.random.Generator, canvas_YXC: np.ndarray, row: int, col: int, thing: str, colour: str, number: int | None
+) -> None:
+    """Show a thing, and a number beside it, somewhere in grid (row, col) of a picture."""
+    half = SIDE // 2
+    pixels = int(rng.integers(12, 15))
+    top = row * SIDE + half * int(rng.integers(2))
+    left = col * SIDE
+    y, x = rng.integers(0, half - pixels + 1, 2)
+    tint = tuple(np.clip(np.array(COLOURS[colour]) + rng.normal(0, 8, 3), 0, 255))
+    paste(canvas_YXC, outline(thing, pixels), top + y, left + x, tint)
+    if number is not None:
+        y, x = rng.integers(0, 3), rng.integers(0, 6)
+        paste(canvas_YXC, digit_mask(number), top + y, left + half + x, (250, 250, 250))
+
+
+def to_image(canvas_YXC: np.ndarray) -> Image.Image:
+    """The picture of a canvas."""
+    return Image.fromarray(np.clip(canvas_YXC, 0, 255).astype(np.uint8))
+
+
+def photograph(
+    rng: np.random.Generator, rows: int, cols: int, shown: list[tuple[str, str, int | None]]
+) -> Image.Image:
+    """A picture of rows x cols grids on one landscape, with each (thing, colour, number) in a grid of its own."""
+    canvas_YXC = landscape(rng, rows * SIDE, cols * SIDE)
+    places = sorted(rng.permutation(rows * cols)[: len(shown)])
+    for place, (thing, colour, number) in zip(places, shown):
+        put(rng, canvas_YXC, *divmod(int(place), cols), thing, colour, number)
+    return to_image(canvas_YXC)
+
+
+def cast(rng: np.random.Generator, count: int, bare: float = 0.2) -> list[tuple[str, str, int | None]]:
+    """Up to 16 different things, each with a colour and, unless it is left bare, a number."""
+    things = rng.permutation(THINGS)[:count]
+    colours = rng.choice(list(COLOURS), len(things))
+    numbers = [None if rng.random() < bare else int(rng.integers(10)) for _ in things]
+    return list(zip(map(str, things), map(str, colours), numbers))
+
+
+# --------------------------------------------------------------------------------------- film and needles
+
+
+def film(seed: int) -> Iterator[Image.Image]:
+    """An endless film of scenes: landscapes that drift and change, and now and then a thing, never a number."""
+    rng = np.random.default_rng([0xF11, seed])
+    while True:
+        length = int(rng.integers(4, 25))
+        start_YXC, end_YXC = (landscape(rng, SIDE, SIDE) for _ in range(2))
+        visitor = cast(rng, 1, bare=1.0)[0] if rng.random() < 0.5 else None
+        for t in range(length):
+            frame_YXC = start_YXC + (end_YXC - start_YXC) * (t / length)
+            if visitor and rng.random() < 0.3:
+                put(rng, frame_YXC, 0, 0, *visitor)
+            yield to_image(frame_YXC)
+
+
+def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[needles.Needle], list[needles.Needle]]:
+    """(needles, distractors): frames that show a thing with a number, each with its question and answer.
+
+    Distractors show things that no needle shows. Things and digits come in turn, so that no answer is frequent.
+    """
+    rng = np.random.default_rng([0x4EE, seed])
+    things = [str(thing) for thing in rng.permutation(THINGS)]
+    digits = rng.permutation(10)
+
+    def sign(i: int, thing: str) -> needles.Needle:
+        number, colour = int(digits[i % 10]), str(rng.choice(list(COLOURS)))
+        picture = photograph(rng, 1, 1, [(thing, colour, number)])
+        return needles.Needle(f"{i:02}-{thing}-{number}", picture, ASK_NUMBER.format(thing=thing), str(number))
+
+    others, asked = things[:distractors], things[distractors:]
+    return [sign(i, asked[i % len(asked)]) for i in range(count)], [sign(3 * i, thing) for i, thing in enumerate(others)]
+
+
+def story(seed: int, tokens: int) -> str:
+    """At least `tokens` tokens of sentences, the haystack of the text needle test."""
+    rng = np.random.default_rng([0x570, seed])
+    return "".join(sentence(rng) for _ in range(tokens // 7 + 1))
+
+
+# ------------------------------------------------------------------------------------------ training pictures
+
+
+def grids_of(rng: np.random.Generator, most: int) -> tuple[int, int]:
+    """Rows and columns of a picture of up to `most` grids; few are as likely as many."""
+    area = int(np.exp(rng.uniform(0, np.log(most + 0.999))))
+    rows = int(rng.integers(1, int(area**0.5) + 1))
+    rows, cols = rows, area // rows
+    return (cols, rows) if rng.random() < 0.3 else (rows, cols)
+
+
+def describe(thing: str, colour: str, number: int | None) -> str:
+    """What a caption says of a thing in a picture."""
+    return BARE.format(thing=thing, colour=colour) if number is None else CAPTION.format(
+        thing=thing, colour=colour, number=number
+    )
+
+
+def captioned_grids(seed: int, step: int, count: int) -> tuple[list[Image.Image], list[str]]:
+    """`count` pictures of one grid and their captions, for the tower."""
+    rng = np.random.default_rng([0x70E, seed, step])
+    shown = [cast(rng, 1)[0] for _ in range(count)]
+    return [photograph(rng, 1, 1, [one]) for one in shown], [describe(*one) for one in shown]
+
+
+def captioned(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
+    """A picture of one to four grids and a caption that tells what it shows, for the projector."""
+    rng = np.random.default_rng([0xCA9, seed, index])
+    rows, cols = grids_of(rng, min(most, 4))
+    shown = cast(rng, int(rng.integers(1, rows * cols + 1)))
+    return [photograph(rng, rows, cols, shown)], [
+        ("user", "<image>"), ("assistant", "".join(describe(*one) for one in shown))
+    ]  # fmt: skip
+
+
+def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
+    """A picture of up to `most` grids and a conversation about numbers and colours in it."""
+    rng = np.random.default_rng([0x5F7, seed, index])
+    rows, cols = grids_of(rng, most)
+    shown = cast(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
+    turns = []
+    for i in rng.permutation(len(shown)):
+        thing, colour, number = shown[i]
+        if number is None or rng.random() < 0.15:
+            turns += [("user", ASK_COLOUR.format(thing=thing)), ("assistant", colour)]
+        else:
+            turns += [("user", ASK_NUMBER.format(thing=thing)), ("assistant", str(number))]
+    turns[0] = ("user", "<image>\n" + turns[0][1])
+    return [photograph(rng, rows, cols, shown)], turns
+
+
+def main() -> None:
+    """Write the tokenizer and the sample folder of needles again."""
+    write_tokenizer(TOKENIZER)
+    needles.write_needles(Path(__file__).parent / "needles", draw_needles(seed=1, count=50)[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Model weights: a Hugging Face folder as a stream of (name, tensor), and back.
+
+What: `read_config` and `read` for any folder with config.json and safetensors, in one file or in shards;
+`fill_strictly` into parameters; `write`, the way back; `sha`, to say in a result which weights made it.
+Reading holds one tensor in memory at a time, writing one shard.
+Paper: Sec. 3.1 starts from Qwen2-7B-Instruct, Sec. 3.2 from CLIP ViT-L/14-336; both are such folders.
+Run: imported; `for name, tensor in read("Qwen2-7B-Instruct"): ...`
+Deviations: loading is strict (every tensor used once, every parameter filled once, shapes equal), where the
+release warns and goes on. Only safetensors and JSON are read: other formats can run code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.tokenizer import read_json
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OUR_SHARD = re.compile(r"model-([ab]-)?\d{5}-of-\d{5}\.safetensors")
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+    "tokenizer.model", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+CONVERT = (
+    'python -c "import sys, torch; from safetensors.torch import save_file as save; '
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "save({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors', {'format': 'pt'})\" "
+)
+
+
+# ---- reading ----
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The content of config.json as it stands; ValueError when it is missing or no JSON object."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder; give the path of a downloaded model")
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; a model folder needs it beside its weights")
+    return read_json(file)
+
+
+def shards(folder: Path) -> dict[str, list[str] | None]:
+    """The safetensors files of a folder, and the tensors that must be in each (None: whatever is in it)."""
+    if not (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            return {SINGLE: None}
+        if pickled := sorted(p.name for p in folder.glob("*.bin")):
+            raise ValueError(
+                f"{folder} has {pickled[0]}, expected safetensors; convert it: {CONVERT}{pickled[0]}"
+            )
+        raise ValueError(
+            f"{folder} has no weights; expected {SINGLE}, or {INDEX} and the files that it names"
+        )
+    files: dict[str, list[str] | None] = {}
+    for name, file in read_json(folder / INDEX).get("weight_map", {}).items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{folder / INDEX} puts {name} in {file!r}, expected a bare *.safetensors file name"
+            )
+        files.setdefault(file, []).append(name)
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ValueError(f"{folder} lacks {len(missing)} file(s) that {INDEX} names, first {missing[0]}")
+    return files
+
+
+def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor on the CPU) of a folder, each read when it is asked for.
+
+    Raises ValueError for a folder without safetensors, for damaged files, and where index and files differ.
+    """
+    folder = Path(folder)
+    for file, names in shards(folder).items():
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                inside = tensors.keys()
+                if names is not None:
+                    same_names(names, inside, f"{folder / file} and its index disagree")
+                for name in inside:
+                    yield name, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{folder / file} cannot be read ({e}); copy or download it again") from e
+
+
+def same_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
+    """Raise ValueError, with the first five on each side, unless the names are the same."""
+    expected, found = set(expected), set(found)
+    sides = (("missing", expected - found), ("not expected", found - expected))
+    if expected != found:
+        lists = [f"{len(names)} {side}: {', '.join(sorted(names)[:5])}" for side, names in sides if names]
+        raise ValueError(f"{what}; {'; '.join(lists)}")
+
+
+def fill_strictly(
+    parameters: Mapping[str, Tensor],
+    stream: Iterable[tuple[str, Tensor]],
+    fill: Callable[[Tensor, Tensor], object] | None = None,
+    rename: Callable[[str], str] | None = None,
+    ignore: Iterable[str] = (),
+) -> None:
+    """Fill each of `parameters` from the tensor of its name in `stream`: all of them, exactly once.
+
+    fill(parameter, tensor) copies (default: `parameter.copy_`: casts and moves); rename(name in the file) is
+    our name for it; ignore: patterns ("*.inv_freq") of names in the file that have no parameter. Raises
+    ValueError with the first five names that are missing, not expected, repeated or of another shape.
+    """
+    ignore = tuple(ignore)
+    filled: set[str] = set()
+    wrong = []
+    for name, tensor in stream:
+        if any(fnmatchcase(name, pattern) for pattern in ignore):
+            continue
+        ours = rename(name) if rename else name
+        if ours in filled:
+            wrong.append(f"{ours} comes twice")
+        elif ours in parameters and parameters[ours].shape != tensor.shape:
+            wrong.append(f"{ours} is {list(tensor.shape)}, expected {list(parameters[ours].shape)}")
+        elif ours in parameters:
+            (fill or copy)(parameters[ours], tensor)
+        filled.add(ours)
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensor(s) do not fit the model of {CONFIG}: {'; '.join(wrong[:5])}")
+    same_names(parameters, filled, f"the weights are not those of the model that {CONFIG} describes")
+
+
+@torch.no_grad()
+def copy(parameter: Tensor, tensor: Tensor) -> None:
+    """Fill an ordinary parameter, casting and moving."""
+    parameter.copy_(tensor)
+
+
+# ---- writing ----
+
+
+def write(
+    folder: str | Path,
+    stream: Iterable[tuple[str, Tensor]],
+    config: dict[str, Any],
+    shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder in Hugging Face's layout: config.json, model.safetensors or shards with an index.
+
+    shard_bytes: no file is larger, unless one tensor is; dtype: cast floating tensors to it. Files get their
+    names when all are complete, and the rename of the index (or of the single file) is what turns old weights
+    into new ones, config.json following at once; a run that is killed leaves the old weights or the new ones.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config_text = json.dumps(config, indent=2) + "\n"
+    for left_over in folder.glob(".writing-*"):
+        left_over.unlink()
+    parts: list[list[str]] = []
+    total = 0
+    for shard in grouped(stream, shard_bytes, dtype):
+        # Older readers refuse a file that does not say which framework it comes from.
+        save_file(shard, folder / f".writing-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    files = shard_names(folder, len(parts))
+    weight_map = {name: file for file, part in zip(files, parts) for name in part}
+    assert parts and len(weight_map) == sum(map(len, parts)), "no tensor, or a name that comes twice"
+    for i, file in enumerate(files):
+        publish(folder / f".writing-{i}", folder / file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / ".writing-index").write_text(json.dumps(index, indent=2) + "\n")
+        publish(folder / ".writing-index", folder / INDEX)
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    (folder / ".writing-config").write_text(config_text)
+    publish(folder / ".writing-config", folder / CONFIG)
+    for old in folder.glob("*.safetensors"):
+        if old.name not in files and (old.name == SINGLE or OUR_SHARD.fullmatch(old.name)):
+            old.unlink()
+
+
+def grouped(
+    stream: Iterable[tuple[str, Tensor]], shard_bytes: int, dtype: torch.dtype | None
+) -> Iterator[dict[str, Tensor]]:
+    """The stream in dictionaries of at most `shard_bytes`, of contiguous tensors on the CPU."""
+    shard: dict[str, Tensor] = {}
+    size, taken = 0, set()
+    for name, tensor in stream:
+        to = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        tensor = tensor.detach().to("cpu", to).contiguous()
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size, taken = {}, 0, set()
+        assert name not in shard, f"{name} comes twice"
+        # safetensors refuses tensors that share memory (slices of a fused weight): later ones get their own.
+        memory = tensor.untyped_storage().data_ptr()
+        shard[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def shard_names(folder: Path, count: int) -> list[str]:
+    """File names for `count` shards, none of which the folder has yet (a single file replaces its like)."""
+    if count == 1:
+        return [SINGLE]
+    for tag in ("", "a-", "b-"):
+        names = [f"model-{tag}{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if not any((folder / name).exists() for name in names):
+            return names
+    raise ValueError(f"{folder} holds shards of three interrupted exports; delete them or write elsewhere")
+
+
+def publish(written: Path, name: Path) -> None:
+    """Give a finished file its name, both on the disk before this returns."""
+    with open(written, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(written, name)
+    folder = os.open(name.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def copy_tokenizer(src: str | Path, dst: str | Path) -> None:
+    """Copy the tokenizer's and the generation settings' files, so that `dst` is a complete model folder."""
+    found = [file for file in TOKENIZER_FILES if (Path(src) / file).is_file()]
+    if not found:
+        raise ValueError(
+            f"{src} has no tokenizer files to copy; expected one of {', '.join(TOKENIZER_FILES[:6])}"
+        )
+    Path(dst).mkdir(parents=True, exist_ok=True)
+    for file in found:
+        shutil.copyfile(Path(src) / file, Path(dst) / file)
+
+
+def sha(folder: str | Path) -> str:
+    """Which weights these are: the SHA-256, 64 hexadecimal digits, of the digests of the files in order."""
+    whole = hashlib.sha256()
+    for file in sorted(shards(Path(folder))):
+        with open(Path(folder) / file, "rb") as f:
+            whole.update(hashlib.file_digest(f, "sha256").digest())
+    return whole.hexdigest()

@@ -1,0 +1,594 @@
+"""Ranks: one long sequence dealt out to many processes, with exact attention, gradients and restarts.
+
+What: the only file that knows of more than one process: 1 processes, 2 sums over ranks, 3 the zigzag layout,
+    4 attention over one block of keys, 5 the ring, 6 sharded parameters, 7 saved state. With one process no
+    group is started and every function is the identity or the plain thing.
+Paper: Sec. 3.1, long context training: ring attention, FlashAttention-2, parameter offload.
+Run: not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
+Dimensions: B batch, T tokens held here, S tokens of the whole sequence or of a block of keys, H query heads,
+    G key/value heads, J = H/G queries that share a key, K head width, R ranks.
+Departures from the release, with reasons:
+    - K and V travel with their G heads, not repeated to H: 7 times fewer bytes for Qwen2-7B, the same result.
+    - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
+    - Partial results are merged and gradients summed in fp32 (fp64 for fp64), so errors do not grow with R.
+    - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
+    - No flash-attn package: torch ships the same FlashAttention-2 kernel and returns its log-sum-exp.
+    - Saved state is one safetensors file per rank, checksums and one rename: reading it runs no code, and two
+      states never mix. torch.distributed.checkpoint writes a pickle; its safetensors storage works, but holds
+      two copies of a rank's share while it saves: too much next to parameters kept in CPU memory.
+"""
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
+
+# 1. Processes -----------------------------------------------------------------------------------------------
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too, for tensors offloaded to the CPU
+TIMEOUT = timedelta(minutes=10)  # for one exchange: longer than any rank keeps others waiting, e.g. to save
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of the run: `rank` of `ranks`, computing on `device`."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+
+def start(device: str = "auto") -> World:
+    """Join the other processes that torchrun started, if it did; alone, no process group is made.
+
+    `device`: "cpu", "cuda", or "auto" for CUDA where there is any. Raises ValueError if this machine has
+    fewer GPUs than processes.
+    """
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # as torchrun sets them
+    rank, ranks, local, here = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind not in BACKENDS:
+        raise ValueError(f"device {device!r} is not known; choose auto, cpu or cuda")
+    if kind == "cuda":
+        if here > (found := torch.cuda.device_count()):
+            fix = f"start torchrun with --nproc-per-node {found}" if found else "choose device cpu"
+            raise ValueError(f"{here} process(es) here need one GPU each, but torch sees {found}; {fix}")
+        torch.cuda.set_device(local)
+    if ranks > 1:
+        if sys.platform == "linux":  # else ranks outlive a killed torchrun, hold the GPUs and write on
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        dist.init_process_group(BACKENDS[kind], timeout=TIMEOUT)
+    return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
+
+
+def stop(world: World) -> None:
+    """Leave the process group. Ranks need not arrive together, so it may stand in a `finally`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def say(world: World, text: str) -> None:
+    """Print on rank 0 only."""
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+# 2. Sums over ranks -----------------------------------------------------------------------------------------
+
+
+def total(x: Tensor, world: World) -> Tensor:
+    """Sum `x` over the ranks, for logging and for counts; carries no gradient. All ranks must call it."""
+    x = x.detach().clone()
+    if world.ranks > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here. On the CPU: it is about files and processes, not about kernels."""
+    total(torch.zeros(1), world)
+
+
+def gather(x: Tensor, world: World) -> list[Tensor]:
+    """Everyone's `x` in rank order, without gradient; one shape and dtype on all ranks."""
+    if world.ranks == 1:
+        return [x.detach()]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world.ranks)]
+    dist.all_gather(parts, x.detach().contiguous())
+    return parts
+
+
+def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
+    """This rank's part of the mean loss per target over all ranks (Sec. 3.1).
+
+    `sum`: the local sum of losses; `count`: how many targets it has, 0 allowed. The value is sum * R / global
+    count, because sharded parameters *average* gradients over the R ranks; its mean over ranks is the loss.
+    Raises ValueError, on all ranks alike, if no rank has a target.
+    """
+    everywhere = total(count, world)
+    if everywhere == 0:
+        raise ValueError("this batch has no target on any rank, so it has no loss; check the data's masks")
+    return sum * (world.ranks / everywhere)
+
+
+# 3. The zigzag layout ---------------------------------------------------------------------------------------
+
+
+def zigzag_index(S: int, world: World) -> Tensor:
+    """Global positions held here, int64[T] on world.device: of 2R chunks, number `rank` and its mirror image.
+
+    With causal masking a late chunk costs more than an early one; one of each gives every rank the same work.
+    Raises ValueError if S tokens cannot be dealt out evenly. One process takes any length, in order.
+    """
+    if world.ranks == 1:
+        return torch.arange(S, device=world.device)
+    chunks = 2 * world.ranks
+    if S % chunks or S == 0:
+        legal = max(chunks, math.ceil(S / chunks) * chunks)
+        dealt = f"{S} tokens cannot be dealt to {world.ranks} ranks in {chunks} equal chunks"
+        raise ValueError(f"{dealt}; the next length that can is {legal} tokens")
+    chunk = torch.arange(S, device=world.device).chunk(chunks)
+    return torch.cat([chunk[world.rank], chunk[-1 - world.rank]])
+
+
+def unshard(local: Tensor, world: World, dim: int = 1) -> Tensor:
+    """Put zigzag shards back in order along `dim`, whole on every rank, no gradient. All ranks call it."""
+    S = local.shape[dim] * world.ranks
+    held_S = torch.cat([zigzag_index(S, replace(world, rank=r)) for r in range(world.ranks)])
+    return torch.cat(gather(local, world), dim).index_select(dim, held_S.argsort().to(local.device))
+
+
+# 4. Attention over one block of keys ------------------------------------------------------------------------
+# A kernel is two functions: (q, k, v, causal) -> (o, lse) and (do, q, k, v, o, lse, causal) -> (dq, dk, dv).
+# Given a block of the keys but o and lse of *all* keys, the second yields that block's share of gradients.
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to add up in: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def math_logits(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Scaled queries with their heads in G groups of J, and logits; no key is copied for its J queries."""
+    q_BTGJK = q_BTHK.to(wide(q_BTHK)).unflatten(2, (k_BSGK.shape[2], -1)) * q_BTHK.shape[-1] ** -0.5
+    logits_BGJTS = torch.einsum("btgjk,bsgk->bgjts", q_BTGJK, k_BSGK.to(q_BTGJK.dtype))
+    if causal:
+        future_TS = torch.ones(logits_BGJTS.shape[-2:], dtype=torch.bool, device=q_BTHK.device).triu(1)
+        logits_BGJTS = logits_BGJTS.masked_fill(future_TS, -torch.inf)
+    return q_BTGJK, logits_BGJTS
+
+
+def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Softmax attention as in the textbook: the meaning of every other kernel."""
+    _, logits_BGJTS = math_logits(q_BTHK, k_BSGK, causal)
+    o_BTGJK = torch.einsum("bgjts,bsgk->btgjk", logits_BGJTS.softmax(-1), v_BSGK.to(logits_BGJTS.dtype))
+    return o_BTGJK.flatten(2, 3).to(q_BTHK.dtype), logits_BGJTS.logsumexp(-1).flatten(1, 2)
+
+
+def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of math_forward; the probabilities are computed again from the log-sum-exp."""
+    G, to = k_BSGK.shape[2], wide(q_BTHK)
+    q_BTGJK, logits_BGJTS = math_logits(q_BTHK, k_BSGK, causal)
+    do_BTGJK, o_BTGJK = do_BTHK.to(to).unflatten(2, (G, -1)), o_BTHK.to(to).unflatten(2, (G, -1))
+    p_BGJTS = (logits_BGJTS - lse_BHT.unflatten(1, (G, -1))[..., None]).exp()
+    dp_BGJTS = torch.einsum("btgjk,bsgk->bgjts", do_BTGJK, v_BSGK.to(to))
+    dlogits_BGJTS = p_BGJTS * (dp_BGJTS - torch.einsum("btgjk,btgjk->bgjt", do_BTGJK, o_BTGJK)[..., None])
+    dq_BTGJK = torch.einsum("bgjts,bsgk->btgjk", dlogits_BGJTS, k_BSGK.to(to)) * q_BTHK.shape[-1] ** -0.5
+    dk_BSGK = torch.einsum("bgjts,btgjk->bsgk", dlogits_BGJTS, q_BTGJK)
+    dv_BSGK = torch.einsum("bgjts,btgjk->bsgk", p_BGJTS, do_BTGJK)
+    return dq_BTGJK.flatten(2, 3).to(q_BTHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGK.to(v_BSGK.dtype)
+
+
+def cpu_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """What torch's scaled_dot_product_attention runs on a CPU, here with its log-sum-exp."""
+    heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    o_BHTK, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
+    return o_BHTK.transpose(1, 2), lse_BHT.contiguous()
+
+
+def cpu_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of cpu_forward."""
+    heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return tuple(x.transpose(1, 2) for x in backward(*heads_first, lse_BHT, 0.0, causal))
+
+
+def cuda_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 as torch ships it: bf16 or fp16, K a multiple of 8 and at most 256."""
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    forward = torch.ops.aten._flash_attention_forward
+    return forward(q_BTHK, k_BSGK, v_BSGK, None, None, T, S, 0.0, causal, False)[:2]
+
+
+def cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of cuda_forward. The kernel reads lse through its address, so it must be contiguous."""
+    given = do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT.contiguous(), None, None
+    dice = [torch.zeros(n, dtype=torch.uint64, device=q_BTHK.device) for n in (2, 0)]  # there is no dropout
+    backward = torch.ops.aten._flash_attention_backward
+    return backward(*given, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal, *dice)
+
+
+KERNELS = {
+    "math": (math_forward, math_backward),
+    "cpu": (cpu_forward, cpu_backward),
+    "cuda": (cuda_forward, cuda_backward),
+}
+
+
+def best_kernel(q_BTHK: Tensor) -> str:
+    """The fastest of KERNELS that takes these queries."""
+    if q_BTHK.device.type != "cuda":
+        return "cpu" if q_BTHK.device.type == "cpu" else "math"
+    K, half = q_BTHK.shape[-1], q_BTHK.dtype in (torch.bfloat16, torch.float16)
+    fits = half and K % 8 == 0 and K <= 256 and torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
+    return "cuda" if fits else "math"
+
+
+def block_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend to one block of keys: (o_BTHK, lse_BHT), to be merged with other blocks. No gradient.
+
+    `lse`: natural log of the sum of exp(scaled logits), contiguous, fp32 (fp64 for fp64). `causal`: only for
+    square blocks, as kernels disagree about others. `kernel` forces one of KERNELS.
+    """
+    assert k_BSGK.shape[1] > 0, "an empty block crashes the CPU kernel: leave it out, it adds nothing"
+    assert not causal or q_BTHK.shape[1] == k_BSGK.shape[1], "causal needs as many queries as keys"
+    return KERNELS[kernel or best_kernel(q_BTHK)][0](q_BTHK, k_BSGK, v_BSGK, causal)
+
+
+def block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal, kernel=None):  # noqa: ANN001, ANN201
+    """This block's share of (dq_BTHK, dk_BSGK, dv_BSGK); `o` and `lse` are those of all blocks, merged."""
+    backward = KERNELS[kernel or best_kernel(q_BTHK)][1]
+    return backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
+
+
+def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from attention over each, as new fp32 tensors (fp64 for fp64).
+
+    Only differences of the two lse are exponentiated, so no logit is too large. A row that saw no key has
+    lse = -inf and any finite o; it weighs nothing.
+    """
+    gap_BHT = (new_lse_BHT - lse_BHT).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]  # nan: neither saw a key; keep the old row
+    merged_BTHK = o_BTHK.to(weight_BTH1.dtype).lerp(new_o_BTHK.to(weight_BTH1.dtype), weight_BTH1)
+    return merged_BTHK, torch.maximum(lse_BHT, new_lse_BHT) - F.logsigmoid(gap_BHT.abs())
+
+
+# 5. The ring ------------------------------------------------------------------------------------------------
+# After `hop` hops a rank holds the keys of rank - hop (mod R). The chunks of the lower of two ranks enclose
+# the other's: front < front' < back' < back. So there are two cases, each half a square without a mask.
+
+
+def meeting(hop: int, world: World, U: int) -> tuple[slice, slice]:
+    """Which of our queries see which of the keys that arrived with this hop."""
+    if hop <= world.rank:  # a lower rank's: the front chunk precedes all of ours, the back chunk none
+        return slice(None), slice(0, U)
+    return slice(U, None), slice(None)  # a higher rank's: all precede our back chunk, none our front chunk
+
+
+class Hop:
+    """A tensor on its way to the next rank while the previous rank's comes in."""
+
+    def __init__(self, mine: Tensor, world: World):
+        self.mine, self.coming = mine, torch.empty_like(mine)  # `mine` must live until it is sent
+        send = dist.P2POp(dist.isend, mine, (world.rank + 1) % world.ranks)
+        receive = dist.P2POp(dist.irecv, self.coming, (world.rank - 1) % world.ranks)
+        self.works = dist.batch_isend_irecv([send, receive])
+
+    def wait(self) -> Tensor:
+        """What came in, a buffer of its own."""
+        for work in self.works:
+            work.wait()
+        return self.coming
+
+
+def circulate(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[int, Tensor]]:
+    """Our keys and values, then those of R - 1 others; the next are under way while the caller computes."""
+    kv = torch.stack([k_BTGK, v_BTGK])
+    for hop in range(world.ranks):
+        on = Hop(kv, world) if hop < world.ranks - 1 else None
+        yield hop, kv
+        kv = on.wait() if on else kv
+
+
+def ring_forward(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, world: World, kernel: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT), with R - 1 messages of K and V."""
+    for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
+        if hop == 0:
+            o_BTHK, lse_BHT = block_attention(q_BTHK, k_BSGK, v_BSGK, True, kernel)
+            o_BTHK = o_BTHK.to(wide(q_BTHK))
+        else:
+            t, s = meeting(hop, world, q_BTHK.shape[1] // 2)
+            new = block_attention(q_BTHK[:, t], k_BSGK[:, s], v_BSGK[:, s], False, kernel)
+            o_BTHK[:, t], lse_BHT[:, :, t] = merge(o_BTHK[:, t], lse_BHT[:, :, t], *new)
+    return o_BTHK.to(q_BTHK.dtype), lse_BHT
+
+
+def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kernel=None):  # noqa: ANN001, ANN201
+    """(dq_BTHK, dk_BTGK, dv_BTGK), with R - 1 messages of K and V and R - 1 of fp32 sums of their gradients.
+
+    A sum starts at the first neighbour that the keys visit and follows them one hop behind. Its last hop
+    brings it to their owner, who adds the share that stayed at home.
+    """
+    follower = None
+    for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
+        if hop == 0:
+            own = block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, True, kernel)
+            dq_BTHK, home = own[0].to(wide(q_BTHK)), torch.stack(own[1:]).to(wide(q_BTHK))
+        else:
+            t, s = meeting(hop, world, q_BTHK.shape[1] // 2)
+            keys, known = (k_BSGK[:, s], v_BSGK[:, s]), (o_BTHK[:, t], lse_BHT[:, :, t])
+            part = block_attention_backward(do_BTHK[:, t], q_BTHK[:, t], *keys, *known, False, kernel)
+            dq_BTHK[:, t] += part[0]
+            dkv = follower.wait() if follower else torch.zeros_like(home)
+            dkv[:, :, s] += torch.stack(part[1:])
+            follower = Hop(dkv, world)
+    dk_BTGK, dv_BTGK = home + follower.wait() if follower else home
+    return dq_BTHK.to(q_BTHK.dtype), dk_BTGK.to(k_BTGK.dtype), dv_BTGK.to(v_BTGK.dtype)
+
+
+class Ring(torch.autograd.Function):
+    """ring_forward, with ring_backward as its gradient; all ranks must run both in the same order."""
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BTGK, v_BTGK, world, kernel):  # noqa: ANN001, D102
+        q_BTHK, k_BTGK, v_BTGK = (x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK))
+        o_BTHK, lse_BHT = ring_forward(q_BTHK, k_BTGK, v_BTGK, world, kernel)
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT)
+        ctx.rest = (world, kernel)
+        return o_BTHK
+
+    @staticmethod
+    def backward(ctx, do_BTHK):  # noqa: ANN001, D102
+        return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None
+
+
+def zigzag_attend(world: World, kernel: str | None = None) -> Attend:
+    """The model's `attend` for a sequence dealt out by `zigzag_index` (Sec. 3.1); one process: plain causal.
+
+    Every rank must hold equally many tokens and ask in the same order. `kernel` forces one of KERNELS.
+    """
+
+    def attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        assert world.ranks == 1 or q_BTHK.shape[1] % 2 == 0, "a rank holds two chunks of one length"
+        return Ring.apply(q_BTHK, k_BTGK, v_BTGK, world, kernel)
+
+    return attend
+
+
+# 6. Sharded parameters --------------------------------------------------------------------------------------
+
+
+def shard_parameters(
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    world: World,
+    offload: bool = False,
+    param_dtype: torch.dtype | None = None,
+) -> None:
+    """Give each rank 1/R of every parameter, in place (FSDP2); a model on meta gets memory, its values unset.
+
+    `units`: modules to gather one at a time, usually the layers. `offload`: keep parameters, gradients and
+    optimizer state in CPU memory (Sec. 3.1). `param_dtype`: what to compute in; shards keep their dtype, and
+    gradients are summed in fp32. One process that asks for neither keeps a plain model.
+    """
+    assert not any(b.is_meta for b in model.buffers()), "no one fills buffers: compute them instead"
+    home = torch.device("cpu") if offload else world.device
+    if world.ranks == 1 and not offload and param_dtype is None:
+        own: dict[nn.Parameter, nn.Parameter] = {}  # to_empty would give tied parameters two memories
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if p.is_meta and p not in own:
+                    own[p] = nn.Parameter(torch.empty_like(p, device=home), p.requires_grad)
+                setattr(module, name, own.get(p, p))
+        model.to(home)
+        return
+    if not dist.is_initialized():  # alone: FSDP2 wants a group even so
+        dist.init_process_group(BACKENDS[world.device.type], store=dist.HashStore(), rank=0, world_size=1)
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
+    mesh = init_device_mesh(world.device.type, (world.ranks,))
+    for module in [*units, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=home)
+
+
+def my_rows(x: Tensor) -> tuple[Tensor, int]:
+    """The part of `x` in this process, as memory to write to, and its first row's number in the whole."""
+    x = x.detach()
+    if not isinstance(x, DTensor):
+        return x, 0
+    per_rank = math.ceil(x.shape[0] / x.device_mesh.size())  # FSDP2 deals rows out as torch.chunk does
+    return x.to_local(), min(x.device_mesh.get_rank() * per_rank, x.shape[0])
+
+
+def fill(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor into a plain parameter, or this rank's rows of it into a sharded one.
+
+    The dtype is converted. Raises ValueError if the shapes differ. Ranks may call it each for itself.
+    """
+    if parameter.shape != tensor.shape:
+        raise ValueError(f"weights of shape {[*tensor.shape]} do not fit a parameter of {[*parameter.shape]}")
+    local, first = my_rows(parameter)
+    local.copy_(tensor[first : first + len(local)] if isinstance(parameter, DTensor) else tensor)
+
+
+def whole_parameters(model: nn.Module, world: World) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name, whole tensor in CPU memory), tied parameters once. All ranks must run through it."""
+    for name, p in model.named_parameters():
+        yield name, (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).cpu()
+
+
+def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
+    """Scale all gradients so that their global norm is at most `max_norm`; the norm before that is returned.
+
+    Raises FloatingPointError, on all ranks alike, if the norm is not finite: call it before optimizer.step.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}: stopped before it reached the parameters")
+    for g in gradients if norm > max_norm else []:
+        g.mul_(max_norm / norm)
+    return norm
+
+
+# 7. Saved state ---------------------------------------------------------------------------------------------
+# FOLDER/step-N/ holds rank-R.safetensors for each rank (its rows of every parameter and of AdamW's moments),
+# manifest.json and manifest.sha256. It is written as step-N.tmp: a kill leaves a whole state or none.
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything to save, by key: "model/NAME" and "optimizer/NAME/MOMENT"."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model/{name}"] = p
+        tensors |= {f"optimizer/{name}/{key}": x for key, x in optimizer.state.get(p, {}).items()}
+    return tensors
+
+
+def sha256(path: Path) -> bytes:
+    """Checksum of a file, 32 bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's bytes, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World, note: dict
+) -> None:
+    """Save parameters, optimizer moments and `note` (JSON) as `folder`/step-N; the last two states are kept.
+
+    All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
+    step, and random numbers, of which the model draws none.
+    """
+    folder = Path(folder)
+    final, draft = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    draft.mkdir(parents=True, exist_ok=True)
+    mine = draft / f"rank-{world.rank}.safetensors"
+    tensors = state_tensors(model, optimizer).items()
+    ours = {key: my_rows(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
+    save_file({key: x.contiguous() for key, x in ours.items()}, mine)
+    flush(mine)
+    sums = gather(torch.tensor(list(sha256(mine))), world)  # and by now every file is on disk
+    files = {f"rank-{r}.safetensors": bytes(s.tolist()).hex() for r, s in enumerate(sums)}
+    text = json.dumps({"step": step, "ranks": world.ranks, "note": note, "files": files}, indent=2)
+    if world.rank == 0:
+        (draft / "manifest.json").write_text(text)
+        (draft / "manifest.sha256").write_text(sha256(draft / "manifest.json").hex())
+        for path in (draft / "manifest.json", draft / "manifest.sha256", draft):
+            flush(path)
+        if final.exists():  # damaged, or saved twice; the new one takes its place
+            final.rename(folder / f"step-{step}.old.tmp")
+        draft.rename(final)
+        flush(folder)
+        before = max((n for n in saved_steps(folder) if n < step), default=step)
+        for path in folder.glob("step-*"):
+            if path.name not in (f"step-{step}", f"step-{before}"):
+                shutil.rmtree(path)
+    barrier(world)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps with a state in `folder`, sound or not, in order."""
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+
+
+def sound_manifest(state: Path, world: World) -> dict | None:
+    """The manifest of a saved state, or None after a printed sentence if a byte of it has changed."""
+    text, seal = state / "manifest.json", state / "manifest.sha256"
+    sealed = text.is_file() and seal.is_file() and seal.read_bytes() == sha256(text).hex().encode()
+    manifest, bad = (json.loads(text.read_text()), []) if sealed else (None, ["manifest.json"])
+    for name in [*manifest["files"]][world.rank :: world.ranks] if sealed else []:  # ranks share the reading
+        if not (state / name).is_file() or sha256(state / name).hex() != manifest["files"][name]:
+            bad.append(name)
+    if bad and (sealed or world.rank == 0):
+        print(f"{state} is not used: {bad[0]} is missing or damaged", flush=True)
+    return None if total(torch.tensor(len(bad)), world) else manifest
+
+
+def load_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> tuple[int, dict] | None:
+    """Load the newest sound state into `model` and `optimizer`: (step, note), or None if nothing was saved.
+
+    The number of ranks may differ from that of the save; the same number continues bit for bit. All ranks
+    call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
+    state is damaged, if ranks see different folders, or if the state is of another model.
+    """
+    folder = Path(folder)
+    if world.rank == 0:
+        for path in folder.glob("step-*.tmp"):
+            shutil.rmtree(path)
+    barrier(world)
+    steps = saved_steps(folder)
+    views = gather(torch.tensor([len(steps), sum(steps)]), world)
+    if any((view != views[0]).any() for view in views):
+        raise ValueError(f"ranks see different states in {folder}; all machines must share this folder")
+    for step in reversed(steps):
+        if manifest := sound_manifest(folder / f"step-{step}", world):
+            files = [folder / f"step-{step}" / name for name in manifest["files"]]
+            read_state(files, model, optimizer)
+            return manifest["step"], manifest["note"]
+    if steps:
+        raise ValueError(f"every state in {folder} is damaged; move it away to start again from step 0")
+    return None
+
+
+def read_state(paths: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fill parameters and moments from the files of all ranks that saved, in rank order."""
+    saved: dict[str, list] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                saved.setdefault(key, []).append(file.get_slice(key))
+    parameters = dict(model.named_parameters())
+    if strange := {key[6:] for key in saved if key.startswith("model/")} ^ parameters.keys():
+        raise ValueError(f"{paths[0].parent} is of another model: only one of the two has {min(strange)}")
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for key, parts in saved.items():
+        kind, name, *moment = key.split("/")
+        target = parameter = parameters[name]
+        if kind == "optimizer":
+            target = torch.zeros_like(parameter.detach())
+            if not parts[0].get_shape():  # AdamW counts its steps on the CPU unless it is fused
+                target = torch.zeros((), device=parameter.device if fused else "cpu")
+            optimizer.state[parameter][moment[0]] = target
+        whole = torch.cat([part[...] for part in parts]) if target.dim() else parts[0][...]
+        if whole.shape != target.shape or whole.dtype != target.dtype:
+            is_now = f"{target.dtype} {[*target.shape]}"
+            raise ValueError(f"{key} was saved as {whole.dtype} {[*whole.shape]}, but the model has {is_now}")
+        fill(target, whole)

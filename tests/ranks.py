@@ -1,0 +1,37 @@
+"""Run checks on several ranks: gloo processes on this machine, started once for a whole list of checks.
+
+A check is a module-level function `check(world, ...)` that asserts; whatever a rank raises fails the test that
+called `run`. Processes are forked from a server that has imported torch once, since that costs seconds.
+"""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+
+import ring
+
+
+def one_rank(rank: int, ranks: int, port: int, checks: list[Callable], args: tuple) -> None:
+    torch.set_num_threads(1)
+    here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update(
+        {name: str(n) for name, n in here.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    )
+    world = ring.start("cpu")
+    for check in checks:
+        check(world, *args)
+        ring.barrier(world)
+    ring.stop(world)
+
+
+def run(ranks: int, checks: list[Callable], *args) -> None:
+    """Call each check(world, *args) on every one of `ranks` ranks; the first failure is raised here."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "ring"])
+    how = {"nprocs": ranks, "start_method": "forkserver"}
+    torch.multiprocessing.start_processes(one_rank, (ranks, port, checks, args), **how)

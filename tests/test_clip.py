@@ -1,0 +1,187 @@
+"""clip.py against Hugging Face's CLIPVisionModel, on small random towers of odd and even sizes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import clip
+from clip import ClipConfig, ClipVision
+from tests.shapes import watched
+
+SIZES = {  # hidden, intermediate, layers, heads, patch, image
+    "plain": (32, 64, 3, 4, 8, 32),
+    "odd heads": (48, 40, 2, 3, 7, 28),
+    "odd patches": (24, 96, 4, 2, 5, 25),
+    "one patch, one layer": (16, 16, 1, 1, 8, 8),
+}
+
+
+def config_of(name, **changes):
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size image_size"
+    ).split()
+    return ClipConfig(**{**dict(zip(names, SIZES[name])), **changes})
+
+
+def twins(name, dtype=torch.float32):
+    """Hugging Face's tower and ours with the same random weights (biases and norms too), and some pixels."""
+    transformers = pytest.importorskip("transformers")
+    config = config_of(name)
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in vars(config).items() if k != "select_layer"}
+    theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).eval()
+    for weight in theirs.parameters():
+        weight.data.add_(torch.randn_like(weight) * 0.1)
+    ours = ClipVision(config)
+    ours.load_state_dict(
+        {k.removeprefix("vision_model."): v for k, v in theirs.state_dict().items()}, strict=True
+    )
+    pixels = torch.randn(3, 3, config.side, config.side)
+    return theirs.to(dtype), ours.to(dtype), pixels.to(dtype)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SIZES)
+def test_equals_transformers(name):
+    theirs, ours, pixels = twins(name)
+    want = theirs(pixels, output_hidden_states=True)
+    assert_close(ours(pixels), want.hidden_states[-2][:, 1:], atol=1e-5, rtol=1e-5)
+    assert_close(ours.features(pixels), want.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.oracle
+def test_any_hidden_state_can_be_chosen():
+    theirs, ours, pixels = twins("plain")
+    states = theirs(pixels, output_hidden_states=True).hidden_states
+    for layer in (0, 1, 3, -1, -2, -4):
+        chosen = ClipVision(config_of("plain", select_layer=layer))
+        chosen.load_state_dict(ours.state_dict())
+        assert_close(chosen(pixels), states[layer][:, 1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.oracle
+def test_gradients_equal_transformers_and_survive_recomputing():
+    theirs, ours, pixels = twins("odd heads")
+    weight = torch.randn(3, 16, 48)
+    (theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:] * weight).sum().backward()
+    want = {k.removeprefix("vision_model."): p.grad for k, p in theirs.named_parameters()}
+    for ours.recompute in (False, True):
+        ours.zero_grad()
+        (ours(pixels) * weight).sum().backward()
+        for name, p in ours.named_parameters():
+            if re.match(r"encoder.layers.1|post_layernorm", name):  # behind the chosen state: never run
+                assert p.grad is None, name
+            else:
+                assert_close(
+                    p.grad, want[name], atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+                )
+
+
+@pytest.mark.oracle
+def test_bfloat16_is_no_worse_than_transformers():
+    """Both round differently; measured against float32, ours may err at most 1.5 times as much, and 5 %."""
+    theirs, ours, pixels = twins("plain", torch.bfloat16)
+    exact = ours.float()(pixels.float())
+    theirs_off = (theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].float() - exact).norm()
+    got = ours.bfloat16()(pixels)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - exact).norm() <= min(1.5 * theirs_off, 0.05 * exact.norm())
+
+
+def test_real_size_on_meta():
+    """391 tensors, 303,507,456 parameters, and the shapes that the projector expects, without any memory."""
+    with torch.device("meta"):
+        model = ClipVision(ClipConfig())
+        z = model.bfloat16()(torch.empty(2, 3, 336, 336, dtype=torch.bfloat16))
+    state = model.state_dict()
+    assert len(state) == 391
+    assert sum(p.numel() for p in model.parameters()) == 303_507_456
+    assert z.shape == (2, 576, 1024)
+    assert model.config.patches == 24 and model.config.side == 336 and model.config.depth == 23
+    outside = {k for k in state if not k.startswith("encoder.layers.")}
+    assert outside == {
+        "embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
+        "pre_layrnorm.weight", "pre_layrnorm.bias", "post_layernorm.weight", "post_layernorm.bias",
+    }  # fmt: skip
+    shapes = {k.removeprefix("encoder.layers.23."): tuple(v.shape) for k, v in state.items() if ".23." in k}
+    assert len(shapes) == 16
+    assert shapes["self_attn.out_proj.weight"] == (1024, 1024) and shapes["mlp.fc1.weight"] == (4096, 1024)
+
+
+def test_patches_come_row_by_row():
+    """Brighten one patch: with no attention to mix them, exactly that place of the output changes."""
+    model = ClipVision(config_of("plain", select_layer=0))
+    clip.init(model, torch.Generator().manual_seed(0))
+    pixels = torch.zeros(1, 3, 32, 32)
+    dark = model(pixels)
+    pixels[:, :, 8:16, 24:32] = 1.0  # patch row 1, column 3 of 4
+    changed = (model(pixels) != dark).any(-1).nonzero()
+    assert changed.tolist() == [[0, 1 * 4 + 3]]
+
+
+def test_init_fills_everything_and_keeps_the_scale():
+    model = ClipVision(config_of("plain", hidden_size=64, num_hidden_layers=12))
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    clip.init(model, torch.Generator().manual_seed(0))
+    again = ClipVision(model.config)
+    clip.init(again, torch.Generator().manual_seed(0))
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), f"{name} is not filled, or not by the generator alone"
+    assert (model.pre_layrnorm.weight == 1).all() and (model.post_layernorm.weight == 1).all()
+    block = model.encoder.layers[3]
+    spreads = [
+        (block.self_attn.q_proj, 64**-0.5), (block.self_attn.out_proj, (64 * 24) ** -0.5),
+        (block.mlp.fc1, 128**-0.5), (block.mlp.fc2, (64 * 24) ** -0.5),
+        (model.embeddings.patch_embedding, (3 * 8 * 8) ** -0.5),
+    ]  # fmt: skip
+    for part, std in spreads:
+        assert part.weight.std().item() == pytest.approx(std, rel=0.1), part
+    x = model.hidden(torch.randn(8, 3, 32, 32), 12)
+    assert 0.5 < x.std() < 3  # pre_layrnorm makes it 1; twelve blocks must not blow it up
+
+
+def test_config_from_whole_clip_or_tower():
+    tower = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "patch_size": 8, "image_size": 32, "hidden_act": "quick_gelu", "projection_dim": 16,
+    }  # fmt: skip
+    want = ClipConfig(32, 64, 2, 2, 8, 32)
+    assert ClipConfig.from_dict(tower) == want
+    assert ClipConfig.from_dict({"text_config": {}, "vision_config": tower}) == want
+    assert ClipConfig.from_dict({**vars(want), "select_layer": -1}).depth == 2
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"hidden_act": "gelu"}, "activation 'gelu', but only quick_gelu"),
+    ({"num_channels": 1}, "reads 1 colour channels"),
+    ({"num_attention_heads": 5}, "32 cannot be divided among 5 heads"),
+    ({"image_size": 30}, "30 pixels is no whole number of 8-pixel patches"),
+    ({"select_layer": -5}, "select_layer -5 does not exist"),
+    ({"patch_size": 0}, "at least 1"),
+])  # fmt: skip
+def test_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        ClipConfig.from_dict({**vars(config_of("plain")), **change})
+
+
+def test_config_missing_size():
+    with pytest.raises(ValueError, match="lacks patch_size"):
+        ClipConfig.from_dict({k: v for k, v in vars(config_of("plain")).items() if k != "patch_size"})
+
+
+def test_wrong_grid_size_is_our_mistake():
+    with pytest.raises(AssertionError, match="not \\[N, 3, 32, 32\\]"):
+        ClipVision(config_of("plain"))(torch.zeros(1, 3, 28, 32))
+
+
+def test_suffixes_tell_the_truth():
+    model = ClipVision(config_of("odd heads"))
+    clip.init(model)
+    with watched(Path(clip.__file__)) as told:
+        model(torch.zeros(2, 3, 28, 28))
+        model.features(torch.zeros(2, 3, 28, 28))
+    assert not told, told

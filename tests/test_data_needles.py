@@ -1,0 +1,308 @@
+"""Needles read back as written; probes hold what they should where they should; intervals match known values."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import needles
+from data.needles import (
+    LLAMA_PERIODS,
+    PREFIX,
+    QUESTION,
+    SEED,
+    Needle,
+    numbers,
+    period_ids,
+    place,
+    question_and_answer,
+    read_needles,
+    read_text_haystack,
+    sentence_end,
+    text_probe,
+    wilson,
+    write_needles,
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# Visual needles
+
+
+def picture(colour):
+    return Image.new("RGB", (6, 4), colour)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_needles(tmp_path, [
+        Needle("cat", picture("red"), "\nWhich colour?\nA. Red\nB. Blue", "A"),
+        Needle("zoo/dog", picture("blue"), "\nHow many?", "200"),
+    ])  # fmt: skip
+    return tmp_path
+
+
+def test_written_needles_read_back(folder):
+    cat, dog = read_needles(folder)
+    assert (cat.name, cat.question, cat.answer) == ("cat", "\nWhich colour?\nA. Red\nB. Blue", "A")
+    assert (dog.name, dog.answer, dog.picture.mode) == ("zoo/dog", "200", "RGB")
+    assert np.array_equal(np.asarray(dog.picture), np.asarray(picture("blue")))
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_the_release_s_names(folder, suffix):
+    (folder / "questions.json").unlink()
+    records = [
+        {"path": "cat.png", "prompt": "q\u2028", "answer": "a"},
+        {"image": "zoo/dog.png", "question": "r", "answer": "b"},
+    ]
+    text = (
+        json.dumps(records)
+        if suffix == "json"
+        else "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    )
+    (folder / f"questions.{suffix}").write_text(text, encoding="utf-8")
+    assert [(n.name, n.question, n.answer) for n in read_needles(folder)] == [
+        ("cat", "q\u2028", "a"),
+        ("zoo/dog", "r", "b"),
+    ]
+
+
+GOOD = {"image": "cat.png", "question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize("records, complaint", [
+    ([], "questions.json: expected a list with at least one needle, got an empty list"),
+    ({"image": "cat.png"}, "questions.json: expected a list with at least one needle, got dict"),
+    ([GOOD, "cat.png"], "questions.json: record 2: expected an object with image, question and answer, got 'cat.png'"),
+    ([{"question": "q", "answer": "a"}], 'record 1: has no "image"'),
+    ([{"image": "cat.png", "answer": "a"}], 'record 1: has no "question"'),
+    ([{"image": "cat.png", "question": "q"}], 'record 1: has no "answer"'),
+    ([GOOD | {"answer": " "}], "record 1: \"answer\" must be text that is not empty, got ' '"),
+    ([GOOD | {"answer": 200}], 'record 1: "answer" must be text that is not empty, got 200'),
+    ([{"path": "", "prompt": "q", "answer": "a"}], 'record 1: "path" must be text that is not empty'),
+    ([GOOD, GOOD], "record 2: the needle 'cat' is record 1 already"),
+    ([GOOD | {"image": "fox.png"}], "record 1: .*fox.png: no such picture file"),
+    ([GOOD | {"image": "text.png"}], "record 1: .*text.png: cannot be read as a picture"),
+    ([GOOD | {"image": "../cat.png"}], "record 1: the picture '../cat.png' lies outside the folder"),
+    ([GOOD | {"image": "/etc/passwd"}], "record 1: the picture '/etc/passwd' lies outside the folder"),
+    ([GOOD | {"image": "link.png"}], "record 1: the picture 'link.png' lies outside the folder"),
+    ([GOOD | {"image": "a\0b"}], "record 1: the picture .* lies outside the folder"),
+])  # fmt: skip
+def test_bad_needles(folder, records, complaint):
+    (folder / "text.png").write_text("not a picture")
+    (folder / "link.png").symlink_to("/etc/hostname")
+    (folder / "questions.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=complaint) as error:
+        read_needles(folder)
+    assert "questions.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['[{"image": ', "[" * 100_000, "\udcff"], ids=["cut", "deep", "bytes"])
+def test_bad_json(folder, text):
+    (folder / "questions.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"questions\.json: is not valid JSON"):
+        read_needles(folder)
+    (folder / "questions.json").unlink()
+    with pytest.raises(ValueError, match=r"no questions\.json or questions\.jsonl"):
+        read_needles(folder)
+
+
+def test_place():
+    assert [place(200, d) for d in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [0, 40, 80, 120, 160, 200]
+    assert place(7, 0.5) == 3  # rounded down, as in the release
+    for depth in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="outside the haystack"):
+            place(10, depth)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text needles
+
+
+class Toy:
+    """A tokenizer by regular expression: every match is a token and new ones get the next id."""
+
+    def __init__(self, pattern, prefix=""):
+        self.pattern, self.prefix, self.ids = re.compile(pattern, re.S), prefix, {}
+
+    def encode(self, text, special=False):
+        assert not special
+        return [self.ids.setdefault(t, len(self.ids)) for t in self.pattern.findall(self.prefix + text)]
+
+    def decode(self, ids):
+        words = list(self.ids)
+        return "".join(words[i] for i in ids)
+
+
+def qwen():  # digits alone, full stops joined with line ends
+    return Toy(r" ?\.\n*|[0-9]| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]")
+
+
+def gpt():  # a space goes with up to three digits
+    return Toy(r" ?\.\n*| ?[0-9]{1,3}| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]")
+
+
+def llama():  # a space before everything; line ends and digits alone
+    return Toy(r" ?\.|[0-9]| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]", prefix=" ")
+
+
+BOOK = "One day it rained. Then the sun came out! We all went home.\n\nThe end was near . Really. "
+
+
+def test_numbers_of_the_release():
+    drawn = numbers(np.random.RandomState(SEED), 10)
+    assert drawn[:5] == ["2965478", "7624612", "7182423", "9211957", "7727364"]
+    assert drawn[5:] == ["7875983", "1540810", "5050145", "4209505", "9134486"]
+
+
+def test_numbers_have_their_digits_and_differ():
+    for digits, count in [(1, 9), (2, 90), (3, 200)]:
+        drawn = numbers(np.random.RandomState(0), count, digits)
+        assert len(set(drawn)) == count and all(len(n) == digits and n[0] != "0" for n in drawn)
+    for digits, count in [(1, 10), (0, 1)]:
+        with pytest.raises(ValueError, match="ask for fewer, or for more digits"):
+            numbers(np.random.RandomState(0), count, digits)
+
+
+@pytest.mark.parametrize("toy, want", [(qwen(), {".", " .", ".\n", ".\n\n"}), (llama(), {".", " ."})])
+def test_period_ids(toy, want):
+    assert {toy.decode([i]) for i in period_ids(toy.encode)} == want
+
+
+def test_no_period():
+    with pytest.raises(ValueError, match="no token for a full stop"):
+        period_ids(Toy("[a-z]+").encode)
+
+
+@pytest.mark.parametrize("toy, ends, answer", [
+    (qwen(), "is: ", list("2965478")),  # as in the release: a trailing space, then seven digits
+    (llama(), "is: ", list("2965478")),
+    (gpt(), "is:", [" 296", "547", "8"]),  # the space is part of the first token of the answer
+])  # fmt: skip
+@pytest.mark.parametrize("number", ["2965478", "9965478", "1965478"])
+def test_question_and_answer(toy, ends, answer, number):
+    question_ids, answer_ids = question_and_answer(toy.encode, number)
+    assert question_ids + answer_ids == toy.encode(QUESTION + number)
+    assert toy.decode(question_ids).endswith(ends)
+    assert [toy.decode([i]) for i in answer_ids] == [
+        t.replace("296", number[:3]).replace("2", number[0]) for t in answer
+    ]
+
+
+def test_question_without_numbers():
+    with pytest.raises(ValueError, match="encodes different numbers alike"):
+        question_and_answer(Toy("[a-z]+").encode, "123")
+
+
+@pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.9, 1])
+@pytest.mark.parametrize(
+    "cities", [[], [("New York", "1111111")], [("New York", "1111111"), ("London", "2222222")]]
+)
+def test_probe(depth, cities):
+    toy = qwen()
+    encode, stops, context = toy.encode, period_ids(toy.encode), 100
+    book = encode(BOOK)
+    ids, answer_ids = text_probe(
+        encode, book, context, depth, "2965478", cities, np.random.RandomState(1), stops
+    )
+    text, hay = toy.decode(ids), toy.decode((book * 9)[:context])
+    assert toy.decode(answer_ids) == "2965478"
+    assert text.startswith(PREFIX) and text.endswith("</book>.\n" + QUESTION.split("\n", 1)[1])
+    planted = [f"\nThe special magic {c} number is: {n}.\n" for c, n in [*cities, ("Singapore", "2965478")]]
+    body = text[len(PREFIX) : -len(QUESTION)]
+    for sentence in planted:
+        assert body.count(sentence) == 1
+        before = body[: body.index(sentence)]
+        assert (
+            before in ("",) or re.search(r"\.\n*$", before) or body.endswith(sentence)
+        )  # at a sentence's end
+    for sentence in reversed(planted):
+        body = body.replace(sentence, "", 1)
+    assert body == hay  # nothing of the haystack is lost
+    if depth == 0:
+        assert text.startswith(PREFIX + planted[-1])
+    added = sum(len(encode(sentence)) for sentence in planted)
+    assert len(ids) == len(encode(PREFIX)) + context + added + len(question_and_answer(encode, "1")[0])
+
+
+def test_depth_is_of_what_has_grown():
+    """An independent construction of one probe, one distractor, no snapping."""
+    toy, rng = qwen(), np.random.RandomState(3)
+    encode = toy.encode
+    at = np.random.RandomState(3).randint(50)
+    book = encode("word " * 60)[:50]
+    book = [*book[:at], *encode("\nThe special magic Rome number is: 77.\n"), *book[at:]]
+    at = int(0.3 * len(book))
+    book = [*book[:at], *encode("\nThe special magic Singapore number is: 42.\n"), *book[at:]]
+    ids, answer = text_probe(
+        encode, encode("word " * 60), 50, 0.3, "42", [("Rome", "77")], rng, frozenset(), snap=False
+    )
+    assert ids == encode(PREFIX) + book + encode(QUESTION) and answer == encode("42")
+    stops = period_ids(encode)
+    free, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops, snap=False)
+    snapped, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops)
+    assert free != snapped and sorted(free) == sorted(snapped)
+
+
+def test_sentence_end():
+    ids = [5, 1, 5, 5, 1, 5]
+    assert [sentence_end(ids, i, frozenset({1})) for i in range(7)] == [2, 2, 5, 5, 5, 5, 6]
+    assert sentence_end(ids, 3, LLAMA_PERIODS) == 3
+
+
+def test_bad_probes():
+    toy = qwen()
+    for book, context, depth, complaint in [
+        ([], 10, 0.5, "0 tokens cannot fill a context of 10"),
+        ([1, 2], 0, 0.5, "2 tokens cannot fill a context of 0"),
+        ([1, 2], 10, 1.5, "depth of 1.5 is outside"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            text_probe(toy.encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
+
+
+def test_text_haystack(tmp_path):
+    (tmp_path / "b.txt").write_text("two.\n")
+    (tmp_path / "a.txt").write_text("one \N{EURO SIGN}. ", encoding="utf-8")
+    (tmp_path / "a.md").write_text("not this")
+    assert read_text_haystack(tmp_path) == "one \N{EURO SIGN}. two.\n"
+    assert read_text_haystack(tmp_path / "b.txt") == "two.\n"
+    with pytest.raises(ValueError, match=r"c\.txt: no such text file or folder"):
+        read_text_haystack(tmp_path / "c.txt")
+    (tmp_path / "c.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match=r"c\.txt: is not UTF-8 text \(invalid start byte at byte 2\)"):
+        read_text_haystack(tmp_path)
+    (tmp_path / "d.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"d\.txt: the haystack is empty"):
+        read_text_haystack(tmp_path / "d.txt")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none: no \.txt file in this folder"):
+        read_text_haystack(tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@pytest.mark.parametrize("hits, trials, low, high", [
+    (409, 450, 0.8787, 0.9321),  # LongVA-7B's published heat map
+    (0, 10, 0.0, 0.2775),
+    (10, 10, 0.7225, 1.0),
+    (5, 10, 0.2366, 0.7634),
+    (1, 1, 0.2065, 1.0),
+])  # fmt: skip
+def test_wilson(hits, trials, low, high):
+    assert wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_is_where_the_score_test_is_z():
+    """The defining property: at either end p of the interval, |rate - p| is z standard errors of p."""
+    for hits, trials, z in [(3, 20, 1.96), (7, 9, 1.0), (40, 50, 2.58)]:
+        for p in wilson(hits, trials, z):
+            assert abs(hits / trials - p) == pytest.approx(z * (p * (1 - p) / trials) ** 0.5)
+
+
+def test_all_cities_differ():
+    assert len({needles.CITY, *needles.DISTRACTORS}) == 7

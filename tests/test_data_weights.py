@@ -1,0 +1,249 @@
+"""Weights to a folder and back; what is refused; what Hugging Face reads."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import weights as w
+
+
+def state(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "a.weight": torch.randn(4, 6, generator=g),
+        "b.weight": torch.randn(8, 3, generator=g).to(torch.bfloat16),
+        "b.bias": torch.arange(8),
+        "scalar": torch.tensor(1.5),
+    }
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        found[k].dtype == expected[k].dtype and torch.equal(found[k], expected[k]) for k in expected
+    )
+
+
+@pytest.mark.parametrize("shard_bytes, files", [(10**9, 1), (100, 3), (1, 4)])
+def test_round_trip(tmp_path, shard_bytes, files):
+    config = {"model_type": "qwen2", "rope_theta": 1e9}
+    w.write(tmp_path, iter(state().items()), config, shard_bytes)
+    assert same(dict(w.read(tmp_path)), state())
+    assert w.read_config(tmp_path) == config
+    on_disk = sorted(p.name for p in tmp_path.iterdir())
+    shards = [name for name in on_disk if name.endswith(".safetensors")]
+    assert len(shards) == files and not [name for name in on_disk if name.startswith(".")]
+    if files == 1:
+        assert shards == ["model.safetensors"] and w.INDEX not in on_disk
+    else:
+        assert shards == [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+        index = json.loads((tmp_path / w.INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in state().values())
+        assert index["weight_map"].keys() == state().keys()
+    for name in shards:
+        with safe_open(tmp_path / name, "pt") as f:
+            assert f.metadata() == {"format": "pt"}
+
+
+def test_reading_is_lazy(tmp_path):
+    w.write(tmp_path, state().items(), {}, shard_bytes=1)
+    stream = w.read(tmp_path)
+    next(stream)
+    (tmp_path / "model-00004-of-00004.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model-00004.*cannot be read"):
+        list(stream)
+
+
+def test_cast_touches_floating_tensors_only(tmp_path):
+    w.write(tmp_path, state().items(), {}, dtype=torch.bfloat16)
+    found = dict(w.read(tmp_path))
+    assert {k: t.dtype for k, t in found.items()} == {
+        "a.weight": torch.bfloat16, "b.weight": torch.bfloat16, "b.bias": torch.int64, "scalar": torch.bfloat16,
+    }  # fmt: skip
+
+
+def test_slices_and_transposes_are_written_as_they_look(tmp_path):
+    fused = torch.arange(24.0).view(6, 4)
+    tensors = {"q": fused[:2], "k": fused[2:], "t": fused.t(), "all": fused, "p": nn.Parameter(fused)}
+    w.write(tmp_path, tensors.items(), {})
+    assert all(torch.equal(t, tensors[name]) for name, t in w.read(tmp_path))
+
+
+@pytest.mark.parametrize("old", [10**9, 100], ids=["single", "shards"])
+@pytest.mark.parametrize("new", [10**9, 100], ids=["to single", "to shards"])
+def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, old, new):
+    """Stop before each change of a name on the disk; the folder must hold one whole model every time."""
+    real = {"replace": os.replace, "unlink": type(tmp_path).unlink}
+    seen, step, changes = [], 0, 99
+    while step < changes:
+        folder = tmp_path / str(step)
+        w.write(folder, state(1).items(), {"model": 1}, old)
+        left = step
+
+        def stop_or(call):
+            def run(*args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    raise KeyboardInterrupt
+                left -= 1
+                return real[call](*args, **kwargs)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            patch.setattr(w.os, "replace", stop_or("replace"))
+            patch.setattr(type(tmp_path), "unlink", stop_or("unlink"))
+            try:
+                w.write(folder, state(2).items(), {"model": 2}, new)
+                changes = step
+            except KeyboardInterrupt:
+                step += 1
+        found = dict(w.read(folder))
+        seen.append(1 if same(found, state(1)) else 2 if same(found, state(2)) else 0)
+        w.write(folder, state(3).items(), {"model": 3}, new)  # and the next export works and sweeps up
+        assert same(dict(w.read(folder)), state(3)) and w.read_config(folder) == {"model": 3}
+        assert len(list(folder.glob("*.safetensors"))) == (1 if new > 100 else 3)
+        assert not list(folder.glob(".writing-*"))
+    assert seen == sorted(seen) and {1, 2} == set(seen)
+
+
+def test_a_failing_stream_leaves_the_old_model(tmp_path):
+    w.write(tmp_path, state(1).items(), {}, 100)
+
+    def broken():
+        yield from list(state(2).items())[:3]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        w.write(tmp_path, broken(), {}, 100)
+    assert same(dict(w.read(tmp_path)), state(1))
+
+
+# ---- strict filling ----
+
+
+def test_fill_strictly():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    parameters = dict(model.named_parameters())
+    stream = {f"model.{k}": torch.full(p.shape, float(i), dtype=torch.float64) for i, (k, p) in enumerate(parameters.items())}
+    stream["model.rotary.inv_freq"] = torch.ones(7)
+    w.fill_strictly(parameters, stream.items(), rename=lambda n: n.removeprefix("model."), ignore=["*.inv_freq"])
+    assert [p.unique().item() for p in parameters.values()] == [0.0, 1.0, 2.0]
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+
+
+def test_fill_strictly_uses_the_fill_it_is_given():
+    got = {}
+    p = torch.zeros(2)
+    w.fill_strictly({"x": p}, [("x", torch.ones(2))], fill=lambda parameter, tensor: got.update({id(parameter): tensor}))
+    assert got[id(p)].tolist() == [1, 1] and p.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda s: s.pop(), "1 missing: b"),
+    (lambda s: s.append(("c", torch.ones(1))), "1 not expected: c"),
+    (lambda s: s.append(("a", torch.ones(2))), "a comes twice"),
+    (lambda s: s.__setitem__(0, ("a", torch.ones(3))), r"a is \[3\], expected \[2\]"),
+    (lambda s: s.extend((f"c{i}", torch.ones(1)) for i in range(9)), "9 not expected: c0, c1, c2, c3, c4$"),
+])  # fmt: skip
+def test_fill_strictly_complains(change, complaint):
+    stream = [("a", torch.ones(2)), ("b", torch.ones(2))]
+    change(stream)
+    with pytest.raises(ValueError, match=complaint):
+        w.fill_strictly({"a": torch.zeros(2), "b": torch.zeros(2)}, stream)
+
+
+# ---- what users get wrong ----
+
+
+def index(**weight_map):
+    return json.dumps({"weight_map": weight_map})
+
+
+@pytest.mark.parametrize("files, complaint", [
+    ({}, "has no weights"),
+    ({"pytorch_model.bin": "x"}, "expected safetensors; convert it: python -c .* pytorch_model.bin$"),
+    ({w.INDEX: "{"}, "is not valid JSON"),
+    ({w.INDEX: index(a="../x.safetensors")}, r"puts a in '\.\./x.safetensors', expected a bare"),
+    ({w.INDEX: index(a="/etc/x.safetensors")}, "expected a bare"),
+    ({w.INDEX: index(a="x.bin")}, "expected a bare"),
+    ({w.INDEX: index(a=3)}, "expected a bare"),
+    ({w.INDEX: index(a="x.safetensors")}, r"lacks 1 file\(s\).* first x.safetensors"),
+    ({w.INDEX: index(a="x.safetensors", b="x.safetensors"), "x.safetensors": {"a": 1}}, "1 missing: b"),
+    ({w.INDEX: index(a="x.safetensors"), "x.safetensors": {"a": 1, "b": 1}}, "1 not expected: b"),
+    ({w.SINGLE: "not safetensors at all"}, "cannot be read"),
+])  # fmt: skip
+def test_complaints_about_folders(tmp_path, files, complaint):
+    for name, content in files.items():
+        if isinstance(content, dict):
+            save_file({k: torch.ones(1) for k in content}, tmp_path / name)
+        else:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        list(w.read(tmp_path))
+
+
+def test_complaints_about_config(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        w.read_config(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"config.json is missing"):
+        w.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not valid JSON"):
+        w.read_config(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer files"):
+        w.copy_tokenizer(tmp_path, tmp_path / "x")
+
+
+def test_the_conversion_works_as_printed(tmp_path):
+    torch.save(state(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError) as e:
+        list(w.read(tmp_path))
+    command = re.search(r"python -c .*", str(e.value))[0]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, cwd=tmp_path)
+    assert same(dict(w.read(tmp_path)), state())
+
+
+def test_copy_tokenizer(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "secret.txt").write_text("x")
+    w.copy_tokenizer(tmp_path, tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["vocab.json"]
+
+
+def test_sha_knows_the_weights(tmp_path):
+    for name, seed, size in (("x", 1, 100), ("y", 1, 100), ("z", 2, 100)):
+        w.write(tmp_path / name, state(seed).items(), {"name": name}, size)
+    x, y, z = (w.sha(tmp_path / name) for name in "xyz")
+    assert x == y != z and re.fullmatch("[0-9a-f]{64}", x)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_transformers_reads_what_we_write(tmp_path, shard_bytes):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    ours = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 64, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32",
+    }  # fmt: skip
+    w.write(tmp_path, theirs.state_dict().items(), ours, shard_bytes)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids_BT = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids_BT).logits, theirs(ids_BT).logits)
+    again.save_pretrained(tmp_path / "theirs", max_shard_size="20KB" if shard_bytes < 10**9 else "1GB")
+    assert same(dict(w.read(tmp_path / "theirs")), dict(theirs.state_dict()))

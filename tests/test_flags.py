@@ -1,0 +1,190 @@
+import dataclasses
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from data import flags
+from data.flags import knob, parse
+from data.video import read_picture
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Toy."""
+
+    mode: Literal["vision", "text"] = knob("vision", "which test", positional=True)
+    question: str = knob("what?", "what to ask", positional=True)
+    model: Path = knob(Path("m"), "folder")
+    steps: int = knob(1000, "steps (Sec. 3.1), 100 % of them")
+    lr: float = knob(1e-5, "lr")
+    offload: bool = knob(True, "offload")
+    scheme: Literal["unires", "anyres"] = knob("unires", "scheme")
+    size: Literal[2, 4] = knob(2, "size")
+    resume: Path | None = knob(None, "resume")
+    frames: tuple[int, ...] = knob((8, 16), "frames")
+    depths: tuple[float, ...] | None = knob(None, "depths")
+    betas: tuple[float, float] = knob((0.9, 0.95), "betas")
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps}: expected at least 1")
+
+
+PRE = {"tiny": {"steps": 3, "offload": False, "frames": (1,)}, "paper": {}}
+
+
+def read(*argv, **how):
+    return parse(Config, PRE, argv=list(argv), **how)
+
+
+def test_defaults():
+    assert read() == Config()
+
+
+def test_preset():
+    assert read("--preset", "tiny") == Config(steps=3, offload=False, frames=(1,))
+
+
+def test_flag_beats_preset():
+    assert read("--steps", "224_000", "--preset", "tiny").steps == 224000
+    assert read("--frames", "5", "--preset", "tiny").frames == (5,)
+
+
+def test_default_preset():
+    assert read(default="tiny").steps == read("--lr", "1", default="tiny").steps == 3
+    assert read("--preset", "paper", default="tiny").steps == 1000
+
+
+def test_reads_the_real_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "7"])
+    assert parse(Config, PRE) == Config(steps=7)
+
+
+def test_bool():
+    assert read("--no-offload").offload is False
+    assert read("--preset", "tiny", "--offload").offload is True
+
+
+def test_numbers():
+    assert read("--lr", "2e-6").lr == 2e-6
+    assert read("--lr", "-1").lr == -1
+    assert read("--size", "4").size == 4
+
+
+def test_optional():
+    assert read("--resume", "x").resume == Path("x")
+
+
+def test_tuples():
+    assert read("--frames", "8", "16", "32", "--lr", "1").frames == (8, 16, 32)
+    assert read("--depths", "0", "0.5").depths == (0.0, 0.5)
+    assert read("--betas", ".9", ".98").betas == (0.9, 0.98)
+
+
+@pytest.mark.parametrize("argv", [["text", "why?", "--lr", "1"], ["--lr", "1", "text", "why?"]])
+def test_positional(argv):
+    assert read(*argv) == Config(mode="text", question="why?", lr=1)
+    assert read("text") == Config(mode="text")
+    assert read("text", "--really, why?") == Config(mode="text", question="--really, why?")
+    assert read("text", "--", "--why?") == Config(mode="text", question="--why?")
+
+
+def test_positional_that_must_be_given(capsys):
+    cls = dataclasses.make_dataclass(
+        "Cls", [("video", Path, knob(MISSING, "file", positional=True))], frozen=True
+    )
+    assert parse(cls, argv=["a.mp4"]).video == Path("a.mp4")
+    with pytest.raises(SystemExit):
+        parse(cls, argv=[])
+    assert "required: video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad, complaint", [
+    (["--nope", "1"], "there is no setting --nope (--help lists"),
+    (["--step", "1"], "there is no setting --step; did you mean --steps?"),
+    (["text", "--model=x", "--leftover=1"], "there is no setting --leftover"),
+    (["text", "why?", "more"], "unrecognized arguments: more"),
+    (["--steps", "ten"], "argument --steps: expected a whole number such as 1000, got 'ten'"),
+    (["--steps", "1.5"], "argument --steps: expected a whole number such as 1000, got '1.5'"),
+    (["--steps", "0"], "--steps 0: expected at least 1"),
+    (["--steps"], "argument --steps: expected one argument"),
+    (["--lr", "nan"], "argument --lr: expected a number such as 0.5 or 1e-5, got 'nan'"),
+    (["--lr", "fast"], "argument --lr: expected a number such as 0.5 or 1e-5, got 'fast'"),
+    (["--frames", "8", "x"], "argument --frames: expected a whole number such as 1000, got 'x'"),
+    (["--frames"], "argument --frames: expected at least one argument"),
+    (["--betas", "1"], "argument --betas: expected 2 arguments"),
+    (["--scheme", "x"], "argument --scheme: invalid choice: 'x' (choose from"),
+    (["--preset", "x"], "argument --preset: invalid choice: 'x' (choose from"),
+    (["sound"], "argument mode: invalid choice: 'sound' (choose from"),
+])  # fmt: skip
+def test_bad(bad, complaint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        read(*bad)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err.startswith(f"train.py: {complaint}") and said.err.count("\n") == 1
+
+    monkeypatch.setenv("RANK", "1")  # the other ranks leave as well, silently
+    with pytest.raises(SystemExit) as stop:
+        read(*bad)
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "100 % of them [1000]" in " ".join(said.split()) and "frames [8 16]" in said
+
+
+def test_run_calls_main(monkeypatch):
+    seen = []
+    flags.run(seen.append, Config, PRE, default="tiny", argv=["--lr", "2"])
+    assert seen == [Config(steps=3, offload=False, frames=(1,), lr=2)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_run_ends_with_a_sentence(rank, capsys, monkeypatch):
+    """Errors of our files are for the user; a rank that alone has one says it, after giving rank 0 its time."""
+    slept = []
+    monkeypatch.setattr(flags.time, "sleep", slept.append)
+    monkeypatch.setattr(sys, "argv", ["here/train.py"])
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as stop:
+        flags.run(lambda cfg: read_picture("no.png"), Config)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err == "train.py: no.png: no such picture file\n" and said.out == ""
+    assert len(slept) == rank
+
+
+def test_run_keeps_the_traceback_of_our_own_mistakes():
+    with pytest.raises(ValueError, match="invalid literal"):
+        flags.run(lambda cfg: int("x"), Config, argv=[])  # this file stands for a library
+    with pytest.raises(ZeroDivisionError):
+        flags.run(lambda cfg: 1 / 0, Config, argv=[])
+
+
+def test_no_torch():
+    code = "import data.flags, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_torchrun_cannot_take_our_flags():
+    """The list is the installed torchrun's, and a flag that would be lost is refused."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = {o[2:] for a in get_args_parser()._actions for o in a.option_strings if o.startswith("--")}
+    assert {name for name in theirs if "_" not in name} <= set(flags.TORCHRUN)
+    for name in ("run", "log", "max", "start", "node", "rdzv", "local"):
+        with pytest.raises(AssertionError, match="torchrun would take"):
+            parse(dataclasses.make_dataclass("Cls", [(name, int, knob(1, "x"))]), argv=[])
+    for name in ("resume", "seed", "log_every", "role"):  # an exact match is passed on
+        parse(dataclasses.make_dataclass("Cls", [(name, int, knob(1, "x"))]), argv=[])

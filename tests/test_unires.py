@@ -1,0 +1,423 @@
+"""unires.py against slow loops, the release's token counts, and Hugging Face's CLIP and LLaVA-NeXT preprocessing."""
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import clip
+import unires
+from tests.shapes import watched
+from unires import Layout, choose_grids, token_count
+
+# width, height, canvas (width, height), UniRes tokens, the paper's tokens, AnyRes map (h, w), AnyRes tokens.
+# Computed with the release's functions. None: beyond 49 grids, checked below.
+GOLDEN = [
+    (336, 336, (336, 672), 288, 144, (24, 24), 1176),
+    (224, 224, (336, 672), 288, 144, (24, 24), 1176),
+    (100, 100, (336, 672), 288, 144, (24, 24), 1176),
+    (500, 400, (672, 672), 576, 144, (38, 48), 2438),
+    (640, 480, (672, 672), 576, 144, (36, 48), 2340),
+    (480, 640, (672, 672), 576, 144, (48, 36), 2352),
+    (672, 672, (672, 672), 576, 576, (48, 48), 2928),
+    (800, 600, (1008, 672), 864, 288, (36, 48), 2340),
+    (1024, 768, (1344, 1008), 1728, 864, (36, 48), 2340),
+    (1280, 720, (1344, 1008), 1728, 864, (28, 48), 1948),
+    (1920, 1080, (2016, 1344), 3456, 2160, (28, 48), 1948),
+    (1080, 1920, (1344, 2016), 3456, 2160, (48, 28), 1968),
+    (1654, 2339, (1680, 2352), 5040, 3456, (48, 34), 2256),
+    (2000, 2000, (2016, 2016), 5184, 3600, (48, 48), 2928),
+    (2352, 2352, (2352, 2352), 7056, 7056, (48, 48), 2928),
+    (3000, 2000, (2688, 2016), 6912, 5760, (32, 48), 2144),
+    (800, 4000, (1008, 4032), 5184, 3168, (72, 14), 1656),
+    (1200, 6000, (1008, 5040), 6480, None, (72, 14), 1656),
+    (4000, 4000, (2352, 2352), 7056, None, (48, 48), 2928),
+    (336, 3000, (336, 3024), 1296, 1152, (72, 8), 1224),
+]  # fmt: skip
+
+
+def noise(width, height, mode="RGB", seed=0):
+    """A smooth random picture: resizing it has something to interpolate."""
+    small = np.random.default_rng(seed).integers(
+        0, 256, (max(2, height // 5), max(2, width // 5), 3), np.uint8
+    )
+    return Image.fromarray(small).resize((width, height), Image.BICUBIC).convert(mode)
+
+
+def coded(N, side, D=3):
+    """Features that say where they are: (grid, patch row, patch column)."""
+    x = torch.zeros(N, side * side, D)
+    for n in range(N):
+        for y in range(side):
+            for c in range(side):
+                x[n, y * side + c] = torch.tensor([n, y, c])
+    return x
+
+
+# ------------------------------------------------------------------------------------------- how many grids
+
+
+@pytest.mark.parametrize("width, height, canvas, tokens, paper, shape, anyres_tokens", GOLDEN)
+def test_golden_token_counts(width, height, canvas, tokens, paper, shape, anyres_tokens):
+    rows, cols = unires.canvas_grids(width, height, 336)
+    assert (cols * 336, rows * 336) == canvas
+    assert token_count(rows, cols, 24) == Layout(rows, cols).tokens(24) == tokens
+    rows, cols = unires.floor_grids(width, height, 336)
+    if paper:
+        assert token_count(rows, cols, 24) == paper
+        assert (rows, cols) == (max(1, height // 336), max(1, width // 336))
+    rows, cols = choose_grids(width, height, 336, "anyres")
+    layout = Layout(rows, cols, "anyres", (width, height))
+    assert layout.tokens(24) == anyres_tokens == 576 + shape[0] * (shape[1] + 1)
+
+
+def test_video_token_counts():
+    for n, tokens in [(8, 1152), (16, 2304), (32, 4608), (64, 9216), (128, 18432), (384, 55296)]:
+        assert Layout(1, n).tokens(24) == tokens
+
+
+def test_canvases_are_the_release_s_200():
+    slow = [(w, h) for w in range(1, 50) for h in range(1, 50) if w * h <= 49 and (w, h) != (1, 1)]
+    assert [(cols, rows) for rows, cols in unires.canvases()] == slow
+    assert len(slow) == 200 and slow[:2] == [(1, 2), (1, 3)] and slow[-1] == (49, 1)
+
+
+@pytest.mark.oracle
+def test_best_canvas_equals_transformers():
+    """LLaVA-NeXT's select_best_resolution, here with the 200 canvases: same choice on random pictures."""
+    processing = pytest.importorskip("transformers.image_processing_utils")
+    rng = random.Random(0)
+    for shapes in (unires.canvases(), unires.ANYRES, unires.canvases(6)):
+        for side in (336, 32):
+            for _ in range(8):
+                width, height = rng.randint(1, 3000), rng.randint(1, 3000)
+                pixels = [(r * side, c * side) for r, c in shapes]
+                h, w = processing.select_best_resolution((height, width), pixels)
+                assert unires.best_canvas(width, height, side, shapes) == (h // side, w // side), (
+                    width,
+                    height,
+                )
+
+
+def test_floor_rule_scales_large_pictures_down():
+    """Over the limit: the largest scaled-down copy whose area is at most 49 grids, searched for here slowly."""
+    assert unires.floor_grids(4000, 4000, 336) == (7, 7)  # exactly 7.0 grids each way
+    assert unires.floor_grids(1200, 6000, 336) == (15, 3)
+    rng = random.Random(1)
+    for _ in range(50):
+        width, height = rng.randint(2700, 9000), rng.randint(2700, 9000)
+        rows = max(n for n in range(1, 50) if n * n * width <= 49 * height)
+        cols = max(n for n in range(1, 50) if n * n * height <= 49 * width)
+        assert unires.floor_grids(width, height, 336) == (rows, cols) and rows * cols <= 49
+    for width, height in [(40000, 336), (336, 40000), (60000, 400)]:
+        rows, cols = unires.floor_grids(width, height, 336)
+        assert 40 < rows * cols <= 49 and min(rows, cols) == 1
+    assert unires.floor_grids(200, 130, 32, limit=4) == (1, 2)  # 4 x 6 grids shrunk to 1.61 x 2.48
+
+
+def test_sizes_are_arguments():
+    assert choose_grids(64, 64, 32, "canvas", limit=16) == (2, 2)
+    assert choose_grids(100, 70, 32, "floor") == (2, 3)
+    assert choose_grids(100, 30, 32, "anyres", limit=2) == (1, 2)
+    assert Layout(2, 2).tokens(4) == 16 and Layout(2, 2, "anyres").tokens(4) == 16 + 8 * 9
+
+
+# ------------------------------------------------------------------------------------------ pictures to pixels
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("size", [(40, 30), (31, 57), (32, 32), (33, 200), (500, 40), (17, 5), (1, 3)])
+def test_crop_equals_transformers(size):
+    """Frames are cropped as by CLIP's own processor; the pixels differ by rounding in float32 alone."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    theirs = kind(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image = noise(*size)
+    want = theirs(image, return_tensors="pt")["pixel_values"][0]
+    assert_close(unires.frame(image, 32), want, atol=1e-6, rtol=0)
+    defaults = kind()
+    assert (*defaults.image_mean, *defaults.image_std) == (*unires.MEAN, *unires.STD)
+
+
+def test_constants_are_clip_s():
+    assert (unires.MEAN, unires.STD) == (clip.MEAN, clip.STD)
+    assert tuple(int(255 * m) for m in unires.MEAN) == unires.FILL
+
+
+def pixel(rgb):
+    """What an RGB colour becomes."""
+    return [(v / 255 - m) / s for v, m, s in zip(rgb, unires.MEAN, unires.STD)]
+
+
+def slow_canvas(image, width, height):
+    """The release's resize_and_pad_image, as described: keep the aspect, round the free side up, black around."""
+    if width / image.width < height / image.height:
+        w, h = width, min(int(np.ceil(image.height * (width / image.width))), height)
+    else:
+        w, h = min(int(np.ceil(image.width * (height / image.height))), width), height
+    canvas = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - h) // 2, (width - w) // 2
+    canvas[top : top + h, left : left + w] = np.array(image.resize((w, h), Image.BICUBIC))
+    return canvas
+
+
+@pytest.mark.parametrize("rule", ["canvas", "floor", "anyres"])
+@pytest.mark.parametrize("size", [(41, 30), (64, 96), (33, 100), (7, 5), (100, 33), (55, 9)])
+def test_cut_against_loops(rule, size):
+    image, (rows, cols), side = noise(*size), (2, 3), 16
+    if rule == "floor":
+        canvas = np.array(image.resize((cols * side, rows * side), Image.BICUBIC))
+    else:
+        canvas = slow_canvas(image, cols * side, rows * side)
+    got = unires.cut(image, rows, cols, side, rule)
+    assert got.dtype == torch.float32 and got.shape == (6, 3, 16, 16)
+    want = torch.empty_like(got)
+    for row in range(rows):
+        for col in range(cols):
+            for y in range(side):
+                for x in range(side):
+                    want[row * cols + col, :, y, x] = torch.tensor(
+                        pixel(canvas[row * side + y, col * side + x])
+                    )
+    assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_canvas_pads_with_black_and_floor_does_not():
+    white = Image.new("RGB", (64, 16), "white")
+    black, bright = torch.tensor(pixel((0, 0, 0))), torch.tensor(pixel((255, 255, 255)))
+    padded = unires.cut(white, 2, 2, 16)
+    assert_close(padded[0, :, 0, 0], black)
+    assert_close(padded[0, :, 15, 0], bright)
+    assert_close(unires.cut(white, 2, 2, 16, "floor")[0, :, 0, 0], bright)
+
+
+def test_letterbox():
+    """A 2:1 picture covers the middle half, apart from bicubic ringing; the rest is CLIP's mean colour."""
+    got = unires.frame(Image.new("RGB", (64, 32), "white"), 32, "pad")
+    for fill in (got[:, :6], got[:, 26:]):
+        assert_close(fill, torch.tensor(pixel(unires.FILL))[:, None, None].expand_as(fill))
+        assert fill.abs().max() < 1 / 255 / min(unires.STD)  # zero, but for one step of 8 bits
+    assert_close(got[:, 10:22], torch.tensor(pixel((255, 255, 255)))[:, None, None].expand(3, 12, 32))
+    tall = noise(30, 51)
+    square = np.empty((51, 51, 3), np.uint8)
+    square[:] = unires.FILL
+    square[:, 10:40] = np.array(tall)
+    assert torch.equal(unires.frame(tall, 32, "pad"), unires.base_grid(square, 32)[0])
+
+
+def test_letterbox_of_a_long_picture_stays_small():
+    got = unires.frame(Image.new("RGB", (20000, 200), "white"), 32, "pad")  # else a square of 1.2 GB
+    assert got.shape == (3, 32, 32) and got[:, 15:17].max() > 0
+
+
+def test_frames_and_arrays():
+    images = [noise(50, 40, seed=s) for s in range(3)]
+    got = unires.frames((np.array(image) for image in images), 32)
+    assert got.shape == (3, 3, 32, 32)
+    for n in range(3):
+        assert torch.equal(got[n], unires.frame(images[n], 32))
+
+
+def reread(image, form="PNG"):
+    file = io.BytesIO()
+    image.save(file, form)
+    return Image.open(file)
+
+
+def colour(image):
+    return unires.rgb(image).getpixel((0, 0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_modes():
+    """What each kind of picture becomes; alpha is dropped and hidden colour shows, as in the release."""
+    assert colour(Image.new("L", (4, 4), 77)) == (77, 77, 77)
+    assert colour(Image.new("1", (4, 4), 1)) == (255, 255, 255)
+    assert colour(Image.new("RGBA", (4, 4), (10, 20, 30, 0))) == (10, 20, 30)
+    assert colour(Image.new("LA", (4, 4), (9, 128))) == (9, 9, 9)
+    assert colour(Image.new("CMYK", (4, 4), (0, 255, 255, 0))) == (255, 0, 0)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.info["transparency"] = 1
+    assert colour(palette) == (200, 100, 50)
+    assert colour(reread(palette)) == (200, 100, 50)
+    for value, want in [(0, 0), (30000, 117), (60000, 233), (65535, 255)]:
+        deep = reread(Image.fromarray(np.full((4, 4), value, np.uint16)))
+        assert deep.mode.startswith("I") and colour(deep) == (want,) * 3
+        assert colour(Image.fromarray(np.full((4, 4), value, np.int32))) == (want,) * 3
+    assert colour(Image.fromarray(np.full((4, 4), 65535, ">u2"))) == (255, 255, 255)
+
+
+def test_animation_shows_its_first_picture():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(
+        file, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")]
+    )
+    assert colour(Image.open(file)) == (255, 0, 0)
+
+
+def test_exif_rotation_is_ignored():
+    image = Image.new("RGB", (8, 4), "red")
+    image.getexif()[0x0112] = 6
+    assert unires.rgb(reread(image, "JPEG")).size == (8, 4)
+
+
+class Undecoded(Image.Image):
+    """A picture whose header claims a size, and which must not be decoded."""
+
+    size = (8000, 4001)
+
+    def load(self):
+        raise AssertionError("decoded before its size was checked")
+
+
+@pytest.mark.parametrize("image, message", [
+    (Image.new("L", (1, 201)), "1x201 pixels cannot be used"),
+    (Image.new("L", (201, 1)), "at most 200 times"),
+    (Image.new("L", (0, 5)), "0x5 pixels"),
+    (Undecoded(), "8000x4001 pixels cannot be used: at most 32 megapixels"),
+    (Image.new("F", (4, 4)), "mode F has no known range"),
+    (Image.new("I", (4, 4), 70000), "mode I has no known range"),
+    (Image.new("I", (4, 4), -1), "mode I has no known range"),
+])  # fmt: skip
+def test_refused_pictures(image, message):
+    for call in (
+        unires.rgb,
+        lambda i: unires.cut(i, 1, 2, 32),
+        lambda i: unires.show(i, 32),
+        lambda i: unires.frame(i, 32),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(image)
+
+
+def test_limits_are_just_passed():
+    unires.check_size(8000, 4000)
+    unires.check_size(1, 200)
+    with pytest.raises(ValueError, match="8001x4000"):
+        choose_grids(8001, 4000, 336)
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match=r"no rule 'best'.*canvas, floor, anyres"):
+        choose_grids(10, 10, 336, "best")
+    with pytest.raises(ValueError, match="fewer than 2 grids"):
+        choose_grids(10, 10, 336, "canvas", limit=1)
+    with pytest.raises(ValueError, match="at most 0 grids"):
+        choose_grids(10, 10, 336, "floor", limit=0)
+    with pytest.raises(ValueError, match="not by 'stretch'"):
+        unires.frame(noise(8, 8), 32, "stretch")
+    with pytest.raises(ValueError, match="without frames"):
+        unires.frames([], 32)
+    with pytest.raises(ValueError, match="3x3 patches cannot be pooled"):
+        unires.unires(torch.zeros(2, 9, 4), 1, 2)
+    with pytest.raises(ValueError, match="3x3 patches cannot be pooled"):
+        token_count(1, 2, 3)
+    with pytest.raises(ValueError, match="no scheme 'flat'"):
+        Layout(1, 1, "flat")
+    for wrong in (torch.zeros(3, 16, 4), torch.zeros(4, 12, 4)):
+        with pytest.raises(AssertionError):
+            unires.unires(wrong, 2, 2)
+        with pytest.raises(AssertionError):
+            unires.anyres(wrong, 2, 2, torch.zeros(4))
+
+
+# ------------------------------------------------------------------------------------------- features to tokens
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 1), (2, 3), (3, 2), (1, 5)])
+def test_unires_order_and_pooling(rows, cols):
+    """Token by token: grid after grid, inside a grid row by row, each the mean of its four patches."""
+    side, x = 6, coded(rows * cols, 6)
+    got, t = unires.unires(x, rows, cols), 0
+    assert got.shape == (token_count(rows, cols, side), 3)
+    for grid in range(rows * cols):
+        for y in range(0, side, 2):
+            for c in range(0, side, 2):
+                assert got[t].tolist() == [grid, y + 0.5, c + 0.5]
+                t += 1
+    assert t == len(got)
+
+
+def test_unires_values_equal_avg_pool():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 64, 5).to(dtype)
+        maps = x.transpose(1, 2).reshape(3, 5, 8, 8)
+        want = torch.nn.functional.avg_pool2d(maps, 2).flatten(2).transpose(1, 2).reshape(48, 5)
+        assert_close(unires.unires(x, 1, 3), want, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("rows, cols, unpad", [
+    (1, 2, None), (2, 1, (10, 20)), (2, 2, (50, 50)), (2, 2, (500, 400)), (2, 2, (9, 200)), (1, 3, (70, 17)),
+    (3, 1, (17, 70)), (2, 2, (199, 1)),
+])  # fmt: skip
+def test_anyres_order_newlines_and_unpad(rows, cols, unpad):
+    """Token by token: the base, then each row of the picture across grids, a newline after each row."""
+    side, x = 4, coded(1 + rows * cols, 4)
+    newline = torch.tensor([-1.0, -2.0, -3.0])
+    height, width, top, left = rows * side, cols * side, 0, 0
+    if unpad and unpad[0] / unpad[1] > width / height:
+        top = (height - int(unpad[1] * (width / unpad[0]))) // 2
+    elif unpad:
+        left = (width - int(unpad[0] * (height / unpad[1]))) // 2
+    want = [[0, y, c] for y in range(side) for c in range(side)]
+    for y in range(top, height - top):
+        for c in range(left, width - left):
+            grid = (y // side) * cols + c // side
+            want.append([1 + grid, y % side, c % side])
+        want.append([-1, -2, -3])
+    assert unires.anyres(x, rows, cols, newline, unpad).tolist() == want
+    assert token_count(rows, cols, side, "anyres", unpad) == len(want)
+
+
+def test_layout_arranges_either_scheme():
+    x, newline = coded(5, 4), torch.zeros(3)
+    assert Layout(1, 5).grids == 5 and Layout(2, 2, "anyres").grids == 5
+    assert torch.equal(Layout(1, 5).arrange(x, newline), unires.unires(x, 1, 5))
+    assert torch.equal(Layout(1, 5).arrange(x), unires.unires(x, 1, 5))
+    layout = Layout(2, 2, "anyres", (50, 40))
+    assert torch.equal(layout.arrange(x, newline), unires.anyres(x, 2, 2, newline, (50, 40)))
+    with pytest.raises(AssertionError, match="image_newline"):
+        layout.arrange(x)
+
+
+@pytest.mark.parametrize("rule", unires.RULES)
+def test_show_from_picture_to_tokens(rule):
+    for size in [(100, 70), (31, 33), (20, 300)]:
+        image = noise(*size)
+        pixels, layout = unires.show(image, 32, rule, limit=16)
+        rows, cols = choose_grids(*size, 32, rule, limit=16)
+        assert (layout.rows, layout.cols) == (rows, cols) and pixels.shape == (layout.grids, 3, 32, 32)
+        cuts = unires.cut(image, rows, cols, 32, rule)
+        if rule == "anyres":
+            assert layout.unpad == size and torch.equal(pixels[0], unires.base_grid(image, 32)[0])
+        assert torch.equal(pixels[-rows * cols :], cuts)
+        assert torch.equal(unires.show(np.array(image), 32, rule, limit=16)[0], pixels)
+        tokens = layout.arrange(coded(layout.grids, 4), torch.zeros(3))
+        assert len(tokens) == layout.tokens(4)
+
+
+def test_gradients_flow():
+    """Every patch receives a quarter of its token's gradient; the newline one for each row."""
+    x = torch.randn(4, 16, 3, requires_grad=True)
+    unires.unires(x, 2, 2).sum().backward()
+    assert_close(x.grad, torch.full_like(x, 0.25))
+    x, newline = torch.randn(5, 16, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    unires.anyres(x, 2, 2, newline, (50, 40)).sum().backward()
+    assert newline.grad.tolist() == [6.0] * 3  # 8 rows of patches, one cut off above and below
+    assert x.grad[0].eq(1).all() and x.grad.sum() == 3 * (16 + 6 * 8)
+
+
+def test_suffixes_tell_the_truth():
+    with watched(Path(unires.__file__)) as told:
+        for rule in unires.RULES:
+            _, layout = unires.show(noise(70, 50), 32, rule, limit=6)
+            layout.arrange(coded(layout.grids, 4), torch.zeros(3))
+        unires.frames([noise(50, 40)], 32, "pad")
+    assert not told, told

@@ -1,0 +1,182 @@
+"""Long-context extension: train a language model on long text, and its context grows (Sec. 3.1).
+
+What      Continued pretraining with the RoPE base raised, one sequence spread over all ranks by ring attention.
+Paper     Sec. 3.1: Qwen2-7B-Instruct, 224,000 tokens, RoPE base 1e9, 1000 steps of 4 sequences.
+Run       python train_text.py --preset tiny-base                      the tiny base model, its context short
+          torchrun --nproc-per-node 2 train_text.py                    its extension: two ranks, one sequence
+          torchrun --nproc-per-node 8 train_text.py --preset longva --weights Qwen2-7B-Instruct --corpus TOKENS.npy
+Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
+Deviates  The loss is the mean over all targets of a step's part, not the mean of the ranks' means.
+          The learning rate is the one asked for; the release's flag is ignored by its scheduler.
+          The tiny model is made from nothing here, so that nothing need be downloaded; the paper starts from Qwen2.
+
+Kill it at any moment and run the same command again: it goes on, and ends with the same weights to the bit.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import longva
+import ring
+from data import runs, synthetic, text, tokenizer, weights
+from data.flags import knob, run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Extend a language model's context by training on long text (Sec. 3.1)."""
+
+    out: Path = knob(Path("runs/extended"), "folder of this run: log, saved state, exported model (ours)")
+    weights: Path | None = knob(None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)")
+    corpus: str = knob("synthetic", "packed token file (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)")
+    seq_len: int = knob(224_000, "tokens per sequence (Sec. 3.1)")
+    batch: int = knob(1, "sequences read at once (release: extend_qwen2.sh)")
+    accumulate: int = knob(4, "parts that make one step (release: extend_qwen2.sh)")
+    steps: int = knob(1000, "optimizer steps (Sec. 3.1)")
+    short_steps: int = knob(0, "of these, first steps on short sequences (ours)")
+    short_len: int = knob(64, "tokens per sequence in those steps, as many tokens in all (ours)")
+    rope_theta: float = knob(1e9, "RoPE base (Sec. 3.1)")
+    lr: float = knob(1e-5, "learning rate, constant (release: extend_qwen2.sh)")
+    warmup: int = knob(0, "steps in which it rises from zero (release: extend_qwen2.sh)")
+    cooldown: float = knob(0.0, "share of the steps, at the end, in which it falls to a tenth (ours)")
+    beta2: float = knob(0.95, "AdamW's second decay; the first is 0.9 (release: extend_qwen2.sh)")
+    weight_decay: float = knob(0.1, "on all parameters alike (release: extend_qwen2.sh)")
+    clip: float = knob(1.0, "largest norm of the gradient (release: extend_qwen2.sh)")
+    precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)")
+    remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
+    offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
+    save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
+    seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+
+
+TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
+    "accumulate": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32", "remat": False, "offload": False,
+    "save_every": 50, "cooldown": 0.2,
+}  # fmt: skip
+LONG = {"seq_len": 2048, "batch": 4, "steps": 200, "rope_theta": 1e6, "lr": 1e-3, "warmup": 20}
+SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "lr": 1e-3}
+BASE = Path("runs/tiny-base/model")
+PRESETS = {
+    "tiny-base": {**TINY, **SHORT, "steps": 1500, "short_steps": 600, "warmup": 100, "out": Path("runs/tiny-base")},
+    "tiny": {**TINY, **LONG, "weights": BASE, "out": Path("runs/tiny-extended")},
+    "tiny-control": {**TINY, **SHORT, "steps": 200, "warmup": 20, "weights": BASE, "out": Path("runs/tiny-control")},
+    "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
+}
+NEXT = {
+    "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
+    "tiny-extended": "python train_text.py --preset tiny-control",
+    "tiny-control": "python train_vision.py --stage tower",
+}
+TINY_LM = longva.LMConfig(  # 0.8 million parameters; V is set by the tokenizer
+    hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    rope_theta=1e4, max_position_embeddings=256,
+)  # fmt: skip
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """The rate at a step: up over `warmup`, constant, and down to a tenth over the last `cooldown` of the steps."""
+    up = min(1.0, (step + 1) / max(1, cfg.warmup))
+    left = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
+    return cfg.lr * up * max(0.1, min(1.0, left))
+
+
+def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
+    """A function from the number of a part to its (ids_BS, targets_BS): nothing else decides what is read."""
+    if cfg.corpus != "synthetic":
+        tokens = text.open_tokens(cfg.corpus)
+        return lambda part: text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, part)
+
+    def batch(part: int) -> tuple[Tensor, Tensor]:
+        step = part // cfg.accumulate
+        S = cfg.short_len if step < cfg.short_steps else cfg.seq_len
+        return synthetic.text_batch(words, cfg.seed, part, cfg.batch * cfg.seq_len // S, S)
+
+    return batch
+
+
+def main(cfg: Config) -> None:
+    """Train, save, export; resumes where a killed run of the same settings stopped."""
+    # 1 processes
+    world = ring.start(cfg.device)
+    if world.rank == 0:
+        runs.open_run(cfg.out, asdict(cfg))
+
+    # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
+    words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
+    config = longva.read_config(cfg.weights) if cfg.weights else replace(TINY_LM, vocab_size=words.size)
+    config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
+    with torch.device("meta"):
+        model = longva.LM(config)
+    model.model.remat = cfg.remat
+    param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
+    ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
+    source = weights.read(cfg.weights) if cfg.weights else longva.fresh(model, cfg.seed)
+    longva.fill_from(model, source, ring.fill)
+    parameters = sum(p.numel() for p in model.parameters())
+    ring.say(world, f"{parameters:,} parameters on {world.ranks} rank(s), device {world.device}")
+
+    # 3 data
+    batch = make_batches(cfg, words)
+
+    # 4 optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay
+    )
+
+    # 5 resume
+    first, _ = ring.load_state(cfg.out / "state", model, optimizer, world) or (0, {})
+    if world.rank == 0:
+        runs.rewind(cfg.out, first)
+
+    # 6 the loop
+    attend = ring.zigzag_attend(world)
+    bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
+    for step in bar:
+        began, loss, count = time.perf_counter(), 0.0, 0
+        for part in range(step * cfg.accumulate, (step + 1) * cfg.accumulate):
+            ids_BS, targets_BS = (x.to(world.device) for x in batch(part))
+            idx_T = ring.zigzag_index(ids_BS.shape[1], world)
+            nll_B, count_B = model(ids_BS[:, idx_T], idx_T, targets_BS[:, idx_T], attend)
+            (ring.global_mean(nll_B.sum(), count_B.sum(), world) / cfg.accumulate).backward()
+            loss, count = loss + ring.total(nll_B.sum(), world).item(), count + ring.total(count_B.sum(), world).item()
+        norm = ring.clip_gradients(model, cfg.clip, world)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if world.rank == 0:
+            speed = ids_BS.numel() * cfg.accumulate / (time.perf_counter() - began)
+            line = {"step": step, "loss": loss / count, "norm": norm, "lr": learning_rate(cfg, step)}
+            runs.log(cfg.out, {**line, "tokens_per_s": round(speed)})
+            bar.set_postfix(loss=f"{loss / count:.3f}", tokens_per_s=f"{speed:,.0f}")
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, asdict(cfg))
+
+    # 7 export
+    export(cfg, config, model, world)
+    ring.stop(world)
+
+
+def export(cfg: Config, config: longva.LMConfig, model: longva.LM, world: ring.World) -> None:
+    """Write the model as Hugging Face lays it out, beside its tokenizer, and say what comes next."""
+    stream = ring.whole_parameters(model, world)
+    if world.rank > 0:
+        for _ in stream:  # every rank takes part in gathering each tensor
+            pass
+        return
+    folder = cfg.out / "model"
+    weights.copy_tokenizer(cfg.weights or synthetic.TOKENIZER, folder)
+    weights.write(folder, stream, longva.to_dict(config), dtype=torch.bfloat16)
+    print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
+    print(f"next:  {NEXT.get(cfg.out.name, f'python train_vision.py --weights {folder}')}")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, default="tiny")

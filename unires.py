@@ -1,0 +1,318 @@
+"""UniRes: how a picture or a video becomes grids, and how the features of the grids become tokens.
+
+What      Three steps around CLIP and the projector (longva.py): choose how many grids a picture gets, cut
+          them out of it, and, once they are features, pool and order them. AnyRes, the baseline, is the twin.
+Paper     Sec. 3.2 and Fig. 8 (UniRes against AnyRes); AnyRes is LLaVA-NeXT's.
+Run       imported by longva.py, train_vision.py and vniah.py.
+Key       N grids = frames   P patches per grid (576)   D LM width   T tokens
+          C colour channels  Y X pixels (336 336)       H W height and width of a map of patches
+Deviates  "canvas" is the release's way to choose grids, "floor" the paper's. The release has 200 canvases,
+          all but the single grid, so that the smallest picture takes two; kept, for its weights expect it.
+          The base grid is not made for UniRes: the release encodes it and then throws it away.
+          Every grid is pooled, also a lone one; the release leaves a single crop unpooled (576 tokens).
+          As in the release, EXIF rotation is ignored and transparency dropped. Against it, 16-bit grey is
+          scaled to 8 bits (it would clip to white) and absurdly large or thin pictures are refused.
+
+    rows, cols = choose_grids(1920, 1080, side=336)           4 rows of 6 grids
+    pixels_NCYX = cut(picture, rows, cols, side=336)          24 grids of 336x336 pixels
+    x_NPD = projector(tower(pixels_NCYX))                     24 x 576 features (longva.py)
+    x_TD = unires(x_NPD, rows, cols)                          24 x 144 = 3456 tokens
+
+A video is a picture of one row: its N frames are N grids (`frames`, then `unires(x_NPD, 1, N)`). `show` does
+the first two steps at once, and a `Layout` keeps what the last one needs: callers need not know the scheme.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, isqrt
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour, of pixels in 0..1; the same as in clip.py
+STD = (0.26862954, 0.26130258, 0.27577711)
+FILL = (122, 116, 104)  # int(255 * MEAN): what a letterbox is filled with, nearly zero to CLIP
+LIMIT = 49  # grids per picture, at most (Sec. 3.2)
+ANYRES = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]  # LLaVA-NeXT's canvases, (rows, cols), first of equals wins
+MAX_PIXELS, MAX_ASPECT = 32_000_000, 200  # a 10 kB file can otherwise unpack to gigabytes
+
+Picture = Image.Image | np.ndarray  # an array is uint8[Y, X, 3]
+
+
+# ----------------------------------------------------------------------------------- 1 how many grids
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for a picture too large or too thin to handle, before it is decoded. In pixels."""
+    short, long = sorted((width, height))
+    if short < 1 or short * long > MAX_PIXELS or long > MAX_ASPECT * short:
+        raise ValueError(
+            f"a picture of {width}x{height} pixels cannot be used: at most {MAX_PIXELS // 10**6} megapixels "
+            f"and a long side of at most {MAX_ASPECT} times the short one are expected; shrink or crop it"
+        )
+
+
+def floor_grids(width: int, height: int, side: int, limit: int = LIMIT) -> tuple[int, int]:
+    """The paper's rule: as many whole grids as fit each way, at least one -> (rows, cols) (Sec. 3.2).
+
+    Where these are more than `limit`, the picture is first scaled down, aspect kept, to the area of `limit`
+    grids: then floor(sqrt(limit * width / height)) of them fit across, in integers so that 7.0 is never 6.
+    """
+    rows, cols = max(1, height // side), max(1, width // side)
+    if rows * cols > limit:
+        rows, cols = isqrt(limit * height // width), isqrt(limit * width // height)
+        rows, cols = min(max(1, rows), limit), min(max(1, cols), limit)  # for pictures thinner than limit:1
+    return rows, cols
+
+
+def canvases(limit: int = LIMIT) -> list[tuple[int, int]]:
+    """All (rows, cols) of 2 to `limit` grids, in the release's order: narrow before wide, low before high."""
+    return [(r, c) for c in range(1, limit + 1) for r in range(1, limit // c + 1) if r * c > 1]
+
+
+def best_canvas(width: int, height: int, side: int, shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The (rows, cols) that shows most of the picture's own pixels; of equals the least wasteful, the first.
+
+    Enlarging adds no pixels, so that a small picture takes the canvas with the least waste.
+    """
+    if not shapes:
+        raise ValueError("no canvas has fewer than 2 grids; raise the limit or choose the rule 'floor'")
+
+    def merit(shape: tuple[int, int]) -> tuple[int, int]:
+        rows, cols = shape
+        scale = min(cols * side / width, rows * side / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, -(rows * cols * side * side - shown)
+
+    return max(shapes, key=merit)
+
+
+def canvas_grids(width: int, height: int, side: int, limit: int = LIMIT) -> tuple[int, int]:
+    """The release's rule: the best of all canvases, 200 of them -> (rows, cols)."""
+    return best_canvas(width, height, side, canvases(limit))
+
+
+def anyres_grids(width: int, height: int, side: int, limit: int = LIMIT) -> tuple[int, int]:
+    """LLaVA-NeXT's rule: the best of five canvases -> (rows, cols), the base grid not counted."""
+    return best_canvas(width, height, side, [(r, c) for r, c in ANYRES if r * c <= limit])
+
+
+RULES = {"canvas": canvas_grids, "floor": floor_grids, "anyres": anyres_grids}
+
+
+def choose_grids(
+    width: int, height: int, side: int, rule: str = "canvas", limit: int = LIMIT
+) -> tuple[int, int]:
+    """How many grids of `side` pixels a picture of width x height pixels gets -> (rows, cols).
+
+    Raises ValueError for a picture that check_size refuses, a rule not in RULES, or a limit below 1.
+    """
+    if rule not in RULES:
+        raise ValueError(f"there is no rule {rule!r} to choose grids; choose one of {', '.join(RULES)}")
+    if limit < 1:
+        raise ValueError(f"a picture cannot be shown in at most {limit} grids; allow at least 1")
+    check_size(width, height)
+    return RULES[rule](width, height, side, limit)
+
+
+# ------------------------------------------------------------------------------- 2 pictures to pixels
+
+
+def rgb(picture: Picture) -> Image.Image:
+    """Any picture as 8-bit RGB.
+
+    Raises ValueError where check_size does, and for numbers whose range is unknown (mode F, or over 16 bits).
+    """
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    check_size(*image.size)
+    if image.mode[0] in "FI":  # one number per pixel; convert("RGB") would turn all above 255 into white
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() >= 2**16:
+            raise ValueError(f"a picture of mode {image.mode} has no known range; save it as RGB")
+        image = Image.fromarray(((grey.astype(np.int32) + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def normalise(image: Image.Image) -> Tensor:
+    """8-bit RGB to what CLIP was trained on: pixels_CYX, float32, mean 0 and deviation 1 per colour."""
+    pixels_YXC = torch.from_numpy(np.array(image)).float() / 255
+    return ((pixels_YXC - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+
+
+def cut(picture: Picture, rows: int, cols: int, side: int, rule: str = "canvas") -> Tensor:
+    """Lay a picture on rows x cols grids and cut them apart, row by row -> pixels_NCYX, float32, normalised.
+
+    Rules "canvas" and "anyres": the picture keeps its aspect in the middle of a black canvas (release).
+    Rule "floor": it is stretched over the canvas. The paper names no padding, and what is left over each way
+    is less than a grid: stretching keeps all of the content, and no token is spent on black.
+    """
+    image, width, height = rgb(picture), cols * side, rows * side
+    if rule == "floor":
+        canvas = image.resize((width, height), Image.BICUBIC)
+    else:
+        across, down = width / image.width, height / image.height
+        if across < down:
+            fitted = image.resize((width, min(ceil(image.height * across), height)), Image.BICUBIC)
+        else:
+            fitted = image.resize((min(ceil(image.width * down), width), height), Image.BICUBIC)
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+    grids = normalise(canvas).unflatten(2, (cols, side)).unflatten(1, (rows, side))  # colour, row, y, col, x
+    return grids.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def base_grid(picture: Picture, side: int) -> Tensor:
+    """The whole picture squashed into one grid, pixels_1CYX: what AnyRes puts first."""
+    return normalise(rgb(picture).resize((side, side), Image.BICUBIC))[None]
+
+
+def frame(picture: Picture, side: int, how: str = "crop") -> Tensor:
+    """One frame of a video as one grid, pixels_CYX.
+
+    "crop": the short side becomes `side` and the middle is kept (the release's demo, its benchmarks, DPO).
+    "pad": all is kept, on a square filled with CLIP's mean colour (V-NIAH, Sec. 4). The two look different to
+    the model: scores of one are not comparable with the other's.
+    """
+    image = rgb(picture)
+    if how == "crop":
+        short = min(image.size)
+        image = image.resize((side * image.width // short, side * image.height // short), Image.BICUBIC)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return normalise(image.crop((left, top, left + side, top + side)))
+    if how == "pad":
+        if max(image.size) > 16 * side:  # else a long thin picture asks for a square of gigabytes
+            image = ImageOps.contain(image, (16 * side, 16 * side), Image.BICUBIC)
+        long = max(image.size)
+        square = Image.new("RGB", (long, long), FILL)
+        square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+        return normalise(square.resize((side, side), Image.BICUBIC))
+    raise ValueError(f"a frame can be fitted by 'crop' or by 'pad', not by {how!r}")
+
+
+def frames(pictures: Iterable[Picture], side: int, how: str = "crop") -> Tensor:
+    """The frames of a video as one row of grids, pixels_NCYX. Raises ValueError where there is no frame."""
+    grids = [frame(picture, side, how) for picture in pictures]
+    if not grids:
+        raise ValueError("a video without frames cannot be shown; check how frames were sampled")
+    return torch.stack(grids)
+
+
+# -------------------------------------------------------------------------------- 3 features to tokens
+
+
+def check_even(patches: int) -> None:
+    """Raise ValueError unless a grid of patches x patches can be pooled 2x2."""
+    if patches % 2:
+        raise ValueError(
+            f"a grid of {patches}x{patches} patches cannot be pooled 2x2; "
+            "choose image_size and patch_size so that their quotient is even"
+        )
+
+
+def unires(x_NPD: Tensor, rows: int, cols: int) -> Tensor:
+    """Average 2x2 patches inside each grid, then put grid after grid: x_TD, T = N * P / 4 (Fig. 8).
+
+    Takes features that left the whole projector, patches row by row in each grid, grids row by row. Nothing
+    stands between grids, so that a picture of six grids and a video of six frames look alike: what the model
+    learns from pictures holds for video. Raises ValueError for an odd number of patches along a side.
+    """
+    (N, P, _), patches = x_NPD.shape, isqrt(x_NPD.shape[1])
+    assert patches**2 == P and rows * cols == N, f"{rows} x {cols} grids are not {tuple(x_NPD.shape)}"
+    check_even(patches)
+    half = patches // 2
+    return x_NPD.unflatten(1, (half, 2, half, 2)).mean(dim=(2, 4)).flatten(0, 2)  # grid, row, y, col, x, D
+
+
+def margins(height: int, width: int, unpad: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows above (and below) and columns left (and right) of a map of patches that show padding alone.
+
+    `unpad` is the picture's (width, height) in pixels; the rounding is the release's.
+    """
+    if unpad is None:
+        return 0, 0
+    if unpad[0] / unpad[1] > width / height:  # wider than the map
+        return (height - int(unpad[1] * (width / unpad[0]))) // 2, 0
+    return 0, (width - int(unpad[0] * (height / unpad[1]))) // 2
+
+
+def anyres(
+    x_NPD: Tensor, rows: int, cols: int, newline_D: Tensor, unpad: tuple[int, int] | None = None
+) -> Tensor:
+    """LLaVA-NeXT's order: the base grid, then each row of the whole picture, ended by newline_D -> x_TD.
+
+    The base comes first, N = 1 + rows * cols; nothing is pooled. A row of the picture runs across grids, so
+    these are first put together to one map. `unpad`, the picture's (width, height) in pixels, trims padding.
+    """
+    (N, P, D), patches = x_NPD.shape, isqrt(x_NPD.shape[1])
+    assert patches**2 == P and 1 + rows * cols == N, f"1 + {rows} x {cols} grids are not {tuple(x_NPD.shape)}"
+    height, width = rows * patches, cols * patches
+    grids = x_NPD[1:].unflatten(1, (patches, patches)).unflatten(0, (rows, cols))  # row, col, y, x, D
+    whole = grids.transpose(1, 2).reshape(height, width, D)
+    top, left = margins(height, width, unpad)
+    map_HWD = whole[top : height - top, left : width - left]
+    newline_H1D = newline_D.to(x_NPD.dtype).expand(len(map_HWD), 1, D)
+    return torch.cat([x_NPD[0], torch.cat([map_HWD, newline_H1D], dim=1).flatten(0, 1)])
+
+
+def token_count(
+    rows: int, cols: int, patches: int, scheme: str = "unires", unpad: tuple[int, int] | None = None
+) -> int:
+    """T, how many tokens `unires` or `anyres` will make of grids of patches x patches; needs no model."""
+    if scheme == "unires":
+        check_even(patches)
+        return rows * cols * (patches // 2) ** 2
+    assert scheme == "anyres", scheme
+    height, width = rows * patches, cols * patches
+    top, left = margins(height, width, unpad)
+    return patches**2 + (height - 2 * top) * (width - 2 * left + 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the grids of one picture or one video lie: all that is needed to turn their features into tokens.
+
+    A video of N frames is Layout(1, N) in both schemes: AnyRes, too, shows video as pooled frames.
+    """
+
+    rows: int
+    cols: int
+    scheme: str = "unires"  # or "anyres", which has the base grid in front
+    unpad: tuple[int, int] | None = None  # anyres: the picture's width and height, pixels
+
+    def __post_init__(self):
+        if self.scheme not in ("unires", "anyres"):
+            raise ValueError(f"there is no scheme {self.scheme!r}; choose unires or anyres")
+
+    @property
+    def grids(self) -> int:
+        """N, how many grids CLIP sees."""
+        return self.rows * self.cols + (self.scheme == "anyres")
+
+    def tokens(self, patches: int) -> int:
+        """T, how many tokens they become; `patches` along the side of a grid."""
+        return token_count(self.rows, self.cols, patches, self.scheme, self.unpad)
+
+    def arrange(self, x_NPD: Tensor, newline_D: Tensor | None = None) -> Tensor:
+        """Turn projected features into tokens x_TD by this layout's scheme; only anyres needs newline_D."""
+        if self.scheme == "unires":
+            return unires(x_NPD, self.rows, self.cols)
+        assert newline_D is not None, "anyres ends each row with the model's image_newline"
+        return anyres(x_NPD, self.rows, self.cols, newline_D, self.unpad)
+
+
+def show(
+    picture: Picture, side: int, rule: str = "canvas", limit: int = LIMIT, scheme: str | None = None
+) -> tuple[Tensor, Layout]:
+    """A picture as (pixels_NCYX, layout): choose grids by `rule` and cut; scheme "anyres" has the base in front.
+
+    The scheme follows from the rule (only "anyres" is AnyRes) unless it is given.
+    """
+    width, height = (picture.shape[1], picture.shape[0]) if isinstance(picture, np.ndarray) else picture.size
+    rows, cols = choose_grids(width, height, side, rule, limit)
+    pixels_NCYX = cut(picture, rows, cols, side, rule)
+    if (scheme or ("anyres" if rule == "anyres" else "unires")) == "unires":
+        return pixels_NCYX, Layout(rows, cols)
+    unpad = None if rule == "floor" else (width, height)  # a stretched picture has no padding to cut off
+    return torch.cat([base_grid(picture, side), pixels_NCYX]), Layout(rows, cols, "anyres", unpad)
