@@ -157,7 +157,7 @@ def main(cfg: Config) -> None:
             runs.log(cfg.out, {**line, "tokens_per_s": round(speed)})
             bar.set_postfix(loss=f"{loss / count:.3f}", tokens_per_s=f"{speed:,.0f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, asdict(cfg))
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, {})
 
     # 7 export
     export(cfg, config, model, world)
