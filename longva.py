@@ -437,7 +437,8 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
 def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
     """New weights for a model, which may be on the meta device: a stream of (name, tensor). Plain initialisation.
 
-    Maps and embeddings are normal with deviation 1/sqrt(inputs), norms one, biases zero.
+    Maps and embeddings of the language model are normal(0, 0.02), as Qwen2's; those of tower and projector have
+    deviation 1/sqrt(inputs). Norms are one, biases zero.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -445,8 +446,9 @@ def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
         if "norm" in name and name.endswith("weight"):
             tensor.fill_(1)
         elif p.ndim > 1 or name.endswith(("image_newline", "class_embedding")):
+            seeing = name.startswith(("vision", "visual", "word", "model.vision", "model.mm_projector"))
             fan_in = p[0].numel() if p.ndim > 1 else p.numel()
-            tensor.normal_(0, fan_in**-0.5, generator=generator)
+            tensor.normal_(0, fan_in**-0.5 if seeing else 0.02, generator=generator)
         yield name, tensor
 
 

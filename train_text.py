@@ -75,7 +75,7 @@ NEXT = {
     "tiny-control": "python train_vision.py --stage tower",
 }
 TINY_LM = longva.LMConfig(  # 0.8 million parameters; V is set by the tokenizer
-    hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     rope_theta=1e4, max_position_embeddings=256,
 )  # fmt: skip
 

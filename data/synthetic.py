@@ -45,6 +45,7 @@ PEOPLE = "farmer sailor baker teacher king child doctor painter".split()
 MOODS = "old young quiet happy tired brave kind wise".split()
 MOVES = "walks runs looks comes goes turns sails rides".split()
 PLACES = "river village forest hill market harbour garden road".split()
+OTHERS = [*PEOPLE, *MOODS, *MOVES, *PLACES, *COLOURS]
 SENTENCES = (
     " The {mood} {person} {moves} to the {place}.",
     " A {person} {moves} from the {mood} {place}.",
@@ -93,21 +94,27 @@ def sentence(rng: np.random.Generator) -> str:
     return SENTENCES[rng.integers(len(SENTENCES))].format(**chosen)
 
 
-def pairs(rng: np.random.Generator, tokens: int, most: int = 12) -> Pieces:
-    """Nouns with their digits in an endless stream: " star7 moon3 star7"; a digit can be known the second time."""
-    nouns = rng.permutation(THINGS + NOUNS)[: rng.integers(3, most + 1)]
-    digits, told, pieces = rng.integers(0, 10, len(nouns)), set(), []
-    for _ in range(tokens // 2 + 1):
-        i = int(rng.integers(len(nouns)))
-        pieces += [(" " + nouns[i], False), (str(digits[i]), i in told)]
-        told.add(i)
+def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """Nouns with a word or a digit each, round after round in a new order: " star king moon red moon red star king".
+
+    What belongs to a noun can be known from the second round on. Of all texts this is the one that teaches a model
+    from nothing to look things up: every second token is a question, and within a round no answer comes twice.
+    """
+    nouns = rng.permutation(THINGS + NOUNS)[:most]
+    digits = rng.random() < 0.3
+    own = [str(rng.integers(10)) if digits else " " + OTHERS[rng.integers(len(OTHERS))] for _ in nouns]
+    pieces: Pieces = []
+    while len(pieces) <= tokens:
+        known = bool(pieces)
+        for i in rng.permutation(len(nouns)):
+            pieces += [(" " + nouns[i], False), (own[i], known)]
     return pieces
 
 
-def album(rng: np.random.Generator, tokens: int) -> Pieces:
+def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Facts strewn among sentences, then a conversation that asks for some of them, each once."""
-    questions = int(rng.integers(1, max(2, min(12, tokens // 40))))
-    facts = min(questions + int(rng.integers(0, 8)), len(THINGS + NOUNS))
+    facts = max(1, min(most, tokens // 12))
+    questions = int(rng.integers(1, max(2, min(facts, (tokens - 10 * facts) // 15, 24) + 1)))
     nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
     lines = [FACTS[rng.integers(len(FACTS))].format(thing=n, number=d) for n, d in zip(nouns, digits)]
     story = mix(rng, lines, tokens - 14 * questions - 10 * facts - 16)
@@ -119,10 +126,10 @@ def album(rng: np.random.Generator, tokens: int) -> Pieces:
     return pieces
 
 
-def book(rng: np.random.Generator, tokens: int, digits: int = 0) -> Pieces:
+def book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """A story book with a magic number for one to six cities, then the question of the text needle test (App. A)."""
-    digits = digits or int(rng.integers(1, 4))
-    cities = rng.permutation(CITIES)[: rng.integers(1, 7)]
+    digits = int(rng.integers(1, 4))
+    cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
     lines = [needles.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
     story = mix(rng, lines, tokens - (14 + digits) * len(cities) - 50)
@@ -136,8 +143,11 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
     return "".join(story[i] for i in rng.permutation(len(story)))
 
 
-MAKERS = (pairs, album, book)
-SHARES = {True: (0.85, 0.15, 0.0), False: (0.4, 0.4, 0.2)}  # of each, in very short texts and in longer ones
+SHARES = {  # of texts of up to 64, of up to 512, and of more tokens
+    "pairs": (0.9, 0.3, 0.1),
+    "album": (0.1, 0.4, 0.6),
+    "book": (0.0, 0.3, 0.3),
+}
 
 
 def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +157,10 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     targets_BT = torch.full((rows, tokens), IGNORE)
     for row in range(rows):
         ids, labels = [], []
-        for text, learn in MAKERS[rng.choice(3, p=SHARES[tokens <= 64])](rng, tokens):
+        kind = rng.choice(list(SHARES), p=[share[(tokens > 64) + (tokens > 512)] for share in SHARES.values()])
+        most = min(3 + part // 50, 12) if tokens <= 64 else int(rng.integers(3, min(48, tokens // 6)))
+        pieces = {"pairs": pairs, "album": album, "book": book}[kind](rng, tokens, most)
+        for text, learn in pieces:
             piece = words.encode(text, special=True)
             ids += piece
             labels += piece if learn else [IGNORE] * len(piece)

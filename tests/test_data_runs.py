@@ -1,0 +1,132 @@
+"""A run's folder: settings that may not change, a log that survives being killed, a picture of the loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data import runs
+
+SETTINGS = {"out": Path("runs/x"), "steps": 10, "lr": 1e-5, "betas": (0.9, 0.95), "weights": None}
+
+
+def entries(folder, name="log.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# ---- settings ----
+
+
+def test_settings_are_kept_and_found_again(tmp_path):
+    folder = tmp_path / "new" / "run"
+    runs.open_run(folder, SETTINGS)
+    kept = json.loads((folder / "config.json").read_text())
+    assert kept == {"out": "runs/x", "steps": 10, "lr": 1e-5, "betas": [0.9, 0.95], "weights": None}
+    before = (folder / "config.json").read_bytes()
+    runs.open_run(folder, dict(SETTINGS))  # the same command again
+    assert (folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"lr": 2e-5}, r"lr was 1e-05, is 2e-05"),
+    ({"weights": Path("w"), "steps": 11}, r"steps was 10, is 11; weights was None, is 'w'"),
+    ({"seed": 3}, r"seed was None, is 3"),
+])  # fmt: skip
+def test_other_settings_are_refused(tmp_path, change, said):
+    runs.open_run(tmp_path, SETTINGS)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"holds a run with other settings \({said}\); choose another --out"):
+        runs.open_run(tmp_path, {**SETTINGS, **change})
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_fewer_settings_are_refused(tmp_path):
+    runs.open_run(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="some are gone"):
+        runs.open_run(tmp_path, {name: value for name, value in SETTINGS.items() if name != "lr"})
+
+
+# ---- the log ----
+
+
+def fill(folder, steps, name="log.jsonl"):
+    for step in range(steps):
+        runs.log(folder, {"step": step, "loss": 1 / (step + 1)}, name)
+
+
+def test_each_line_is_there_at_once(tmp_path):
+    for step in range(3):
+        runs.log(tmp_path, {"step": step, "loss": 0.1 + step, "note": "a\u2028b\nc"})
+        assert entries(tmp_path)[-1] == {"step": step, "loss": 0.1 + step, "note": "a\u2028b\nc"}
+    assert len((tmp_path / "log.jsonl").read_bytes().split(b"\n")) == 4
+
+
+@pytest.mark.parametrize("step, left", [(0, 0), (3, 3), (6, 6), (9, 6), (None, 6)])
+def test_rewind_forgets_what_will_be_made_again(tmp_path, step, left):
+    fill(tmp_path, 6)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    runs.rewind(tmp_path, step)
+    kept = (tmp_path / "log.jsonl").read_bytes()
+    assert [e["step"] for e in entries(tmp_path)] == list(range(left)) and whole.startswith(kept)
+    assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_log(tmp_path):
+    """Killed after step 5 with a torn line of step 6, resumed from the state of step 4."""
+    fill(tmp_path, 8)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for cut in range(ends[4], ends[5] + 1):  # the log cut at every byte of one line
+        (tmp_path / "log.jsonl").write_bytes(whole[:cut])
+        runs.rewind(tmp_path, 4)
+        for step in range(4, 8):
+            runs.log(tmp_path, {"step": step, "loss": 1 / (step + 1)})
+        assert (tmp_path / "log.jsonl").read_bytes() == whole
+
+
+def test_a_line_that_lacks_only_its_end_is_kept(tmp_path):
+    fill(tmp_path, 3)
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    runs.rewind(tmp_path)
+    runs.log(tmp_path, {"step": 3})
+    assert [e["step"] for e in entries(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_rewind_without_a_log_and_of_another_name(tmp_path):
+    runs.rewind(tmp_path, 3)
+    assert not list(tmp_path.iterdir())
+    fill(tmp_path, 3), fill(tmp_path, 3, "probes.jsonl")
+    runs.rewind(tmp_path, 1, "probes.jsonl")
+    assert len(entries(tmp_path)) == 3 and len(entries(tmp_path, "probes.jsonl")) == 1
+
+
+# ---- the picture ----
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_the_curve_is_a_picture(tmp_path, steps):
+    fill(tmp_path, steps)
+    path = runs.draw_curve(tmp_path)
+    assert path == tmp_path / "curve.png"
+    with Image.open(path) as picture:
+        assert picture.size == (900, 480)
+        assert len(picture.convert("RGB").resize((90, 48)).getcolors(90 * 48)) > 3  # not an empty page
+
+
+def test_the_curve_shows_the_losses_and_their_running_mean(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+
+    def keep(axes, x, y, **how):
+        drawn.append((list(x), list(y)))
+        return plot(axes, x, y, **how)
+
+    monkeypatch.setattr(Axes, "plot", keep)
+    for step, loss in ((5, 4.0), (6, 2.0), (7, 2.0)):
+        runs.log(tmp_path, {"step": step, "loss": loss})
+    runs.draw_curve(tmp_path)
+    assert drawn[0] == ([5, 6, 7], [4.0, 2.0, 2.0])
+    assert drawn[1] == ([5, 6, 7], pytest.approx([4.0, 3.9, 3.805]))

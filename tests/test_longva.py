@@ -1,0 +1,698 @@
+"""longva.py against transformers' Qwen2 and Llama, against slow loops, and as a program that answers questions.
+
+Random weights everywhere, biases and norms too: a forgotten term must show.
+"""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import longva
+import unires
+from clip import ClipConfig
+from data import chat, tokenizer, video, weights
+from longva import KVCache, LMConfig, LongVA, LongVAConfig, generate, nll, rope
+from tests.shapes import watched
+from unires import Layout
+
+ROOT = Path(longva.__file__).parent
+WORDS = ROOT / "data" / "tiny" / "tokenizer"
+SIZES = {  # V, D, F, layers, H, G, K, theta, tied
+    "one key head for seven": (37, 28, 44, 2, 7, 1, None, 1e6, False),
+    "three for one, wide heads, tied": (50, 36, 40, 3, 6, 2, 10, 1e9, True),
+    "narrow heads, base of 1e9": (41, 48, 36, 2, 4, 4, 6, 1e9, False),
+    "one layer": (33, 16, 24, 1, 2, 1, None, 1e4, True),
+}
+FAR = 400_000  # about the 2,800th frame of 144 tokens; the paper goes to 3,000 frames
+torch.set_num_threads(1)  # nothing here is worth a second thread
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return pytest.importorskip("transformers")
+
+
+def config_of(name, **changes):
+    V, D, F_, L, H, G, K, theta, tied = SIZES[name]
+    sizes = {
+        "vocab_size": V, "hidden_size": D, "intermediate_size": F_, "num_hidden_layers": L,
+        "num_attention_heads": H, "num_key_value_heads": G, "head_dim": K, "rope_theta": theta,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    return LMConfig(**{**sizes, **changes})
+
+
+def vary(model, seed=0):
+    """Every parameter random, about as large as a trained one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        wide = p[0].numel() ** -0.5 if p.ndim > 1 else 0.3
+        p.data.normal_(0, 1.5 * wide, generator=generator).add_("norm" in name and name.endswith("weight"))
+    return model
+
+
+def lm(name="three for one, wide heads, tied", **changes):
+    return vary(longva.LM(config_of(name, **changes)))
+
+
+def twins(hf, config):
+    """Transformers' model and ours with the same weights."""
+    rest = asdict(config) | {"head_dim": config.head_width}
+    rest["rope_parameters"] = {"rope_type": "default", "rope_theta": rest.pop("rope_theta")}
+    if rest.pop("attention_bias"):  # what Qwen2 is, and has no word for
+        theirs = hf.Qwen2ForCausalLM(hf.Qwen2Config(**rest))
+    else:
+        theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**rest))
+    ours = longva.LM(config)
+    longva.fill_from(ours, vary(theirs.eval()).named_parameters())
+    return theirs, ours
+
+
+def scores(model, ids, first=0):
+    return model.logits(model.model(model.embed(ids), torch.arange(first, first + ids.shape[1])))
+
+
+def some_ids(config, B=2, T=11, seed=0):
+    return torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------- 1 the decoder, and transformers'
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("first", [0, FAR])
+@pytest.mark.parametrize("bias", [True, False], ids=["Qwen2", "Llama"])
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_equals_transformers(hf, name, bias, first):
+    theirs, ours = twins(hf, config_of(name, attention_bias=bias))
+    ids = some_ids(ours.config)
+    want = theirs(ids, position_ids=torch.arange(first, first + 11)[None]).logits
+    assert_close(scores(ours, ids, first), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.oracle
+def test_bfloat16_is_no_worse_than_transformers(hf):
+    """Both round differently; measured against float32, ours may err at most 1.5 times as much, and 5 %."""
+    theirs, ours = twins(hf, config_of("three for one, wide heads, tied"))
+    ids = some_ids(ours.config)
+    with torch.no_grad():
+        exact = theirs(ids).logits
+        theirs_off = (theirs.bfloat16()(ids).logits.float() - exact).norm()
+        got = scores(ours.bfloat16(), ids)
+    assert got.dtype == torch.float32  # logits leave the head as bfloat16 and are widened
+    assert (got - exact).norm() <= min(1.5 * theirs_off, 0.05 * exact.norm())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", ["three for one, wide heads, tied", "one key head for seven"])
+def test_loss_and_all_gradients_equal_transformers(hf, name, remat):
+    theirs, ours = twins(hf, config_of(name))
+    ids, targets = some_ids(ours.config), some_ids(ours.config, seed=1)
+    targets[0, :4] = chat.IGNORE
+    want = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    want.backward()
+    ours.model.remat = remat
+    lost, count = ours(ids, torch.arange(11), targets)
+    assert_close(lost.sum(), want, atol=1e-4, rtol=1e-6)
+    assert count.tolist() == [7, 11]
+    lost.sum().backward()
+    grads = {key: p.grad for key, p in theirs.named_parameters()}
+    assert grads.keys() == {key for key, _ in ours.named_parameters()}
+    for key, p in ours.named_parameters():
+        assert_close(p.grad, grads[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_rope_is_near_the_exact_angles_and_made_in_float32():
+    """Float32 rounds a frequency by 2**-25 or so: at 400,000 that is an angle of at most 0.05, not of 1000."""
+    pos = torch.tensor([0, 1, 257, 65_537, FAR - 1])
+    cos, sin = rope(pos, 128, 1e9)
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (5, 128)
+    turn = 1e9 ** (-torch.arange(64, dtype=torch.float64) / 64)
+    angle = (pos.double()[:, None] * turn).repeat(1, 2)
+    assert_close(cos.double(), angle.cos(), atol=0.05, rtol=0)
+    assert_close(sin.double(), angle.sin(), atol=0.05, rtol=0)
+    assert_close(cos[:3].double(), angle[:3].cos(), atol=3e-5, rtol=0)
+
+
+def test_config_from_dict_and_its_errors():
+    """Old files name rope_theta, those of transformers 5 have rope_parameters."""
+    old = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 4, "rope_theta": 1e9}
+    new = {k: old[k] for k in list(old)[:3]} | {"rope_parameters": {"rope_theta": 1e9, "rope_type": "default"}}
+    config = LMConfig.from_dict(old)
+    assert config == LMConfig.from_dict(new) and config.attention_bias and config.head_width == 2
+    assert not LMConfig.from_dict({**old, "model_type": "llama"}).attention_bias
+    for wrong, message in [
+        ({**old, "num_attention_heads": 5}, "5 query heads cannot share 4 key/value"),
+        ({**old, "head_dim": 7}, "head width is 7"),
+        ({"hidden_size": 8}, "lacks vocab_size, rope_theta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LMConfig.from_dict(wrong)
+
+
+# ------------------------------------------------------------------------------------------- 2 the cache
+
+
+def read(model, x, cache, cuts):
+    """Hidden states of x, read into the cache in portions of so many tokens."""
+    parts = []
+    for part in x.split(cuts, dim=1):
+        pos = torch.arange(cache.length, cache.length + part.shape[1])
+        parts.append(model.model(part, pos, cache.attend))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", list(SIZES)[:3])
+@pytest.mark.parametrize("cuts", [[12], [3, 1, 2, 1, 1, 4], [1] * 12, [11, 1], [1, 11]], ids=str)
+@torch.no_grad()
+def test_cache_in_portions_equals_one_pass(name, dtype, off, cuts):
+    model = lm(name).to(dtype)
+    x = model.embed(some_ids(model.config, T=12))
+    cache = KVCache(model.config, 2, 15, x)
+    got = read(model, x, cache, cuts)
+    assert got.dtype == dtype and cache.length == 12
+    assert_close(got, model.model(x, torch.arange(12)), atol=off, rtol=off)
+
+
+@torch.no_grad()
+def test_setting_length_back_forgets():
+    model = lm().double()
+    first, second = (model.embed(some_ids(model.config, 1, 9, seed)) for seed in (0, 1))
+    cache = KVCache(model.config, 1, 9, first)
+    read(model, first, cache, [5, 4])
+    for back, cuts in (4, [2, 3]), (0, [9]), (8, [1]):
+        cache.length = back
+        x = torch.cat([first[:, :back] if back == 4 else second[:, :back], second[:, back:]], dim=1)
+        want = model.model(x, torch.arange(9))[:, back:]
+        assert_close(read(model, second[:, back:], cache, cuts), want, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_branches_share_a_beginning_and_then_differ():
+    model = lm().double()
+    whole = model.embed(some_ids(model.config, 1, 9))
+    trunk = KVCache(model.config, 1, 9, whole)
+    read(model, whole[:, :6], trunk, [6])
+    ends = model.embed(some_ids(model.config, 3, 5, seed=1))
+    branch = trunk.branch(4, 3, 5)
+    got = read(model, ends, branch, [2, 1, 2])
+    assert branch.length == 9 and trunk.length == 6
+    for row, end in enumerate(ends):
+        x = torch.cat([whole[:, :4], end[None]], dim=1)
+        want = model.model(x, torch.arange(9))[0, 4:]
+        assert_close(got[row], want, atol=1e-12, rtol=0)
+    twig = branch.branch(7, 3, 2)  # each row keeps its own past
+    assert_close(read(model, ends[:, 3:], twig, [1, 1]), got[:, 3:], atol=1e-12, rtol=0)
+    want = model.model(whole, torch.arange(9))[:, 6:]  # the trunk has noticed nothing
+    assert_close(read(model, whole[:, 6:], trunk, [1, 2]), want, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_a_full_cache_refuses():
+    model = lm()
+    x = model.embed(some_ids(model.config, 1, 5))
+    for cuts in ([4, 1], [5], [3, 2]):
+        with pytest.raises((AssertionError, RuntimeError)):
+            read(model, x, KVCache(model.config, 1, 4, x), cuts)
+
+
+# --------------------------------------------------------------------------------------------- 3 the loss
+
+
+def loss_case(dtype=torch.float32, B=3, T=7, D=12, V=29):
+    """Hidden states, head and targets: a hole, an ignored row, an ignored end."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(B, T, D, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(V, (B, T), generator=generator)
+    targets[0, 2:4] = targets[1] = targets[-1, -1] = chat.IGNORE
+    return h, head, targets
+
+
+def plain_nll(h, head, targets):
+    logits = (h.double() @ head.double().T).transpose(1, 2)
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").sum(1)
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("chunk", [1, 3, 11, 12, 1000])
+def test_nll_is_cross_entropy(chunk, dtype, off):
+    """Also with another incoming gradient for each row, as DPO sends them. Logits are float32 at best."""
+    h, head, targets = loss_case(dtype)
+    row_grad = torch.tensor([0.5, 3.0, -2.0])
+    want = plain_nll(h, head, targets)
+    want_h, want_head = torch.autograd.grad(want, (h, head), row_grad.double())
+    got, count = nll(h, head, targets, chunk)
+    assert got.dtype == count.dtype == torch.float32 and count.tolist() == [5, 0, 6]
+    got_h, got_head = torch.autograd.grad(got, (h, head), row_grad)
+    assert got_h.dtype == got_head.dtype == dtype
+    for a, b in (got, want), (got_h, want_h), (got_head, want_head):
+        assert (a.double() - b.double()).abs().max() <= off * b.double().abs().max()
+
+
+def test_nll_of_nothing_is_zero():
+    h, head, targets = loss_case()
+    lost, count = nll(h, head, torch.full_like(targets, chat.IGNORE))
+    assert lost.tolist() == count.tolist() == [0, 0, 0]
+    lost.sum().backward()
+    assert not h.grad.any() and not head.grad.any()
+
+
+class Sizes(TorchDispatchMode):
+    """The size of every tensor that an operation returns, and how many rows of logits were multiplied."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.largest, self.rows = V, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if func is torch.ops.aten.mm.default and tensor.shape[-1] == self.V:
+                    self.rows += len(tensor)
+        return out
+
+
+def test_nll_never_holds_all_logits_and_skips_what_is_ignored():
+    """Forward and backward, in both passes; the plain loss, seen through the same glass, does hold them."""
+    h, head, targets = loss_case(T=96, D=8, V=101)
+    wanted = (targets != chat.IGNORE).sum().item()
+    with Sizes(101) as seen:
+        nll(h, head, targets, 4)[0].sum().backward()
+    assert seen.largest <= 3 * 96 * 8  # as h itself; a chunk of logits is 404, the head 808
+    assert seen.rows == 2 * wanted
+    with Sizes(101) as seen:
+        F.cross_entropy((h @ head.T).flatten(0, 1), targets.flatten()).backward()
+    assert seen.largest == 3 * 96 * 101
+
+
+# ----------------------------------------------------------------------------------------- 4 the eye in the model
+
+EYE = ClipConfig(20, 24, 2, 2, 7, 28)  # grids of 28 pixels: 16 patches, 4 tokens
+
+
+def longva_model(scheme="unires", rule=None, **changes):
+    sizes = config_of("three for one, wide heads, tied", **{"tie_word_embeddings": False, **changes})
+    return vary(LongVA(LongVAConfig(sizes, EYE, scheme, rule or {"unires": "canvas", "anyres": "anyres"}[scheme])))
+
+
+def grids(n, seed=0):
+    return torch.randn(n, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def slowly(model, pixels, layout):
+    """Tokens of one picture, grid by grid; pooled with four loops where nothing ends its rows."""
+    first, _, last = model.model.mm_projector
+    features = []
+    for one in pixels:
+        z = model.tower.hidden(one[None], 1)[0, 1:]
+        features.append(F.linear(F.gelu(F.linear(z, first.weight, first.bias)), last.weight, last.bias))
+    if layout.scheme == "anyres":
+        return unires.anyres(torch.stack(features), layout.rows, layout.cols, model.model.image_newline, layout.unpad)
+    return torch.stack([
+        (f[8 * y + 2 * x] + f[8 * y + 2 * x + 1] + f[8 * y + 2 * x + 4] + f[8 * y + 2 * x + 5]) / 4
+        for f in features for y in range(2) for x in range(2)
+    ])  # fmt: skip
+
+
+LAYOUTS = {
+    "unires": [Layout(2, 1), Layout(1, 1), Layout(1, 3), Layout(2, 2)],
+    "anyres": [Layout(1, 2, "anyres", (60, 28)), Layout(1, 3), Layout(2, 2, "anyres")],  # a video in between
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("scheme", LAYOUTS)
+@torch.no_grad()
+def test_see_is_each_picture_on_its_own(scheme, batch):
+    model, layout = longva_model(scheme), LAYOUTS[scheme]
+    pixels = grids(sum(one.grids for one in layout))
+    parts = pixels.split([one.grids for one in layout])
+    want = [slowly(model, part, one) for part, one in zip(parts, layout)]
+    assert [len(one) for one in want] == [one.tokens(EYE.patches) for one in layout]
+    assert_close(model.see(pixels, layout, batch), torch.cat(want), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_watch_is_see_of_all_frames_at_once():
+    model = longva_model()
+    film = [Image.fromarray(np.random.RandomState(i).randint(0, 255, (30, 44, 3), np.uint8)) for i in range(5)]
+    for how in ("crop", "pad"):
+        want = model.see(unires.frames(film, 28, how), [Layout(1, 5)])
+        for batch in (1, 2, 5, 64):
+            assert_close(longva.watch(model, iter(film), how, batch), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="video without frames"):
+        longva.watch(model, [])
+
+
+def test_embed_puts_each_visual_token_in_its_place():
+    model = longva_model()
+    ids = some_ids(model.config.lm, 2, 6).clamp(min=1)
+    places = [(0, 1), (0, 2), (0, 5), (1, 0), (1, 3)]
+    for place in places:
+        ids[place] = chat.IMAGE
+    seen = torch.randn(5, 36, dtype=torch.float64, requires_grad=True)
+    x = model.embed(ids, seen)
+    table, taken = model.model.embed_tokens.weight, iter(seen.float())
+    for place in itertools.product(range(2), range(6)):
+        assert torch.equal(x[place], next(taken) if place in places else table[ids[place]]), place
+    x.sum().backward()
+    assert (seen.grad == 1).all()
+    assert not table.grad[0].any(), "an image place trained the embedding of token 0"
+    assert torch.equal(model.embed(ids.clamp(min=0)), table[ids.clamp(min=0)])
+
+
+def seeing_batch(model):
+    """Two rows with three pictures, and everything LongVA.forward takes."""
+    layout = [Layout(1, 2), Layout(1, 1), Layout(2, 1)]
+    ids, targets = some_ids(model.config.lm, 2, 16), some_ids(model.config.lm, 2, 16, seed=1)
+    for row, start, stop in (0, 2, 10), (1, 0, 4), (1, 5, 13):
+        ids[row, start:stop] = chat.IMAGE
+    targets[ids == chat.IMAGE] = chat.IGNORE
+    return ids, torch.arange(16), targets, grids(5), layout
+
+
+def test_forward_is_the_decoder_on_what_was_read_and_seen():
+    model = longva_model()
+    ids, pos, targets, pixels, layout = seeing_batch(model)
+    got, count = model(ids, pos, targets, pixels, layout)
+    x = model.model.embed_tokens(ids.clamp(min=0))
+    rows = slowly(model, pixels, Layout(1, 5))
+    x[0, 2:10], x[1, 0:4], x[1, 5:13] = rows[:8], rows[8:12], rows[12:]
+    blind = longva.LM(model.config.lm)  # the same weights without an eye
+    blind.load_state_dict({k: v for k, v in model.state_dict().items() if k in blind.state_dict()})
+    want = plain_nll(blind.model(x, pos), blind.lm_head.weight, targets)
+    assert_close(got, want.float(), atol=1e-4, rtol=1e-5)
+    assert torch.equal(count, (targets != chat.IGNORE).sum(1).float())
+    got.sum().backward()
+    for name, p in model.named_parameters():  # what stands behind the chosen layer of the tower is never run
+        assert (p.grad is None) == any(part in name for part in ("encoder.layers.1.", "post_layernorm")), name
+
+
+def test_a_batch_of_text_alone():
+    model = longva_model()
+    ids, targets = some_ids(model.config.lm), some_ids(model.config.lm, seed=1)
+    want, _ = longva.LM.forward(model, ids, torch.arange(11), targets)
+    got, _ = model(ids, torch.arange(11), targets, grids(0), [])
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert model.model.mm_projector[0].weight.grad is not None  # ranks that shard the projector wait for it
+
+
+# ------------------------------------------------------------------------------------------ 5 weights in and out
+
+
+def tensors(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [lm, longva_model, lambda: longva_model("anyres")], ids=["LM", "unires", "anyres"])
+def test_fresh_depends_on_the_seed_alone(make):
+    real = make()
+    with torch.device("meta"):
+        meta = type(real)(real.config)
+    first, second = dict(longva.fresh(real, 3)), dict(longva.fresh(meta, 3))
+    other = dict(longva.fresh(real, 4))
+    assert first.keys() == second.keys() == dict(real.named_parameters()).keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]) and tensor.shape == real.get_parameter(name).shape, name
+        if name.endswith("bias") or "norm" in name:
+            assert (tensor == float(name.endswith("weight"))).all(), name
+        else:
+            wide = tensor[0].numel() if tensor.ndim > 1 else len(tensor)
+            assert tensor.std().item() * wide**0.5 == pytest.approx(1, rel=0.4), name
+            assert not torch.equal(tensor, other[name]), name
+
+
+def test_fill_from_is_strict():
+    model = longva_model()
+    good, name = tensors(model), "model.layers.1.mlp.up_proj.weight"
+    longva.fill_from(model, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}.items())
+    cases = [
+        ({k: v for k, v in good.items() if k != name}, f"1 missing: {name}"),
+        ({**good, "model.norm.bias": torch.ones(36)}, "1 not expected: model.norm.bias"),
+        ({**good, name: good[name].T}, rf"{name} is \[36, 40\], expected \[40, 36\]"),
+    ]
+    for found, message in cases:
+        with pytest.raises(ValueError, match=message):
+            longva.fill_from(model, found.items())
+    with pytest.raises(ValueError, match=r"1 missing: lm_head.weight"):  # a head that is not tied must be in the file
+        longva.fill_from(model, [(k, v) for k, v in good.items() if k != "lm_head.weight"])
+    tied = lm()
+    longva.fill_from(tied, {**tensors(tied), "lm_head.weight": torch.ones(50, 36)}.items())
+    assert not (tied.lm_head.weight == 1).all()
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_the_tower_of_a_clip_folder(tmp_path, prefix):
+    model, eye = longva_model(), vary(longva_model().tower, seed=9)
+    rest = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1)}
+    rest |= {"visual_projection.weight": torch.ones(2, 2), f"{prefix}embeddings.position_ids": torch.arange(17)}
+    weights.write(tmp_path, {**{prefix + k: v for k, v in tensors(eye).items()}, **rest}.items(), vars(EYE))
+    longva.fill_from(model, longva.read_tower(tmp_path), only=lambda name: name.startswith(longva.TOWER))
+    want = tensors(longva_model()) | {longva.TOWER + name: tensor for name, tensor in tensors(eye).items()}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, want[name]), name
+
+
+def saved(folder, model, **rest):
+    weights.write(folder, model.named_parameters(), longva.to_dict(model.config, "float32"), **rest)
+    return folder
+
+
+@pytest.mark.parametrize("make", [
+    lm, lambda: lm("one key head for seven", attention_bias=False), longva_model,
+    lambda: longva_model(rule="floor"), lambda: longva_model("anyres"), lambda: longva_model(attention_bias=False),
+    lambda: longva_model("anyres", tie_word_embeddings=True),
+], ids=["LM", "Llama", "unires", "floor", "anyres", "on Llama", "tied"])  # fmt: skip
+def test_round_trip(tmp_path, make):
+    model = make()
+    again = longva.load(saved(tmp_path, model, shard_bytes=20_000))
+    assert type(again) is type(model) and not again.training
+    sizes, want = model.model.config, tensors(model)
+    sizes = replace(sizes, head_dim=sizes.head_width)
+    assert again.config == (sizes if not isinstance(model, LongVA) else replace(model.config, lm=sizes))
+    assert tensors(again).keys() == want.keys()
+    for name, p in again.named_parameters():
+        assert torch.equal(p, want[name]) and p.dtype == torch.float32 and not p.requires_grad, name
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == sizes.tie_word_embeddings
+    assert next(longva.load(tmp_path, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name, bias", [("three for one, wide heads, tied", True), ("one key head for seven", False)])
+@torch.no_grad()
+def test_transformers_loads_our_folder_and_we_theirs(hf, tmp_path, name, bias):
+    ours = lm(name, attention_bias=bias)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(saved(tmp_path, ours), dtype=torch.float32)
+    assert type(theirs).__name__ == ("Qwen2ForCausalLM" if bias else "LlamaForCausalLM")
+    ids = some_ids(ours.config)
+    want = scores(ours, ids)
+    assert_close(theirs(ids).logits, want, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "back")
+    assert_close(scores(longva.load(tmp_path / "back"), ids), want, atol=1e-6, rtol=0)
+
+
+RELEASED = {
+    "architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen", "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06, "rope_theta": 1e9, "vocab_size": 152064, "tie_word_embeddings": False,
+    "max_position_embeddings": 32768, "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672]],
+    "image_crop_resolution": None, "mm_hidden_size": 1024, "mm_patch_merge_type": "unires", "mm_projector_lr": None,
+    "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_spatial_pool_mode": "average",
+    "mm_spatial_pool_stride": 2, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "use_sliding_window": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_released_config_and_the_names_and_number_of_its_tensors(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
+    config = longva.read_config(tmp_path)
+    assert config == LongVAConfig(LMConfig(rope_theta=1e9)) and (config.scheme, config.rule) == ("unires", "canvas")
+    baseline = LongVAConfig.from_dict({**RELEASED, "mm_patch_merge_type": "spatial_unpad"})
+    assert (baseline.scheme, baseline.rule) == ("anyres", "anyres")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in LongVA(config).named_parameters()}
+        blind = sum(p.numel() for p in longva.LM(config.lm).parameters())
+        newline = dict(LongVA(baseline).named_parameters()).keys() - shapes
+    assert newline == {"model.image_newline"}
+    assert blind == 7_615_616_512
+    assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == 7_935_646_208
+    eye = {name for name in shapes if name.startswith("model.vision_tower.vision_tower.vision_model.")}
+    projector = {name: shape for name, shape in shapes.items() if name.startswith("model.mm_projector.")}
+    assert len(shapes) == 734 and len(eye) == 391
+    assert projector == {
+        "model.mm_projector.0.weight": (3584, 1024), "model.mm_projector.0.bias": (3584,),
+        "model.mm_projector.2.weight": (3584, 3584), "model.mm_projector.2.bias": (3584,),
+    }  # fmt: skip
+    layers = {n: shape for n, shape in shapes.items() if n.startswith("model.layers.")}
+    assert len(layers) == 28 * 12 and layers["model.layers.27.self_attn.k_proj.bias"] == (512,)
+    assert layers["model.layers.0.mlp.down_proj.weight"] == (3584, 18944)
+    outside = shapes.keys() - layers - eye - projector.keys()
+    assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in eye
+
+
+# ------------------------------------------------------------------------------------------------- 6 answering
+
+
+@torch.no_grad()
+def answer(model, x, count):
+    """Greedy answer with everything computed again for each token."""
+    ids = []
+    for _ in range(count):
+        h = model.model(x, torch.arange(x.shape[1]))
+        ids.append(model.lm_head(h[0, -1]).argmax().item())
+        x = torch.cat([x, model.model.embed_tokens(torch.tensor([ids[-1:]]))], dim=1)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """A model, an embedded prompt with a picture in it, and the ten tokens that follow."""
+    model = vary(longva_model(), seed=1).double()
+    ids = some_ids(model.config.lm, 1, 13)
+    ids[0, 3:11] = chat.IMAGE
+    with torch.no_grad():
+        x = model.embed(ids, model.see(grids(2), [Layout(1, 2)]))
+    said = answer(model, x, 10)
+    assert len(set(said)) > 4, "too dull an answer to test with"
+    return model, x, said
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 4096])
+def test_generate_equals_computing_all_again(asked, chunk):
+    model, x, said = asked
+    assert list(generate(model, x, [], 10, chunk)) == said
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_generate_stops(asked):
+    model, x, said = asked
+    last = next(token for token in reversed(said) if said.index(token) > 2)
+    where = said.index(last)
+    assert list(generate(model, x, [last, 10**6], 10)) == said[:where]
+    assert list(generate(model, x, {said[0]}, 10)) == []
+    assert list(generate(model, x, (), 3)) == said[:3]
+    assert list(generate(model, x, (), 0)) == []
+    stream = generate(model, x, (), 10)  # a stream: what is not asked for is not computed
+    assert [next(stream), next(stream)] == said[:2]
+
+
+# ---------------------------------------------------------------------------------------------- 7 shape suffixes
+
+
+def test_suffixes_tell_the_truth(tmp_path):
+    """All sizes differ, so that a wrong letter cannot hide behind an equal number."""
+    model, wide = longva_model(), longva_model("anyres")
+    film = [np.full((30, 44, 3), i, np.uint8) for i in range(5)]
+    with watched(ROOT) as told:
+        args = seeing_batch(model)
+        model.model.remat = True
+        model(*args)[0].sum().backward()
+        nll(*loss_case(), chunk=4)[0].sum().backward()
+        with torch.no_grad():
+            x = model.embed(args[0][:1], longva.watch(model, film, batch=2)[:8])
+            list(generate(model, x, [], 4, 6))  # the last portion has four
+            cache = KVCache(model.config.lm, 1, 16, x)
+            read(model, x, cache, [9, 1, 6])
+            read(model, x[:, :6].expand(3, -1, -1), cache.branch(7, 3, 9), [4, 1, 1])
+            pixels, layout = longva.show(Image.fromarray(film[0]), wide.config)
+            wide.see(pixels, [layout])
+        again = longva.load(saved(tmp_path, model))
+        longva.fill_from(again, longva.fresh(again, 0))
+    assert not [lie for lie in told if not lie.startswith("test_")], told
+
+
+# -------------------------------------------------------------------------------------------------- 8 the program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LongVA of random weights with the shipped tokenizer, some pictures and a film in a folder of its own."""
+    home = tmp_path_factory.mktemp("longva")
+    words = tokenizer.load_tokenizer(WORDS)
+    model = longva_model(vocab_size=words.size + 7)  # more rows than tokens, as in Qwen2
+    saved(home / "model", model)
+    saved(home / "blind", lm(vocab_size=words.size))
+    weights.copy_tokenizer(WORDS, home / "model")
+    weights.copy_tokenizer(WORDS, home / "blind")
+    (home / "frames").mkdir()
+    av = pytest.importorskip("av")
+    with av.open(str(home / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(4):
+            picture = Image.fromarray(np.random.RandomState(i).randint(0, 255, (48, 64, 3), np.uint8))
+            picture.save(home / "frames" / f"{i}.png")
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return home
+
+
+def asking(folder, **settings):
+    settings = {"weights": folder / "model", "max_tokens": 8, "device": "cpu"} | settings
+    longva.main(longva.Config(**settings))
+
+
+def expected(folder, question, seen, lengths):
+    """The text that must come out, from the prompt's ids and the loop without a cache."""
+    words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "model")
+    ids = chat.prompt(words, question, lengths)
+    said = answer(model, model.embed(torch.tensor([ids]), seen(model)), 8)
+    stop = next((i for i, token in enumerate(said) if token in words.stop_ids), 8)
+    return words.decode(said[:stop]) + "\n"
+
+
+def test_asks_about_pictures(folder, capsys):
+    files = [folder / "frames" / f"{i}.png" for i in (2, 0)]
+    asking(folder, question="what is\nthere?", image=tuple(files))
+    shown = [unires.show(Image.open(file), 28, "canvas") for file in files]
+
+    def seen(model):
+        return torch.cat([slowly(model, pixels, how) for pixels, how in shown])
+
+    lengths = [4 * how.rows * how.cols for _, how in shown]
+    assert capsys.readouterr().out == expected(folder, "what is\nthere?", seen, lengths)
+
+
+@pytest.mark.parametrize("film", ["frames", "film.mp4"])
+def test_asks_about_a_film(folder, capsys, film):
+    asking(folder, question="how many?", video=folder / film, frames=3)
+    pixels = unires.frames([picture for _, picture in video.frames(folder / film, count=3)], 28, "crop")
+    want = expected(folder, "how many?", lambda model: slowly(model, pixels, Layout(1, 3)), [12])
+    assert capsys.readouterr().out == want
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({}, "nothing to look at; give --image"),
+    ({"image": ("frames/0.png",), "video": "frames"}, "--video and --image were both given"),
+    ({"image": ("frames/9.png",)}, "frames/9.png: no such picture file"),
+    ({"video": "none.mp4"}, "none.mp4: no such video file"),
+    ({"video": "frames", "frames": 5}, "has 4 frames, but 5 were asked for"),
+    ({"image": ("frames/0.png",), "weights": "blind"}, "blind is a language model and cannot see"),
+    ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
+    ({"image": ("frames/0.png",), "question": "<image> or <image>?"}, "2 placeholder.* for 1 picture"),
+])  # fmt: skip
+def test_user_errors_are_one_sentence(folder, settings, message):
+    paths = {name: folder / settings[name] for name in ("video", "weights") if name in settings}
+    if "image" in settings:
+        paths["image"] = tuple(folder / file for file in settings["image"])
+    with pytest.raises(ValueError, match=message) as error:
+        asking(folder, **{**settings, **paths})
+    assert "\n" not in str(error.value)
