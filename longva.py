@@ -2,7 +2,7 @@
 
 What      The language model (Sec. 3.1), the projector that lets it see (Sec. 3.2), loading, saving, answering.
 Paper     "Long Context Transfer from Language to Vision", arXiv 2406.16852, Sec. 3; Qwen2, arXiv 2407.10671.
-Run       python longva.py --image PICTURE.jpg "What is in the picture?"
+Run       python longva.py "What is in the picture?" --image PICTURE.jpg
           python longva.py --video FILM.mp4 --frames 64 "Which number is on the star?"
 Key       B batch            T tokens held here     S tokens of the whole sequence
           D width            H query heads          G key/value heads      K head width
@@ -153,6 +153,7 @@ class KVCache:
     def attend(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         """Remember this call's keys and values, then attend causally to everything remembered."""
         start, stop = self.length, self.length + q_BTHK.shape[1]
+        assert stop <= self.k_LBSGK.shape[2], f"a cache for {self.k_LBSGK.shape[2]} tokens cannot hold {stop}"
         self.k_LBSGK[layer, :, start:stop] = k_BTGK
         self.v_LBSGK[layer, :, start:stop] = v_BTGK
         if layer == len(self.k_LBSGK) - 1:
@@ -198,12 +199,12 @@ class ChunkedNLL(torch.autograd.Function):
         dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32)
         for i in range(0, len(h_ND), ctx.chunk):
             here = slice(i, i + ctx.chunk)
-            p_NV = ((h_ND[here] @ head_VD.T).float() - lse_N[here, None]).exp_()
-            p_NV.scatter_add_(1, targets_N[here, None], torch.full_like(lse_N[here, None], -1.0))
-            p_NV.mul_(grad_N[here, None])
-            p_NV = p_NV.to(h_ND.dtype)
-            dh_ND[here] = p_NV @ head_VD
-            dhead_VD += (p_NV.T @ h_ND[here]).float()
+            p_UV = ((h_ND[here] @ head_VD.T).float() - lse_N[here, None]).exp_()
+            p_UV.scatter_add_(1, targets_N[here, None], torch.full_like(lse_N[here, None], -1.0))
+            p_UV.mul_(grad_N[here, None])
+            p_UV = p_UV.to(h_ND.dtype)
+            dh_ND[here] = p_UV @ head_VD
+            dhead_VD += (p_UV.T @ h_ND[here]).float()
         return dh_ND, dhead_VD.to(head_VD.dtype), None, None
 
 
@@ -328,13 +329,13 @@ class LM(nn.Module):
         """Where the parameters are."""
         return self.lm_head.weight.device
 
-    def embed(self, ids_BT: Tensor, seen_TD: Tensor | None = None) -> Tensor:
-        """Embeddings x_BTD; the places of chat.IMAGE take the rows of `seen_TD`, in order."""
+    def embed(self, ids_BT: Tensor, seen_ID: Tensor | None = None) -> Tensor:
+        """Embeddings x_BTD; the places of chat.IMAGE take the rows of `seen_ID`, in order."""
         image_BT = ids_BT == chat.IMAGE
         x_BTD = self.model.embed_tokens(ids_BT.masked_fill(image_BT, 0))
-        if seen_TD is None:
+        if seen_ID is None:
             return x_BTD
-        return x_BTD.masked_scatter(image_BT[..., None], seen_TD.to(x_BTD.dtype))
+        return x_BTD.masked_scatter(image_BT[..., None], seen_ID.to(x_BTD.dtype))
 
     def logits(self, h_BTD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, float32[B, T, V]; ask for few positions only."""
@@ -379,7 +380,8 @@ class LongVA(LM):
         x_NPD = self.model.mm_projector(torch.cat(z))
         newline_D = getattr(self.model, "image_newline", None)
         parts = x_NPD.split([picture.grids for picture in layout])
-        return torch.cat([picture.arrange(part, newline_D) for picture, part in zip(layout, parts)])
+        tokens = [picture.arrange(part, newline_D) for picture, part in zip(layout, parts)]
+        return torch.cat([x_NPD.flatten(0, 1)[:0], *tokens])
 
     def forward(  # one call does it all, because sharded parameters are whole only inside the root's forward
         self,
@@ -391,8 +393,8 @@ class LongVA(LM):
         attend: Attend = causal_attend,
     ) -> tuple:
         """The training question, as LM.forward, with pictures in the places of chat.IMAGE."""
-        seen_TD = self.see(pixels_NCYX, layout)
-        h_BTD = self.model(self.embed(ids_BT, seen_TD), pos_T, attend)
+        seen_ID = self.see(pixels_NCYX, layout)
+        h_BTD = self.model(self.embed(ids_BT, seen_ID), pos_T, attend)
         return nll(h_BTD, self.lm_head.weight, targets_BT)
 
 
@@ -530,13 +532,14 @@ def generate(model: LM, x_1TD: Tensor, stop_ids: Iterable[int], max_tokens: int 
         x_1UD = x_1TD[:, start : start + chunk]
         pos_U = torch.arange(start, start + x_1UD.shape[1], device=x_1TD.device)
         h_1UD = model.model(x_1UD, pos_U, cache.attend)
+    h_11D = h_1UD[:, -1:]
     for i in range(max_tokens):
-        best_11 = model.logits(h_1UD[:, -1:]).argmax(-1)
+        best_11 = model.logits(h_11D).argmax(-1)
         if best_11.item() in stop:
             return
         yield best_11.item()
         pos_1 = torch.tensor([T + i], device=x_1TD.device)
-        h_1UD = model.model(model.embed(best_11), pos_1, cache.attend)
+        h_11D = model.model(model.embed(best_11), pos_1, cache.attend)
 
 
 # ----------------------------------------------------------------------------------------------------- main
@@ -564,6 +567,8 @@ def main(cfg: Config) -> None:
         raise ValueError("--video and --image were both given; ask about one of them")
     if not cfg.video and not cfg.image:
         raise ValueError("nothing to look at; give --image FILE or --video FILE")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
     device = "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()) else "cpu"
     pictures = [video.read_picture(file) for file in cfg.image]  # before the model: a wrong path fails at once
     film = video.frames(cfg.video, count=cfg.frames) if cfg.video else iter(())
@@ -575,14 +580,14 @@ def main(cfg: Config) -> None:
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"(a toy of {size:.1f} million parameters, trained on synthetic pictures of shapes and digits)")
     if cfg.video:
-        seen_TD = watch(model, tqdm((frame for _, frame in film), "frames", cfg.frames))
-        lengths = [len(seen_TD)]
+        seen_ID = watch(model, tqdm((frame for _, frame in film), "frames", cfg.frames))
+        lengths = [len(seen_ID)]
     else:
         shown = [show(picture, model.config) for picture in pictures]
-        seen_TD = model.see(torch.cat([pixels for pixels, _ in shown]).to(device), [how for _, how in shown])
+        seen_ID = model.see(torch.cat([pixels for pixels, _ in shown]).to(device), [how for _, how in shown])
         lengths = [how.tokens(model.config.vision.patches) for _, how in shown]
     ids = chat.prompt(words, cfg.question, lengths)
-    x_1TD = model.embed(torch.tensor([ids], device=device), seen_TD)
+    x_1TD = model.embed(torch.tensor([ids], device=device), seen_ID)
     for piece in words.stream(generate(model, x_1TD, words.stop_ids, cfg.max_tokens)):
         print(piece, end="", flush=True)
     print()

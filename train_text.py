@@ -91,6 +91,8 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
     """A function from the number of a part to its (ids_BS, targets_BS): nothing else decides what is read."""
     if cfg.corpus != "synthetic":
         tokens = text.open_tokens(cfg.corpus)
+        if (largest := text.largest(tokens)) >= words.size:
+            raise ValueError(f"{cfg.corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again")
         return lambda part: text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, part)
 
     def batch(part: int) -> tuple[Tensor, Tensor]:

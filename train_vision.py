@@ -205,6 +205,8 @@ def collate(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer
         pixels += [x for x, _ in shown]
         layout += [how for _, how in shown]
         examples.append(example)
+    if not pixels:  # text alone: a blank grid that no token shows keeps all ranks calling the same modules
+        pixels, layout = [torch.zeros(1, 3, config.vision.side, config.vision.side)], [unires.Layout(1, 1)]
     return *chat.pad(examples, words.pad_id), torch.cat(pixels), layout
 
 

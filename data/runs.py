@@ -15,35 +15,46 @@ def open_run(folder: Path, settings: dict) -> None:
 
     Raises ValueError where another run, with other settings, lives there: mixing two would spoil both.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, but a run needs a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
-    text = json.dumps(settings, indent=2, default=str) + "\n"
-    if file.exists() and (before := file.read_text()) != text:
-        old, new = json.loads(before), json.loads(text)
-        changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]
-        raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(changed) or 'some are gone'}); "
-            "choose another --out, or remove that folder to start anew"
-        )
-    file.write_text(text)
+    new = json.loads(json.dumps(settings, default=str))
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read ({error}); remove {folder} to start anew") from error
+        changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out, "
+                "or remove that folder to start anew"
+            )
+    replace_text(file, json.dumps(new, indent=2) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    draft = file.with_suffix(".tmp")
+    draft.write_text(text)
+    os.replace(draft, file)
 
 
 def rewind(folder: Path, step: int | None = None, name: str = "log.jsonl") -> None:
-    """Forget the lines of step `step` and later: they will be made again. A torn last line goes too."""
+    """Forget the lines of step `step` and later: they will be made again. A torn line goes too."""
     file = folder / name
     if not file.exists():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
         if step is None or entry["step"] < step:
             kept.append(line + "\n")
-    whole = file.with_suffix(".tmp")
-    whole.write_text("".join(kept))
-    os.replace(whole, file)
+    replace_text(file, "".join(kept))
 
 
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:

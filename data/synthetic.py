@@ -100,9 +100,10 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     What belongs to a noun can be known from the second round on. Of all texts this is the one that teaches a model
     from nothing to look things up: every second token is a question, and within a round no answer comes twice.
     """
-    nouns = rng.permutation(THINGS + NOUNS)[:most]
-    digits = rng.random() < 0.3
-    own = [str(rng.integers(10)) if digits else " " + OTHERS[rng.integers(len(OTHERS))] for _ in nouns]
+    shuffled = rng.permutation(THINGS + NOUNS)
+    nouns, words = shuffled[:most], [*shuffled[most:], *OTHERS]
+    digits = tokens > 64 and rng.random() < 0.5
+    own = [str(rng.integers(10)) if digits else " " + words[rng.integers(len(words))] for _ in nouns]
     pieces: Pieces = []
     while len(pieces) <= tokens:
         known = bool(pieces)
@@ -144,8 +145,8 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
 
 
 SHARES = {  # of texts of up to 64, of up to 512, and of more tokens
-    "pairs": (0.9, 0.3, 0.1),
-    "album": (0.1, 0.4, 0.6),
+    "pairs": (1.0, 0.3, 0.1),
+    "album": (0.0, 0.4, 0.6),
     "book": (0.0, 0.3, 0.3),
 }
 
