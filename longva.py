@@ -3,12 +3,14 @@
 What      The language model (Sec. 3.1), the projector that lets it see (Sec. 3.2), loading, saving, answering.
 Paper     "Long Context Transfer from Language to Vision", arXiv 2406.16852, Sec. 3; Qwen2, arXiv 2407.10671.
 Run       python longva.py "What is in the picture?" --image PICTURE.jpg
-          python longva.py --video FILM.mp4 --frames 64 "Which number is on the star?"
+          python longva.py "Which number is on the star?" --video FILM.mp4 --frames 64
 Key       B batch            T tokens held here     S tokens of the whole sequence
           D width            H query heads          G key/value heads      K head width
           F MLP width        V vocabulary           L layers
           N grids = frames   P patches per grid     M tokens per grid      E CLIP width
           C colour channels  Y X pixels             1 broadcast
+          I visual tokens    U one chunk of tokens  J = K/2 pairs that turn together
+          R query heads per key head, in decoding
 Deviates  bfloat16, never float16: Qwen2's activations overflow float16 (the release's "!!!!" answers).
           All 152,064 rows of the embedding are kept; the release cuts them to the tokenizer's length.
           A grid is pooled also when it is alone; the release leaves a single crop at 576 tokens.
@@ -196,7 +198,8 @@ class ChunkedNLL(torch.autograd.Function):
     def backward(ctx, grad_N):  # noqa: ANN001, ANN205
         """d nll / d logits = softmax - one-hot, chunk by chunk; the head's gradient adds up in float32."""
         h_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
-        dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        learns = ctx.needs_input_grad[1]  # a frozen head needs no gradient: 2.2 GB at Qwen2-7B's size
+        dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
         for i in range(0, len(h_ND), ctx.chunk):
             here = slice(i, i + ctx.chunk)
             p_UV = ((h_ND[here] @ head_VD.T).float() - lse_N[here, None]).exp_()
@@ -204,8 +207,9 @@ class ChunkedNLL(torch.autograd.Function):
             p_UV.mul_(grad_N[here, None])
             p_UV = p_UV.to(h_ND.dtype)
             dh_ND[here] = p_UV @ head_VD
-            dhead_VD += (p_UV.T @ h_ND[here]).float()
-        return dh_ND, dhead_VD.to(head_VD.dtype), None, None
+            if learns:
+                dhead_VD += (p_UV.T @ h_ND[here]).float()
+        return dh_ND, dhead_VD.to(head_VD.dtype) if learns else None, None, None
 
 
 def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,8 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     What belongs to a noun can be known from the second round on. Of all texts this is the one that teaches a model
     from nothing to look things up: every second token is a question, and within a round no answer comes twice.
     """
-    shuffled = rng.permutation(THINGS + NOUNS)
-    nouns, words = shuffled[:most], [*shuffled[most:], *OTHERS]
+    nouns = rng.permutation(THINGS + NOUNS[:20])[:most]
+    words = NOUNS[20:] + OTHERS
     digits = tokens > 64 and rng.random() < 0.5
     own = [str(rng.integers(10)) if digits else " " + words[rng.integers(len(words))] for _ in nouns]
     pieces: Pieces = []
@@ -159,13 +159,14 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     for row in range(rows):
         ids, labels = [], []
         kind = rng.choice(list(SHARES), p=[share[(tokens > 64) + (tokens > 512)] for share in SHARES.values()])
-        most = min(3 + part // 50, 12) if tokens <= 64 else int(rng.integers(3, min(48, tokens // 6)))
+        most = min(3 + part // 56, 12) if tokens <= 64 else int(rng.integers(3, min(48, tokens // 6)))
         pieces = {"pairs": pairs, "album": album, "book": book}[kind](rng, tokens, most)
         for text, learn in pieces:
             piece = words.encode(text, special=True)
             ids += piece
             labels += piece if learn else [IGNORE] * len(piece)
-        ids, labels = ids[-tokens - 1 :], labels[-tokens - 1 :]  # too long: the question must stay
+        cut = slice(tokens + 1) if kind == "pairs" else slice(-tokens - 1, None)  # too long: the question must stay
+        ids, labels = ids[cut], labels[cut]
         ids_BT[row, : len(ids) - 1] = torch.tensor(ids[:-1])
         targets_BT[row, : len(ids) - 1] = torch.tensor(labels[1:])
     return ids_BT, targets_BT
