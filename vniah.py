@@ -175,15 +175,20 @@ class Story:
             text = needles.read_text_haystack(cfg.haystack)
         self.ids = words.encode(text)
 
-    def cell(self, context: int, depth: float) -> list[bool]:
-        """Was each number found at this length and depth?"""
+    def probes(self, context: int, depth: float) -> list[tuple[list[int], list[int]]]:
+        """(ids, ids of the answer) of every probe of a cell; numbers and places are drawn anew for each."""
         rng = np.random.RandomState([self.cfg.seed, self.panel.trial, context, round(100 * depth)])
-        probes = []
+        made = []
         for _ in range(self.cfg.needle_count if not self.panel.trial else 8):
             number, *others = needles.numbers(rng, 1 + self.panel.distractors, self.cfg.digits)
             lies = list(zip(needles.DISTRACTORS, others))
             probe = (self.words.encode, self.ids, context, depth, number, lies, rng, self.stops)
-            probes.append(needles.text_probe(*probe))
+            made.append(needles.text_probe(*probe))
+        return made
+
+    def cell(self, context: int, depth: float) -> list[bool]:
+        """Was each number found at this length and depth?"""
+        probes = self.probes(context, depth)
         found = [False] * len(probes)
         for group in alike([len(ids) for ids, _ in probes]):
             ids_BT = torch.tensor([probes[i][0] for i in group], device=self.model.device)

@@ -1,0 +1,175 @@
+"""Both training scripts as a user runs them: ranks agree, killed runs resume to the bit, mistakes get one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import longva
+from data import chat, synthetic, tokenizer
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--device cpu --seq-len 64 --batch 4 --short-steps 0".split()
+
+
+def command(script, *flags, ranks=1):
+    """The command line of a script, under torchrun for several ranks."""
+    how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"] if ranks > 1 else []
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else how
+    return [sys.executable, *how, script, *map(str, flags)]
+
+
+def start(*args, ranks=1):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(*args, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(*args, ranks=1):
+    process = start(*args, ranks=ranks)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    return out
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def newest_state(folder):
+    return max((folder / "state").glob("step-*[0-9]"), key=lambda p: int(p.name[5:]), default=None)
+
+
+def kill_and_resume(script, flags, folder, ranks):
+    """Start, kill all with SIGKILL once the second state is there, start the same command again, to its end."""
+    process = start(script, *flags, "--out", folder, ranks=ranks)
+    deadline = time.time() + 120
+    while not (folder / "state" / "step-2").exists():
+        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.5)  # ranks die with their launcher
+    return run(script, *flags, "--out", folder, ranks=ranks)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny base model, extended on two ranks, given eyes: every command of the README, a few steps each."""
+    at = tmp_path_factory.mktemp("runs")
+    base = [*SMALL, "--preset", "tiny-base", "--steps", 6, "--save-every", 1]
+    run("train_text.py", *base, "--out", at / "base")
+    run("train_text.py", *base, "--out", at / "base-ranks", ranks=2)
+    run("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower")
+    align = ["--stage", "align", "--weights", at / "base/model", "--tower", at / "tower/model", "--batch", 4]
+    run("train_vision.py", *align, "--steps", 2, "--out", at / "align")
+    sft = ["--stage", "sft", "--weights", at / "align/model", "--batch", 4, "--steps", 5, "--save-every", 1]
+    run("train_vision.py", *sft, "--out", at / "sft")
+    run("train_vision.py", *sft, "--out", at / "sft-ranks", ranks=2)
+    return at, base, sft
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("one, two", [("base", "base-ranks"), ("sft", "sft-ranks")])
+def test_ranks_agree(made, one, two):
+    """One process and two ranks: the same losses to float32's tolerance, step after step."""
+    a, b = losses(made[0] / one), losses(made[0] / two)
+    assert len(a) == len(b) > 4
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-5, atol=0)
+    assert a[0] != a[-1]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("script, name, ranks", [
+    ("train_text.py", "base", 1), ("train_text.py", "base-ranks", 2),
+    ("train_vision.py", "sft", 1), ("train_vision.py", "sft-ranks", 2),
+])  # fmt: skip
+def test_killed_runs_resume_to_the_bit(made, tmp_path, script, name, ranks):
+    at, base, sft = made
+    out = kill_and_resume(script, base if "text" in script else sft, tmp_path / "run", ranks)
+    assert "model:" in out
+    assert losses(tmp_path / "run") == losses(at / name)
+    for key, tensor in weights_of(at / name).items():
+        assert torch.equal(tensor, weights_of(tmp_path / "run")[key]), key
+
+
+def test_finished_runs_are_left_alone(made):
+    """The same command once more changes nothing and says again what comes next."""
+    at, base, _ = made
+    before = weights_of(at / "base")
+    assert "next:" in run("train_text.py", *base, "--out", at / "base")
+    assert all(torch.equal(before[key], tensor) for key, tensor in weights_of(at / "base").items())
+    assert (at / "base" / "curve.png").stat().st_size > 1000
+
+
+def test_exports_load(made):
+    at = made[0]
+    assert isinstance(longva.load(at / "base/model"), longva.LM)
+    model, words = longva.load(at / "sft/model"), tokenizer.load_tokenizer(at / "sft/model")
+    assert isinstance(model, longva.LongVA) and words.size <= model.config.lm.vocab_size
+    assert model.config.rule == "floor" and model.config.scheme == "unires"
+
+
+def test_align_changes_the_projector_alone(made):
+    at = made[0]
+    before, tower, after = weights_of(at / "base"), weights_of(at / "tower"), weights_of(at / "align")
+    for name, tensor in after.items():
+        if name.startswith(longva.TOWER):
+            assert torch.equal(tensor, tower["vision_model." + name.removeprefix(longva.TOWER)]), name
+        elif "mm_projector" not in name:
+            assert torch.equal(tensor, before[name]), name
+    fresh = dict(longva.fresh(longva.LongVA(longva.read_config(at / "align/model")), 42))
+    projector = "model.mm_projector.0.weight"
+    assert not torch.equal(after[projector], fresh[projector].bfloat16())
+
+
+def test_sft_changes_everything(made):
+    before, after = weights_of(made[0] / "align"), weights_of(made[0] / "sft")
+    still = {name for name in after if torch.equal(before[name], after[name])}
+    assert not {name for name in still if "vision_tower" not in name and "norm" not in name and "bias" not in name}
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["train_text.py", "--steps", "2", "--weights", "nowhere"], "nowhere"),
+    (["train_text.py", "--sepq-len", "2"], "--sepq-len"),
+    (["train_vision.py", "--stage", "sft", "--weights", "{base}"], "language model"),
+    (["train_vision.py", "--stage", "align", "--weights", "{sft}", "--tower", "{tower}"], "sees already"),
+    (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md"], "README.md"),
+])  # fmt: skip
+def test_mistakes_get_one_sentence(made, tmp_path, flags, complaint):
+    folders = {name: made[0] / name / "model" for name in ("base", "sft", "tower")}
+    script, *flags = [flag.format(**folders) for flag in flags]
+    process = start(script, *flags, "--out", tmp_path / "out")
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2 and complaint in out and "Traceback" not in out, out
+    assert len(out.strip().splitlines()) <= 2, out
+
+
+def test_other_settings_do_not_overwrite_a_run(made):
+    process = start("train_text.py", *made[1][:-2], "--save-every", 2, "--out", made[0] / "base")
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2 and "save_every" in out and "Traceback" not in out, out
+
+
+def test_synthetic_targets_can_be_known():
+    """Each target of a text batch follows from the text before it: the same question was answered there."""
+    words = tokenizer.load_tokenizer(synthetic.TOKENIZER)
+    ids_BT, targets_BT = synthetic.text_batch(words, seed=3, part=0, rows=40, tokens=64)
+    assert torch.equal(ids_BT, synthetic.text_batch(words, seed=3, part=0, rows=40, tokens=64)[0])
+    assert not torch.equal(ids_BT, synthetic.text_batch(words, seed=3, part=1, rows=40, tokens=64)[0])
+    for ids, targets in zip(ids_BT.tolist(), targets_BT.tolist()):
+        for t, target in enumerate(targets):
+            if target != chat.IGNORE:  # the noun at t stood earlier, and the same word followed it
+                assert any(ids[s] == ids[t] and ids[s + 1] == target for s in range(t)), (t, ids)
