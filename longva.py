@@ -148,7 +148,10 @@ class KVCache:
         new = object.__new__(KVCache)
         L, _, _, G, K = self.k_LBSGK.shape
         new.k_LBSGK, new.v_LBSGK = (self.k_LBSGK.new_empty(L, B, length + room, G, K) for _ in range(2))
-        new.k_LBSGK[:, :, :length], new.v_LBSGK[:, :, :length] = self.k_LBSGK[:, :, :length], self.v_LBSGK[:, :, :length]
+        new.k_LBSGK[:, :, :length], new.v_LBSGK[:, :, :length] = (
+            self.k_LBSGK[:, :, :length],
+            self.v_LBSGK[:, :, :length],
+        )
         new.length = length
         return new
 
@@ -182,7 +185,7 @@ class ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h_ND, head_VD, targets_N, chunk):  # noqa: ANN001, ANN205
+    def forward(ctx, h_ND, head_VD, targets_N, chunk):  # noqa: ANN001
         """Negative log-likelihood of every position, float32[N]."""
         nll, lse = [], []
         for h, target in zip(h_ND.split(chunk), targets_N.split(chunk)):
@@ -195,8 +198,8 @@ class ChunkedNLL(torch.autograd.Function):
         return torch.cat(nll) if nll else lse_N.clone()
 
     @staticmethod
-    def backward(ctx, grad_N):  # noqa: ANN001, ANN205
-        """d nll / d logits = softmax - one-hot, chunk by chunk; the head's gradient adds up in float32."""
+    def backward(ctx, grad_N):  # noqa: ANN001
+        """D nll / d logits = softmax - one-hot, chunk by chunk; the head's gradient adds up in float32."""
         h_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]  # a frozen head needs no gradient: 2.2 GB at Qwen2-7B's size
         dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
@@ -362,9 +365,7 @@ class LongVA(LM):
         self.config, D = config, config.lm.hidden_size
         eye = nn.ModuleDict({"vision_model": ClipVision(config.vision)})
         self.model.vision_tower = nn.ModuleDict({"vision_tower": eye})
-        self.model.mm_projector = nn.Sequential(
-            nn.Linear(config.vision.hidden_size, D), nn.GELU(), nn.Linear(D, D)
-        )
+        self.model.mm_projector = nn.Sequential(nn.Linear(config.vision.hidden_size, D), nn.GELU(), nn.Linear(D, D))
         if config.scheme == "anyres":
             self.model.image_newline = nn.Parameter(torch.empty(D))
 

@@ -33,7 +33,9 @@ class Config:
     """Extend a language model's context by training on long text (Sec. 3.1)."""
 
     out: Path = knob(Path("runs/extended"), "folder of this run: log, saved state, exported model (ours)")
-    weights: Path | None = knob(None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)")
+    weights: Path | None = knob(
+        None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)"
+    )
     corpus: str = knob("synthetic", "packed token file (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)")
     seq_len: int = knob(224_000, "tokens per sequence (Sec. 3.1)")
     batch: int = knob(1, "sequences read at once (release: extend_qwen2.sh)")
@@ -92,7 +94,9 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
     if cfg.corpus != "synthetic":
         tokens = text.open_tokens(cfg.corpus)
         if (largest := text.largest(tokens)) >= words.size:
-            raise ValueError(f"{cfg.corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again")
+            raise ValueError(
+                f"{cfg.corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again"
+            )
         return lambda part: text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, part)
 
     def batch(part: int) -> tuple[Tensor, Tensor]:

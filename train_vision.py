@@ -265,9 +265,7 @@ def main(cfg: Config) -> None:
     units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
     if cfg.stage != "tower":
         model.model.remat = model.tower.recompute = cfg.remat
-    ring.shard_parameters(
-        model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None
-    )
+    ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
     fill(cfg, model)
     groups = trained(cfg, model)
     learning = sum(p.numel() for g in groups for p in g["params"])

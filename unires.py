@@ -102,9 +102,7 @@ def anyres_grids(width: int, height: int, side: int, limit: int = LIMIT) -> tupl
 RULES = {"canvas": canvas_grids, "floor": floor_grids, "anyres": anyres_grids}
 
 
-def choose_grids(
-    width: int, height: int, side: int, rule: str = "canvas", limit: int = LIMIT
-) -> tuple[int, int]:
+def choose_grids(width: int, height: int, side: int, rule: str = "canvas", limit: int = LIMIT) -> tuple[int, int]:
     """How many grids of `side` pixels a picture of width x height pixels gets -> (rows, cols).
 
     Raises ValueError for a picture that check_size refuses, a rule not in RULES, or a limit below 1.
@@ -237,9 +235,7 @@ def margins(height: int, width: int, unpad: tuple[int, int] | None) -> tuple[int
     return 0, (width - int(unpad[0] * (height / unpad[1]))) // 2
 
 
-def anyres(
-    x_NPD: Tensor, rows: int, cols: int, newline_D: Tensor, unpad: tuple[int, int] | None = None
-) -> Tensor:
+def anyres(x_NPD: Tensor, rows: int, cols: int, newline_D: Tensor, unpad: tuple[int, int] | None = None) -> Tensor:
     """LLaVA-NeXT's order: the base grid, then each row of the whole picture, ended by newline_D -> x_TD.
 
     The base comes first, N = 1 + rows * cols; nothing is pooled. A row of the picture runs across grids, so

@@ -246,14 +246,18 @@ def table(cells: Cells, panels: list[Panel], lengths: tuple, unit: str) -> str:
     lines = [f"{unit:>{width}} " + "".join(f"{length:>7}" for length in lengths) + "    mean  95 % interval"]
     for panel in panels:
         known = [length for length in lengths if rate(cells, panel, length)[1]]
-        row = "".join(f"{rate(cells, panel, n)[0] / rate(cells, panel, n)[1]:7.2f}" if n in known else " " * 7 for n in lengths)
+        row = "".join(
+            f"{rate(cells, panel, n)[0] / rate(cells, panel, n)[1]:7.2f}" if n in known else " " * 7 for n in lengths
+        )
         hits, trials = rate(cells, panel)
         low, high = needles.wilson(hits, trials)
         lines.append(f"{panel.name:>{width}} {row}    {hits / trials:.3f}  {low:.3f} to {high:.3f}  (n={trials})")
     return "\n".join(lines)
 
 
-def heatmap(file: Path, cells: Cells, panels: list[Panel], lengths: tuple, depths: tuple, line: float, unit: str) -> None:
+def heatmap(
+    file: Path, cells: Cells, panels: list[Panel], lengths: tuple, depths: tuple, line: float, unit: str
+) -> None:
     """Draw one heatmap per panel, length across and depth down, as the paper's Figure 4; dotted: trained until here."""
     import matplotlib
 
@@ -269,7 +273,9 @@ def heatmap(file: Path, cells: Cells, panels: list[Panel], lengths: tuple, depth
         grid = np.array([[np.mean(cells[panel.name, n, d]) for n in lengths] for d in depths])
         picture = ax.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for y, x in np.ndindex(*grid.shape):
-            ax.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=7, color="w" if grid[y, x] < 0.6 else "k")
+            ax.text(
+                x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=7, color="w" if grid[y, x] < 0.6 else "k"
+            )
         ax.set_xticks(range(len(lengths)), lengths)
         ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
         ax.set(xlabel=unit, ylabel="depth", title=f"{panel.name}: {grid.mean():.2f}")
@@ -323,22 +329,29 @@ def main(cfg: Config) -> None:
 
     middle = cfg.depths[len(cfg.depths) // 2 :][:1]
     counts = ((panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2]))
-    with tqdm(total=sum(len(p) * len(n) * len(d) for p, n, d in counts) + bool(trials) * len(lengths) * len(cfg.depths)) as bar:
+    with tqdm(
+        total=sum(len(p) * len(n) * len(d) for p, n, d in counts) + bool(trials) * len(lengths) * len(cfg.depths)
+    ) as bar:
         for some, at, deep in counts:
             probe(cfg, some, at, deep, cells, bar)
         if trials:
             best = max(trials, key=lambda trial: rate(cells, trial)[0])
-            raised = f"(iv) RoPE base {best.rope_theta:g}, untrained" if cfg.task == "vision" else (
-                f"RoPE base {best.rope_theta:g}, untrained, {best.distractors} distractors"
+            raised = (
+                f"(iv) RoPE base {best.rope_theta:g}, untrained"
+                if cfg.task == "vision"
+                else (f"RoPE base {best.rope_theta:g}, untrained, {best.distractors} distractors")
             )
             panels.append(replace(best, name=raised, trial=False))
             probe(cfg, panels[-1:], lengths, cfg.depths, cells, bar)
 
     print(table(cells, panels + controls, lengths, unit))
     if trials:
-        print("RoPE bases tried on other needles: " + ", ".join(
-            f"{trial.rope_theta:g}: {rate(cells, trial)[0] / rate(cells, trial)[1]:.2f}" for trial in trials
-        ))
+        print(
+            "RoPE bases tried on other needles: "
+            + ", ".join(
+                f"{trial.rope_theta:g}: {rate(cells, trial)[0] / rate(cells, trial)[1]:.2f}" for trial in trials
+            )
+        )
     per_unit = cells_unit(cfg, panels[0])
     heatmap(cfg.out / "heatmap.png", cells, panels, lengths, cfg.depths, cfg.trained_on / per_unit, unit)
     result = stamp | {"cells": [{"panel": p, "length": n, "depth": d, "hits": h} for (p, n, d), h in cells.items()]}

@@ -53,9 +53,7 @@ def template_ids(tokenizer: Tokenizer, template: str = "qwen_1_5") -> tuple[list
     return tokenizer.encode(pre, special=True), tokenizer.encode(post, special=True)
 
 
-def prompt(
-    tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), template: str = "qwen_1_5"
-) -> list[int]:
+def prompt(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), template: str = "qwen_1_5") -> list[int]:
     """The ids that ask `text`; the answer follows them.
 
     image_tokens: visual tokens of each picture, in the order of the placeholders `<image>`. A text without
@@ -115,9 +113,7 @@ def pad(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[T
 # ---- the three kinds of samples ----
 
 
-def clean_chat(
-    tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]
-) -> tuple[list[int], list[int]]:
+def clean_chat(tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]) -> tuple[list[int], list[int]]:
     """Ids as a prompt has them; labels on the assistant's words and its <|im_end|> with the newline."""
     ids = tokenizer.encode(SYSTEM, special=True)
     labels = [IGNORE] * len(ids)
@@ -135,9 +131,7 @@ def clean_chat(
     return ids, labels
 
 
-def released_chat(
-    tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]
-) -> tuple[list[int], list[int]]:
+def released_chat(tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]) -> tuple[list[int], list[int]]:
     """Ids and labels as released: structural tokens trained, pictures in front, two newlines after them."""
     start, newline = tokenizer.special["<|im_start|>"], tokenizer.encode("\n")
     end = [tokenizer.special["<|im_end|>"], *newline]
@@ -158,9 +152,7 @@ def released_chat(
     return ids, labels
 
 
-def caption(
-    tokenizer: Tokenizer, turns: Sequence, image_tokens: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def caption(tokenizer: Tokenizer, turns: Sequence, image_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
     """A captioned picture for the projector's stage: no chat tokens, no question."""
     if [role for role, _ in turns] != ["user", "assistant"]:
         raise ValueError(f"template 'plain' needs one question and one caption, found {len(turns)} turn(s)")

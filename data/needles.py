@@ -97,9 +97,7 @@ def read_needles(folder: str | Path) -> list[Needle]:
             raise ValueError(f"{where}: the picture {image!r} lies outside the folder; move it inside")
         name = Path(image).with_suffix("").as_posix()
         if name in taken:
-            raise ValueError(
-                f"{where}: the needle {name!r} is record {taken[name]} already; give each its own picture"
-            )
+            raise ValueError(f"{where}: the needle {name!r} is record {taken[name]} already; give each its own picture")
         taken[name] = i
         try:
             picture = read_picture(folder / image)
@@ -141,9 +139,7 @@ def numbers(rng: np.random.RandomState, count: int, digits: int = 7) -> list[str
     Draw needles and distractors in one call: alike numbers would let a wrong sentence give the right answer.
     """
     if digits < 1 or count > 9 * 10 ** (digits - 1):
-        raise ValueError(
-            f"no {count} different numbers have {digits} digits; ask for fewer, or for more digits"
-        )
+        raise ValueError(f"no {count} different numbers have {digits} digits; ask for fewer, or for more digits")
     drawn: dict[str, None] = {}  # a set that keeps its order
     while len(drawn) < count:
         number = int(rng.randint(10**digits))

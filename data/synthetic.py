@@ -14,7 +14,7 @@ Deviates  The loss is taken only where the text so far determines the next token
 import re
 import string
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -113,16 +113,28 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
 
 
 def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """Facts strewn among sentences, then a conversation that asks for some of them, each once."""
-    facts = max(1, min(most, tokens // 12))
-    questions = int(rng.integers(1, max(2, min(facts, (tokens - 10 * facts) // 15, 24) + 1)))
+    """Facts strewn among sentences, some told twice, then a conversation that asks for some of them, each once."""
+    facts = max(1, min(most, tokens // 16))
+    questions = max(1, min(facts, 24, (tokens - 11 * facts) // 16))
     nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
-    lines = [FACTS[rng.integers(len(FACTS))].format(thing=n, number=d) for n, d in zip(nouns, digits)]
-    story = mix(rng, lines, tokens - 14 * questions - 10 * facts - 16)
-    pieces = [("<|im_start|>user\n" + story, False)]
+    told: list[tuple[int, bool]] = [(i, False) for i in range(facts)]
+    for i in range(facts):
+        if rng.random() < 0.5:
+            told.insert(int(rng.integers(told.index((i, False)) + 1, len(told) + 1)), (i, True))
+    sentences = max(0, tokens - 16 * questions - 8 * len(told) - 10) // 8
+    gaps = rng.multinomial(sentences, np.ones(len(told) + 1) / (len(told) + 1))
+    pieces: Pieces = [("<|im_start|>user\n", False)]
+    for gap, (i, again) in zip(gaps, told):
+        before, after = FACTS[rng.integers(len(FACTS))].format(thing=nouns[i], number="|").split("|")
+        pieces += [
+            ("".join(sentence(rng) for _ in range(gap)) + before, False),
+            (str(digits[i]), again),
+            (after, False),
+        ]
+    pieces += [("".join(sentence(rng) for _ in range(gaps[-1])) + "\n", False)]
     for turn, i in enumerate(rng.permutation(facts)[:questions]):
         ask = ASK_NUMBER.format(thing=nouns[i]) + "<|im_end|>\n<|im_start|>assistant\n"
-        pieces += [("\n" if turn == 0 else "<|im_start|>user\n", False), (ask, False)]
+        pieces += [("<|im_start|>user\n" if turn else "", False), (ask, False)]
         pieces += [(str(digits[i]), True), ("<|im_end|>", True), ("\n", False)]
     return pieces
 
@@ -133,9 +145,14 @@ def book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
     lines = [needles.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
-    story = mix(rng, lines, tokens - (14 + digits) * len(cities) - 50)
-    question = needles.QUESTION.replace(needles.CITY, cities[0])
-    return [(needles.PREFIX + story + question, False), *((digit, True) for digit in numbers[0]), (".", True)]
+    asked = max(1, min(len(cities), tokens // 80))
+    story = mix(rng, lines, tokens - (14 + digits) * len(cities) - (25 + digits) * asked - 25)
+    pieces: Pieces = [(needles.PREFIX + story, False)]
+    for turn, i in enumerate(rng.permutation(len(cities))[:asked]):
+        question = needles.QUESTION.replace(needles.CITY, cities[i])
+        pieces += [(question if turn == 0 else "\n" + question[question.index("Question") :], False)]
+        pieces += [*((digit, True) for digit in numbers[i]), (".", True)]
+    return pieces
 
 
 def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
@@ -145,28 +162,42 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
 
 
 SHARES = {  # of texts of up to 64, of up to 512, and of more tokens
-    "pairs": (1.0, 0.3, 0.1),
-    "album": (0.0, 0.4, 0.6),
-    "book": (0.0, 0.3, 0.3),
+    "pairs": (1.0, 0.1, 0.0),
+    "album": (0.0, 0.6, 0.65),
+    "book": (0.0, 0.3, 0.35),
 }
 
 
+def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a text; what cannot be known has label -100."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learn in pieces:
+        piece = words.encode(text, special=True)
+        ids += piece
+        labels += piece if learn else [IGNORE] * len(piece)
+    return ids, labels
+
+
 def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; what cannot be known has target -100."""
+    """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; what cannot be known has target -100.
+
+    Nothing is cut off in front: a question whose answer is gone teaches a model to guess, and one such question in
+    ten kept it from learning to look things up at all.
+    """
     rng = np.random.default_rng([0x7E7, seed, part])
     ids_BT = torch.full((rows, tokens), words.pad_id)
     targets_BT = torch.full((rows, tokens), IGNORE)
     for row in range(rows):
-        ids, labels = [], []
         kind = rng.choice(list(SHARES), p=[share[(tokens > 64) + (tokens > 512)] for share in SHARES.values()])
         most = min(3 + part // 56, 12) if tokens <= 64 else int(rng.integers(3, min(48, tokens // 6)))
-        pieces = {"pairs": pairs, "album": album, "book": book}[kind](rng, tokens, most)
-        for text, learn in pieces:
-            piece = words.encode(text, special=True)
-            ids += piece
-            labels += piece if learn else [IGNORE] * len(piece)
-        cut = slice(tokens + 1) if kind == "pairs" else slice(-tokens - 1, None)  # too long: the question must stay
-        ids, labels = ids[cut], labels[cut]
+        room = tokens + 1
+        while True:
+            ids, labels = tokenised(words, {"pairs": pairs, "album": album, "book": book}[kind](rng, room, most))
+            if kind == "pairs" or len(ids) <= tokens + 1:
+                break
+            room -= len(ids) - tokens
+        ids, labels = ids[: tokens + 1], labels[: tokens + 1]
         ids_BT[row, : len(ids) - 1] = torch.tensor(ids[:-1])
         targets_BT[row, : len(ids) - 1] = torch.tensor(labels[1:])
     return ids_BT, targets_BT
@@ -197,7 +228,7 @@ OUTLINES = {  # polygons in a unit square, y down
 }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def outline(thing: str, pixels: int) -> np.ndarray:
     """How much of each pixel a thing of that width covers, float32[Y, X] in 0..1."""
     n = pixels * FINE
@@ -227,13 +258,17 @@ def outline(thing: str, pixels: int) -> np.ndarray:
         ellipse(0, 0.25, 0.5, 0.75), ellipse(0.16, 0.41, 0.34, 0.59, 0), box(0.45, 0.42, 1, 0.58)
         box(0.7, 0.5, 0.78, 0.8), box(0.9, 0.5, 1, 0.8)
     elif thing == "cup":
-        ellipse(0.5, 0.2, 1, 0.75), ellipse(0.62, 0.32, 0.88, 0.63, 0), polygon([(0, 0.1), (0.75, 0.1), (0.62, 1), (0.13, 1)])
+        (
+            ellipse(0.5, 0.2, 1, 0.75),
+            ellipse(0.62, 0.32, 0.88, 0.63, 0),
+            polygon([(0, 0.1), (0.75, 0.1), (0.62, 1), (0.13, 1)]),
+        )
     elif thing == "bell":
         ellipse(0.4, 0.78, 0.6, 1)
     return np.asarray(canvas.reduce(FINE), dtype=np.float32) / 255
 
 
-@lru_cache(maxsize=None)
+@cache
 def digit_mask(digit: int) -> np.ndarray:
     """A digit of 10 by 14 pixels, float32[Y, X] of 0 and 1."""
     dots = [[row >> (4 - x) & 1 for x in range(5)] for row in DIGITS[digit]]
@@ -278,9 +313,7 @@ def to_image(canvas_YXC: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(canvas_YXC, 0, 255).astype(np.uint8))
 
 
-def photograph(
-    rng: np.random.Generator, rows: int, cols: int, shown: list[tuple[str, str, int | None]]
-) -> Image.Image:
+def photograph(rng: np.random.Generator, rows: int, cols: int, shown: list[tuple[str, str, int | None]]) -> Image.Image:
     """A picture of rows x cols grids on one landscape, with each (thing, colour, number) in a grid of its own."""
     canvas_YXC = landscape(rng, rows * SIDE, cols * SIDE)
     places = sorted(rng.permutation(rows * cols)[: len(shown)])
@@ -329,7 +362,9 @@ def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[need
         return needles.Needle(f"{i:02}-{thing}-{number}", picture, ASK_NUMBER.format(thing=thing), str(number))
 
     others, asked = things[:distractors], things[distractors:]
-    return [sign(i, asked[i % len(asked)]) for i in range(count)], [sign(3 * i, thing) for i, thing in enumerate(others)]
+    return [sign(i, asked[i % len(asked)]) for i in range(count)], [
+        sign(3 * i, thing) for i, thing in enumerate(others)
+    ]
 
 
 def story(seed: int, tokens: int) -> str:
@@ -351,8 +386,10 @@ def grids_of(rng: np.random.Generator, most: int) -> tuple[int, int]:
 
 def describe(thing: str, colour: str, number: int | None) -> str:
     """What a caption says of a thing in a picture."""
-    return BARE.format(thing=thing, colour=colour) if number is None else CAPTION.format(
-        thing=thing, colour=colour, number=number
+    return (
+        BARE.format(thing=thing, colour=colour)
+        if number is None
+        else CAPTION.format(thing=thing, colour=colour, number=number)
     )
 
 

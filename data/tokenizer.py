@@ -67,9 +67,7 @@ class Tokenizer:
     least; pad_id; bos_id: the document separator (Sec. 3.1); stop_ids: an answer ends at any of them.
     """
 
-    def __init__(
-        self, ordinary: Callable[[str], list[int]], pieces: dict[int, bytes], special: dict[str, int]
-    ):
+    def __init__(self, ordinary: Callable[[str], list[int]], pieces: dict[int, bytes], special: dict[str, int]):
         """ordinary: encodes text without control tokens; pieces: the bytes of each id that it can return."""
         self.ordinary = ordinary
         self.special = special
@@ -126,9 +124,7 @@ def portions(text: str) -> Iterator[str]:
 # ---- byte-level BPE: Qwen2, Llama 3, the tiny model ----
 
 
-def byte_level(
-    vocab: dict[str, int], special: dict[str, int], words: str = QWEN2_WORDS, nfc: bool = True
-) -> Tokenizer:
+def byte_level(vocab: dict[str, int], special: dict[str, int], words: str = QWEN2_WORDS, nfc: bool = True) -> Tokenizer:
     """A tokenizer from vocab.json's content; ids must be in merge order, tiktoken's priorities."""
     try:
         ranks = {bytes(BYTE[c] for c in token): i for token, i in vocab.items()}
@@ -150,9 +146,7 @@ def byte_level(
 def check_vocabulary(vocab: dict[str, int], merges: Iterable[Sequence[str]], source: Path) -> None:
     """Refuse ids that are no integers, or not in the order of the merges (if the folder has them)."""
     if bad := [token for token, i in vocab.items() if type(i) is not int or i < 0]:
-        raise ValueError(
-            f"{source}: token {bad[0]!r} has the id {vocab[bad[0]]!r}, expected an integer from 0"
-        )
+        raise ValueError(f"{source}: token {bad[0]!r} has the id {vocab[bad[0]]!r}, expected an integer from 0")
     last = 0
     for pair in merges:
         i = vocab.get("".join(pair), -1) if len(pair) == 2 else -1
@@ -321,10 +315,7 @@ def merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def write_qwen2(
-    folder: str | Path,
-    vocab: dict[str, int],
-    merges: list[tuple[str, str]],
-    specials: Iterable[str] = QWEN2_SPECIALS,
+    folder: str | Path, vocab: dict[str, int], merges: list[tuple[str, str]], specials: Iterable[str] = QWEN2_SPECIALS
 ) -> None:
     """Write a vocabulary as Hugging Face's Qwen2Tokenizer reads it; `specials` get the ids after it."""
     folder = Path(folder)

@@ -56,9 +56,7 @@ def picture_files(folder: str | Path) -> list[Path]:
 
     files = [f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
     if not files:
-        raise ValueError(
-            f"{folder}: no picture in this folder; expected names that end in {', '.join(SUFFIXES)}"
-        )
+        raise ValueError(f"{folder}: no picture in this folder; expected names that end in {', '.join(SUFFIXES)}")
     return sorted(files, key=natural)
 
 
@@ -154,9 +152,7 @@ def _scan(path: Path) -> Index:
     stamps.sort()  # packets come in decoding order
     end = max(spans[ours][1], stamps[-1] + (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1))
     if (still := float(np.diff([*stamps, end]).max())) > STILL:
-        raise ValueError(
-            f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file"
-        )
+        raise ValueError(f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file")
     return Index(stamps, end - stamps[0], not whole or last - first < promised - TAIL)
 
 
@@ -243,10 +239,7 @@ def _evenly(path: Path, total: int, count: int | None) -> list[int]:
 
 
 def frames(
-    path: str | Path,
-    fps: float = 1.0,
-    count: int | None = None,
-    resize: Callable[[Image.Image], Any] | None = None,
+    path: str | Path, fps: float = 1.0, count: int | None = None, resize: Callable[[Image.Image], Any] | None = None
 ) -> Iterator[tuple[float, Any]]:
     """Stream a video as (seconds from its start, upright RGB picture).
 

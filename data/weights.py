@@ -58,18 +58,12 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
         if (folder / SINGLE).is_file():
             return {SINGLE: None}
         if pickled := sorted(p.name for p in folder.glob("*.bin")):
-            raise ValueError(
-                f"{folder} has {pickled[0]}, expected safetensors; convert it: {CONVERT}{pickled[0]}"
-            )
-        raise ValueError(
-            f"{folder} has no weights; expected {SINGLE}, or {INDEX} and the files that it names"
-        )
+            raise ValueError(f"{folder} has {pickled[0]}, expected safetensors; convert it: {CONVERT}{pickled[0]}")
+        raise ValueError(f"{folder} has no weights; expected {SINGLE}, or {INDEX} and the files that it names")
     files: dict[str, list[str] | None] = {}
     for name, file in read_json(folder / INDEX).get("weight_map", {}).items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{folder / INDEX} puts {name} in {file!r}, expected a bare *.safetensors file name"
-            )
+            raise ValueError(f"{folder / INDEX} puts {name} in {file!r}, expected a bare *.safetensors file name")
         files.setdefault(file, []).append(name)
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ValueError(f"{folder} lacks {len(missing)} file(s) that {INDEX} names, first {missing[0]}")
@@ -234,9 +228,7 @@ def copy_tokenizer(src: str | Path, dst: str | Path) -> None:
     """Copy the tokenizer's and the generation settings' files, so that `dst` is a complete model folder."""
     found = [file for file in TOKENIZER_FILES if (Path(src) / file).is_file()]
     if not found:
-        raise ValueError(
-            f"{src} has no tokenizer files to copy; expected one of {', '.join(TOKENIZER_FILES[:6])}"
-        )
+        raise ValueError(f"{src} has no tokenizer files to copy; expected one of {', '.join(TOKENIZER_FILES[:6])}")
     Path(dst).mkdir(parents=True, exist_ok=True)
     for file in found:
         shutil.copyfile(Path(src) / file, Path(dst) / file)

@@ -20,9 +20,7 @@ SIZES = {  # hidden, intermediate, layers, heads, patch, image
 
 
 def config_of(name, **changes):
-    names = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size image_size"
-    ).split()
+    names = ("hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size image_size").split()
     return ClipConfig(**{**dict(zip(names, SIZES[name])), **changes})
 
 
@@ -36,9 +34,7 @@ def twins(name, dtype=torch.float32):
     for weight in theirs.parameters():
         weight.data.add_(torch.randn_like(weight) * 0.1)
     ours = ClipVision(config)
-    ours.load_state_dict(
-        {k.removeprefix("vision_model."): v for k, v in theirs.state_dict().items()}, strict=True
-    )
+    ours.load_state_dict({k.removeprefix("vision_model."): v for k, v in theirs.state_dict().items()}, strict=True)
     pixels = torch.randn(3, 3, config.side, config.side)
     return theirs.to(dtype), ours.to(dtype), pixels.to(dtype)
 
@@ -75,9 +71,7 @@ def test_gradients_equal_transformers_and_survive_recomputing():
             if re.match(r"encoder.layers.1|post_layernorm", name):  # behind the chosen state: never run
                 assert p.grad is None, name
             else:
-                assert_close(
-                    p.grad, want[name], atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-                )
+                assert_close(p.grad, want[name], atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.oracle

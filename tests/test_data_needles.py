@@ -57,11 +57,7 @@ def test_the_release_s_names(folder, suffix):
         {"path": "cat.png", "prompt": "q\u2028", "answer": "a"},
         {"image": "zoo/dog.png", "question": "r", "answer": "b"},
     ]
-    text = (
-        json.dumps(records)
-        if suffix == "json"
-        else "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
-    )
+    text = json.dumps(records) if suffix == "json" else "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
     (folder / f"questions.{suffix}").write_text(text, encoding="utf-8")
     assert [(n.name, n.question, n.answer) for n in read_needles(folder)] == [
         ("cat", "q\u2028", "a"),
@@ -197,16 +193,12 @@ def test_question_without_numbers():
 
 
 @pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.9, 1])
-@pytest.mark.parametrize(
-    "cities", [[], [("New York", "1111111")], [("New York", "1111111"), ("London", "2222222")]]
-)
+@pytest.mark.parametrize("cities", [[], [("New York", "1111111")], [("New York", "1111111"), ("London", "2222222")]])
 def test_probe(depth, cities):
     toy = qwen()
     encode, stops, context = toy.encode, period_ids(toy.encode), 100
     book = encode(BOOK)
-    ids, answer_ids = text_probe(
-        encode, book, context, depth, "2965478", cities, np.random.RandomState(1), stops
-    )
+    ids, answer_ids = text_probe(encode, book, context, depth, "2965478", cities, np.random.RandomState(1), stops)
     text, hay = toy.decode(ids), toy.decode((book * 9)[:context])
     assert toy.decode(answer_ids) == "2965478"
     assert text.startswith(PREFIX) and text.endswith("</book>.\n" + QUESTION.split("\n", 1)[1])
@@ -215,9 +207,7 @@ def test_probe(depth, cities):
     for sentence in planted:
         assert body.count(sentence) == 1
         before = body[: body.index(sentence)]
-        assert (
-            before in ("",) or re.search(r"\.\n*$", before) or body.endswith(sentence)
-        )  # at a sentence's end
+        assert before in ("",) or re.search(r"\.\n*$", before) or body.endswith(sentence)  # at a sentence's end
     for sentence in reversed(planted):
         body = body.replace(sentence, "", 1)
     assert body == hay  # nothing of the haystack is lost

@@ -150,7 +150,9 @@ def test_long_runs(ours, text):
 
 def test_cuts_change_nothing(theirs, monkeypatch):
     blank = t.byte_level(t.train_bpe(["\n \n", "\n\n", "  ", "   ", ".\n", " x", ".\n\n"])[0], {})
-    spaced = "".join(random.Random(5).choices(["\n", " ", "x", ".", "\u2028", "\x1c"], weights=[3, 3, 1, 1, 1, 1], k=4000))
+    spaced = "".join(
+        random.Random(5).choices(["\n", " ", "x", ".", "\u2028", "\x1c"], weights=[3, 3, 1, 1, 1, 1], k=4000)
+    )
     mixed = "".join(fuzz(600, seed=3))
     for tokenizer, text, least in ((blank, spaced, 100), (t.load_tokenizer(theirs), mixed, 1000)):
         whole = tokenizer.encode(text)

@@ -26,9 +26,7 @@ CODEC = {
 
 def stripes(number, size=(64, 48)):
     bits = [255 * (number >> b & 1) for b in range(8)]
-    return (
-        Image.fromarray(np.repeat([bits], 48, 0).astype(np.uint8)).resize(size, Image.NEAREST).convert("RGB")
-    )
+    return Image.fromarray(np.repeat([bits], 48, 0).astype(np.uint8)).resize(size, Image.NEAREST).convert("RGB")
 
 
 def number(picture):
@@ -89,9 +87,7 @@ def test_constant_rate_in_every_container(tmp_path, suffix):
     assert seen(path) == [(k, k * rate) for k in range(6)]
     assert seen(path, fps=2) == [(k / 2, int(k / 2 * rate)) for k in range(12)]
     for count in (1, 4, 7, len(times)):  # the release's indices
-        assert [n for _, n in seen(path, count=count)] == np.linspace(0, len(times) - 1, count).astype(
-            int
-        ).tolist()
+        assert [n for _, n in seen(path, count=count)] == np.linspace(0, len(times) - 1, count).astype(int).tolist()
     assert duration(path) == pytest.approx(6, abs=0.05)
 
 
@@ -190,13 +186,7 @@ def test_damage_inside(tmp_path, monkeypatch):
     real = video._decoded
     monkeypatch.setattr(video, "_decoded", lambda c, s: (x for x in real(c, s) if x[0] < 3.05))
     with pytest.warns(UserWarning, match=r"after 3\.0 s"):
-        assert seen(path) == [
-            (0, 0),
-            (1, 10),
-            (2, 20),
-            (3, 30),
-            (4, 30),
-        ]  # a frame may stay on for TAIL seconds
+        assert seen(path) == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 30)]  # a frame may stay on for TAIL seconds
     with pytest.raises(ValueError, match=r"after 3\.0 s"):
         list(frames(path, count=6))
     monkeypatch.setattr(video, "_decoded", lambda c, s: iter(()))
@@ -290,11 +280,7 @@ def test_pictures_of_every_kind(tmp_path):
         picture.save(tmp_path / name)
         return video.read_picture(tmp_path / name)
 
-    assert read(Image.fromarray(np.full((2, 2), 30000, np.uint16))).getpixel((0, 0)) == (
-        117,
-        117,
-        117,
-    )  # 30000 / 257
+    assert read(Image.fromarray(np.full((2, 2), 30000, np.uint16))).getpixel((0, 0)) == (117, 117, 117)  # 30000 / 257
     assert read(Image.new("RGBA", (2, 2), (9, 8, 7, 0))).getpixel((0, 0)) == (9, 8, 7)
     assert read(Image.new("L", (2, 2), 5)).mode == read(Image.new("P", (2, 2))).mode == "RGB"
     with pytest.raises(ValueError, match=r"thin\.png: cannot be read as a picture \(1 x 201 pixels"):

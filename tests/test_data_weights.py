@@ -132,7 +132,9 @@ def test_a_failing_stream_leaves_the_old_model(tmp_path):
 def test_fill_strictly():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
     parameters = dict(model.named_parameters())
-    stream = {f"model.{k}": torch.full(p.shape, float(i), dtype=torch.float64) for i, (k, p) in enumerate(parameters.items())}
+    stream = {
+        f"model.{k}": torch.full(p.shape, float(i), dtype=torch.float64) for i, (k, p) in enumerate(parameters.items())
+    }
     stream["model.rotary.inv_freq"] = torch.ones(7)
     w.fill_strictly(parameters, stream.items(), rename=lambda n: n.removeprefix("model."), ignore=["*.inv_freq"])
     assert [p.unique().item() for p in parameters.values()] == [0.0, 1.0, 2.0]
@@ -142,7 +144,9 @@ def test_fill_strictly():
 def test_fill_strictly_uses_the_fill_it_is_given():
     got = {}
     p = torch.zeros(2)
-    w.fill_strictly({"x": p}, [("x", torch.ones(2))], fill=lambda parameter, tensor: got.update({id(parameter): tensor}))
+    w.fill_strictly(
+        {"x": p}, [("x", torch.ones(2))], fill=lambda parameter, tensor: got.update({id(parameter): tensor})
+    )
     assert got[id(p)].tolist() == [1, 1] and p.tolist() == [0, 0]
 
 

@@ -96,9 +96,7 @@ def test_positional(argv):
 
 
 def test_positional_that_must_be_given(capsys):
-    cls = dataclasses.make_dataclass(
-        "Cls", [("video", Path, knob(MISSING, "file", positional=True))], frozen=True
-    )
+    cls = dataclasses.make_dataclass("Cls", [("video", Path, knob(MISSING, "file", positional=True))], frozen=True)
     assert parse(cls, argv=["a.mp4"]).video == Path("a.mp4")
     with pytest.raises(SystemExit):
         parse(cls, argv=[])

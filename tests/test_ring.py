@@ -42,12 +42,7 @@ def sdpa(q, k, v):
 
 def case(S, H, G, K, times, dtype):
     """q, k, v and the gradient of o; rounded to `dtype` first, so that the oracle sees the same numbers."""
-    made = (
-        noise(2, S, H, K) * times,
-        noise(2, S, G, K, seed=1),
-        noise(2, S, G, K, seed=2),
-        noise(2, S, H, K, seed=3),
-    )
+    made = (noise(2, S, H, K) * times, noise(2, S, G, K, seed=1), noise(2, S, G, K, seed=2), noise(2, S, H, K, seed=3))
     return [x.to(dtype) for x in made]
 
 
@@ -91,9 +86,7 @@ def check_bf16(world, out):
     want = oracle(q, k, v, do)
     idx_T = ring.zigzag_index(48, world)
     local = (x[:, idx_T] for x in (q, k, v, do))
-    ours = [
-        ring.unshard(x, world) for x in with_gradients(partial(ring.zigzag_attend(world, "math"), 0), *local)
-    ]
+    ours = [ring.unshard(x, world) for x in with_gradients(partial(ring.zigzag_attend(world, "math"), 0), *local)]
     alone = with_gradients(partial(ring.zigzag_attend(ALONE, "math"), 0), q, k, v, do)
     # Each block leaves its kernel rounded, hence more than 1; rounding the sums too gives o and dq over 1.44 at R > 2.
     for got, one, exact, bound in zip(ours, alone, want, (1.4, 1.4, 1.6, 1.6)):
@@ -221,11 +214,7 @@ def check_sharded_gradients(world, out):
     (nll / count).backward()
     want = {name: p.grad for name, p in plain.named_parameters()}
     norm = torch.stack([g.norm() for g in want.values()]).norm().item()
-    for options, tolerance in [
-        ({}, 1e-5),
-        ({"offload": True}, 1e-5),
-        ({"param_dtype": torch.bfloat16}, 0.05),
-    ]:
+    for options, tolerance in [({}, 1e-5), ({"offload": True}, 1e-5), ({"param_dtype": torch.bfloat16}, 0.05)]:
         model, _ = sharded(world, **options)
         assert model.head.weight is model.embed.weight
         assert dict(ring.whole_parameters(model, world)).keys() == want.keys()
@@ -275,15 +264,7 @@ def check_resume(world, out):
     assert sorted(p.name for p in folder.iterdir()) == ["step-1", "step-2"]
 
 
-CHECKS = [
-    check_index,
-    check_mean,
-    check_attention,
-    check_bf16,
-    check_traffic,
-    check_sharded_gradients,
-    check_resume,
-]
+CHECKS = [check_index, check_mean, check_attention, check_bf16, check_traffic, check_sharded_gradients, check_resume]
 
 
 @pytest.mark.ranks
@@ -334,9 +315,7 @@ def test_merge_equals_one_softmax():
 def test_merge_extremes(dtype):
     o, new = noise(1, 5, 1, 2, dtype=dtype), noise(1, 5, 1, 2, seed=1, dtype=dtype)
     inf = math.inf
-    lse, new_lse = torch.tensor(
-        [[[-inf, -inf, 3.0, 1e4, -1e4]], [[-inf, 2.0, -inf, -1e4, 1e4]]], dtype=dtype
-    )[:, None]
+    lse, new_lse = torch.tensor([[[-inf, -inf, 3.0, 1e4, -1e4]], [[-inf, 2.0, -inf, -1e4, 1e4]]], dtype=dtype)[:, None]
     got, got_lse = ring.merge(o, lse, new, new_lse)
     want = torch.stack([o[:, 0], new[:, 1], o[:, 2], o[:, 3], new[:, 4]], dim=1)
     assert torch.equal(got, want) and got_lse.flatten().tolist() == [-inf, 2.0, 3.0, 1e4, 1e4]
@@ -344,9 +323,7 @@ def test_merge_extremes(dtype):
     assert half.dtype == torch.float32 and torch.allclose(half_lse, torch.tensor(2.0).log())
 
 
-@pytest.mark.parametrize(
-    "dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
-)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("causal, S", [(True, 21), (False, 21), (False, 9)])
 def test_kernels_agree(dtype, bound, causal, S):
     """The CPU kernel equals the ten lines, also backward from the o and lse of more keys than the block's."""

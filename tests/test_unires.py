@@ -43,9 +43,7 @@ GOLDEN = [
 
 def noise(width, height, mode="RGB", seed=0):
     """A smooth random picture: resizing it has something to interpolate."""
-    small = np.random.default_rng(seed).integers(
-        0, 256, (max(2, height // 5), max(2, width // 5), 3), np.uint8
-    )
+    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 5), max(2, width // 5), 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.BICUBIC).convert(mode)
 
 
@@ -98,10 +96,7 @@ def test_best_canvas_equals_transformers():
                 width, height = rng.randint(1, 3000), rng.randint(1, 3000)
                 pixels = [(r * side, c * side) for r, c in shapes]
                 h, w = processing.select_best_resolution((height, width), pixels)
-                assert unires.best_canvas(width, height, side, shapes) == (h // side, w // side), (
-                    width,
-                    height,
-                )
+                assert unires.best_canvas(width, height, side, shapes) == (h // side, w // side), (width, height)
 
 
 def test_floor_rule_scales_large_pictures_down():
@@ -181,9 +176,7 @@ def test_cut_against_loops(rule, size):
         for col in range(cols):
             for y in range(side):
                 for x in range(side):
-                    want[row * cols + col, :, y, x] = torch.tensor(
-                        pixel(canvas[row * side + y, col * side + x])
-                    )
+                    want[row * cols + col, :, y, x] = torch.tensor(pixel(canvas[row * side + y, col * side + x]))
     assert_close(got, want, atol=1e-6, rtol=0)
 
 
@@ -255,9 +248,7 @@ def test_modes():
 
 def test_animation_shows_its_first_picture():
     file = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(
-        file, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")]
-    )
+    Image.new("RGB", (4, 4), "red").save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
     assert colour(Image.open(file)) == (255, 0, 0)
 
 

@@ -39,7 +39,12 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def cfg(tmp_path, folders):
     return vniah.Config(
-        weights=folders / "sees", out=tmp_path / "out", frames=(3, 6), depths=(0.0, 0.5, 1.0), needle_count=5, device="cpu"
+        weights=folders / "sees",
+        out=tmp_path / "out",
+        frames=(3, 6),
+        depths=(0.0, 0.5, 1.0),
+        needle_count=5,
+        device="cpu",
     )
 
 
@@ -47,7 +52,9 @@ def write_needles(folder, answers=("7", "12", "red", "3")):
     """Needles whose questions and answers differ in length."""
     rng = np.random.default_rng(0)
     made = [
-        needles.Needle(f"n{i}", synthetic.photograph(rng, 1, 1, synthetic.cast(rng, 1)), "Which number?" + " star" * i, answer)
+        needles.Needle(
+            f"n{i}", synthetic.photograph(rng, 1, 1, synthetic.cast(rng, 1)), "Which number?" + " star" * i, answer
+        )
         for i, answer in enumerate(answers)
     ]
     needles.write_needles(folder, made)
