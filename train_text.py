@@ -64,7 +64,7 @@ TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "steps": 200, "rope_theta": 1e6, "lr": 1e-3, "warmup": 20}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "lr": 1e-3}
-BASE = Path("runs/tiny-base/model")
+BASE = runs.made("tiny-base", "base")
 PRESETS = {
     "tiny-base": {**TINY, **SHORT, "steps": 1500, "short_steps": 600, "warmup": 100, "out": Path("runs/tiny-base")},
     "tiny": {**TINY, **LONG, "weights": BASE, "out": Path("runs/tiny-extended")},

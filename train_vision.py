@@ -83,7 +83,7 @@ PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes 
     "tiny-baseline": {**TINY, "system": "tiny-baseline"},
     "longva": {},  # 8 x 80 GB: 1.5 days on A100s for both stages (Sec. 3.2)
 }
-LANGUAGE = {"tiny-longva": "tiny-extended", "tiny-anyres": "tiny-extended", "tiny-baseline": "tiny-control"}
+LANGUAGE = {"tiny-longva": "extended", "tiny-anyres": "extended", "tiny-baseline": "control"}
 TINY_CLIP = clip.ClipConfig(
     hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, patch_size=8,
     image_size=synthetic.SIDE,
@@ -98,7 +98,8 @@ def settle(cfg: Config) -> Config:
     if cfg.tiny and cfg.stage == "tower":
         folders = {"out": Path("runs/tiny-tower")}
     elif cfg.tiny and cfg.stage == "align":
-        folders |= {"weights": Path(f"runs/{LANGUAGE[cfg.system]}/model"), "tower": Path("runs/tiny-tower/model")}
+        language = LANGUAGE.get(cfg.system, "extended")
+        folders |= {"weights": runs.made(f"tiny-{language}", language), "tower": runs.made("tiny-tower", "tower")}
     elif cfg.stage == "sft":
         folders |= {"weights": Path(f"runs/{cfg.system}-align/model")}
     return replace(cfg, **{**rates, **folders, **given})

@@ -32,8 +32,6 @@ import longva
 from data import chat, needles, runs, synthetic, tokenizer, video, weights
 from data.flags import knob, run
 
-TINY = Path(__file__).parent / "data" / "tiny"
-
 
 @dataclass(frozen=True)
 class Config:
@@ -41,6 +39,7 @@ class Config:
 
     task: Literal["vision", "text"] = knob("vision", "what the haystack is made of (Sec. 4.1, App. A)", positional=True)
     weights: Path | None = knob(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
+    own: bool = knob(False, "test what the training commands left in runs/, not the shipped models (ours)")
     out: Path | None = knob(None, "folder of results (ours: runs/vniah-vision or runs/vniah-text)")
     haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4.1)")
     needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4.1)")
@@ -290,30 +289,39 @@ def heatmap(
 CELLS = "cells.jsonl"
 
 
+def system(cfg: Config, name: str) -> Path:
+    """The folder of one system of the miniature: the shipped one, or the reader's own."""
+    stage = "" if name in ("extended", "control") else "-sft"
+    return runs.made(f"tiny-{name}{stage}", name) if cfg.own else runs.TINY / name
+
+
 def systems(cfg: Config) -> tuple[list[Panel], list[Panel], list[Panel]]:
-    """The figure's panels, the controls, and the trials that choose a RoPE base for the untrained baseline."""
+    """The figure's panels, the controls, and the trials that choose a RoPE base for the baseline."""
     if cfg.task == "vision":
         if cfg.weights:
             one = Panel(cfg.weights.name, cfg.weights, distractors=cfg.distractors)
             return [one], [replace(one, name=f"{one.name}, no needle", needle=False)], []
-        longva_, anyres, baseline = (Path(TINY / name) for name in ("longva", "anyres", "baseline"))
         panels = [
-            Panel("(i) LongVA", longva_, None, cfg.distractors),
-            Panel("(ii) LongVA, AnyRes", anyres, None, cfg.distractors),
-            Panel("(iii) not extended", baseline, None, cfg.distractors),
+            Panel("(i) LongVA", system(cfg, "longva"), None, cfg.distractors),
+            Panel("(ii) LongVA, AnyRes", system(cfg, "anyres"), None, cfg.distractors),
+            Panel("(iii) not extended", system(cfg, "baseline"), None, cfg.distractors),
         ]
-        control = [replace(panels[0], name="(i) without needle", needle=False)]
+        controls = [replace(panels[0], name="(i) without needle", needle=False)]
         trials = [replace(panels[2], name=f"trial {t:g}", rope_theta=t, trial=True) for t in cfg.rope_theta]
-        return panels, control, trials
-    folders = {"": cfg.weights} if cfg.weights else {"extended": TINY / "extended", "not extended": TINY / "control"}
+        return panels, controls, trials
+    if cfg.weights:
+        return (
+            [Panel(f"{cfg.weights.name}, {n} distractors", cfg.weights, None, n) for n in cfg.distractor_counts],
+            [],
+            [],
+        )
+    control = system(cfg, "control")
+    folders = {"extended": system(cfg, "extended"), "not extended": control}
     panels = [
-        Panel(f"{name}, {n} distractors".lstrip(", "), folder, None, n)
-        for name, folder in folders.items()
-        for n in cfg.distractor_counts
+        Panel(f"{name}, {n} distractors", at, None, n) for name, at in folders.items() for n in cfg.distractor_counts
     ]
-    hardest = cfg.distractor_counts[-1:] if not cfg.weights else ()
-    trials = [Panel(f"trial {t:g}", TINY / "control", t, n, trial=True) for n in hardest for t in cfg.rope_theta]
-    return panels, [], trials
+    most = max(cfg.distractor_counts)
+    return panels, [], [Panel(f"trial {t:g}", control, t, most, trial=True) for t in cfg.rope_theta]
 
 
 def main(cfg: Config) -> None:

@@ -9,6 +9,14 @@ import json
 import os
 from pathlib import Path
 
+TINY = Path(__file__).parent / "tiny"  # the shipped models
+
+
+def made(run: str, shipped: str) -> Path:
+    """The model that a run left in runs/, or else the shipped one that the same command made."""
+    own = Path("runs") / run / "model"
+    return own if own.is_dir() else TINY / shipped
+
 
 def open_run(folder: Path, settings: dict) -> None:
     """Make the folder and keep the settings in config.json.
