@@ -9,14 +9,13 @@ Key       B batch            T tokens held here     S tokens of the whole sequen
           F MLP width        V vocabulary           L layers
           N grids = frames   P patches per grid     M tokens per grid      E CLIP width
           C colour channels  Y X pixels             1 broadcast
-          I visual tokens    U one chunk of tokens  J = K/2 pairs that turn together
-          R query heads per key head, in decoding
+          I visual tokens    U a chunk of tokens    J = K/2    R = H/G
 Deviates  bfloat16, never float16: Qwen2's activations overflow float16 (the release's "!!!!" answers).
           All 152,064 rows of the embedding are kept; the release cuts them to the tokenizer's length.
           A grid is pooled also when it is alone; the release leaves a single crop at 576 tokens.
 
-The decoder asks one question of the outside, `attend(layer, q, k, v)`. Causal attention, a cache of keys and
-values, a ring over many machines are answers to it; the decoder knows of no mask, no cache and no rank.
+The decoder asks one question of the outside, `attend(layer, q, k, v)`. Causal attention, a cache, a ring over many
+machines are answers to it; the decoder knows of no mask, no cache and no rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -199,7 +198,7 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N):  # noqa: ANN001
-        """D nll / d logits = softmax - one-hot, chunk by chunk; the head's gradient adds up in float32."""
+        """Softmax minus one-hot, chunk by chunk; the head's gradient adds up in float32."""
         h_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]  # a frozen head needs no gradient: 2.2 GB at Qwen2-7B's size
         dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
@@ -239,7 +238,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalise in float32, cast back, then multiply by the weight: Qwen2's order of roundings."""
-        wide = x_BTD.float() if x_BTD.dtype != torch.float64 else x_BTD
+        wide = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x_BTD.dtype)
 
@@ -388,7 +387,7 @@ class LongVA(LM):
         tokens = [picture.arrange(part, newline_D) for picture, part in zip(layout, parts)]
         return torch.cat([x_NPD.flatten(0, 1)[:0], *tokens])
 
-    def forward(  # one call does it all, because sharded parameters are whole only inside the root's forward
+    def forward(  # all in one call: sharded parameters are whole only inside the root's forward
         self,
         ids_BT: Tensor,
         pos_T: Tensor,

@@ -13,7 +13,7 @@ Deviates  The loss is taken only where the text so far determines the next token
 
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     What belongs to a noun can be known from the second round on. Of all texts this is the one that teaches a model
     from nothing to look things up: every second token is a question, and within a round no answer comes twice.
     """
-    nouns = rng.permutation(THINGS + NOUNS[:20])[:most]
+    nouns = rng.permutation(THINGS + NOUNS[:20])[: min(most, tokens // 6)]
     words = NOUNS[20:] + OTHERS
     digits = tokens > 64 and rng.random() < 0.5
     own = [str(rng.integers(10)) if digits else " " + words[rng.integers(len(words))] for _ in nouns]
@@ -114,7 +114,7 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
 
 def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Facts strewn among sentences, some told twice, then a conversation that asks for some of them, each once."""
-    facts = max(1, min(most, tokens // 16))
+    facts = max(1, min(most, tokens // 16, 48))
     questions = max(1, min(facts, 24, (tokens - 11 * facts) // 16))
     nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
     told: list[tuple[int, bool]] = [(i, False) for i in range(facts)]
@@ -161,11 +161,11 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
     return "".join(story[i] for i in rng.permutation(len(story)))
 
 
-SHARES = {  # of texts of up to 64, of up to 512, and of more tokens
-    "pairs": (1.0, 0.1, 0.0),
-    "album": (0.0, 0.6, 0.65),
-    "book": (0.0, 0.3, 0.35),
-}
+def shares(part: int, tokens: int) -> dict[Callable, float]:
+    """How often each kind of text comes: the shortest first, and pairs alone until looking up has been learned."""
+    if tokens <= 64:
+        return {pairs: 1.0} if part < 250 else {pairs: 0.3, album: 0.7}
+    return {pairs: 0.1, album: 0.6, book: 0.3} if tokens <= 512 else {album: 0.65, book: 0.35}
 
 
 def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]:
@@ -189,12 +189,13 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     ids_BT = torch.full((rows, tokens), words.pad_id)
     targets_BT = torch.full((rows, tokens), IGNORE)
     for row in range(rows):
-        kind = rng.choice(list(SHARES), p=[share[(tokens > 64) + (tokens > 512)] for share in SHARES.values()])
-        most = min(3 + part // 56, 12) if tokens <= 64 else int(rng.integers(3, min(48, tokens // 6)))
+        kinds = shares(part, tokens)
+        kind = list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))]
+        most = min(3 + part // 56, 12) if tokens <= 64 else int(3 * (tokens / 24) ** rng.random())
         room = tokens + 1
         while True:
-            ids, labels = tokenised(words, {"pairs": pairs, "album": album, "book": book}[kind](rng, room, most))
-            if kind == "pairs" or len(ids) <= tokens + 1:
+            ids, labels = tokenised(words, kind(rng, room, most))
+            if kind is pairs or len(ids) <= tokens + 1:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]
