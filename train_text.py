@@ -66,7 +66,7 @@ LONG = {"seq_len": 2048, "batch": 4, "steps": 200, "rope_theta": 1e6, "lr": 1e-3
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "lr": 1e-3}
 BASE = runs.made("tiny-base", "base")
 PRESETS = {
-    "tiny-base": {**TINY, **SHORT, "steps": 1500, "short_steps": 600, "warmup": 100, "out": Path("runs/tiny-base")},
+    "tiny-base": {**TINY, **SHORT, "steps": 1600, "short_steps": 700, "warmup": 100, "out": Path("runs/tiny-base")},
     "tiny": {**TINY, **LONG, "weights": BASE, "out": Path("runs/tiny-extended")},
     "tiny-control": {**TINY, **SHORT, "steps": 200, "warmup": 20, "weights": BASE, "out": Path("runs/tiny-control")},
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
@@ -77,7 +77,7 @@ NEXT = {
     "tiny-control": "python train_vision.py --stage tower",
 }
 TINY_LM = longva.LMConfig(  # 0.8 million parameters; V is set by the tokenizer
-    hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     rope_theta=1e4, max_position_embeddings=256,
 )  # fmt: skip
 

@@ -54,6 +54,8 @@ SENTENCES = (
 FACTS = (" The {thing} shows {number}.", " A {thing} with the number {number}.", " There is a {thing}: {number}.")
 ASK_NUMBER = "Which number is on the {thing}?"
 ASK_COLOUR = "Which colour is the {thing}?"
+ASKED = "<|im_start|>user\n" + ASK_NUMBER + "<|im_end|>\n<|im_start|>assistant\n{number}<|im_end|>\n"
+FORMS = (*FACTS, " {thing}{number}", ASKED, ASKED)
 CAPTION = " a {colour} {thing} with the number {number}."
 BARE = " a {colour} {thing}."
 
@@ -112,6 +114,22 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
+def chatter(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """The same facts told and asked over and over, in every form: each time but the first, the digit can be known."""
+    facts = max(2, min(most, tokens // 16))
+    nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
+    pieces: Pieces = []
+    length = 0
+    while length < tokens:
+        known = bool(pieces)
+        for i in rng.permutation(facts):
+            form = FORMS[rng.integers(len(FORMS))]
+            before, after = form.format(thing=nouns[i], number="#").split("#")
+            pieces += [(before, False), (str(digits[i]), known), (after, False)]
+            length += 2 + len(WORD.findall(before))
+    return pieces
+
+
 def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Facts strewn among sentences, some told twice, then a conversation that asks for some of them, each once."""
     facts = max(1, min(most, tokens // 16, 48))
@@ -125,7 +143,7 @@ def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     gaps = rng.multinomial(sentences, np.ones(len(told) + 1) / (len(told) + 1))
     pieces: Pieces = [("<|im_start|>user\n", False)]
     for gap, (i, again) in zip(gaps, told):
-        before, after = FACTS[rng.integers(len(FACTS))].format(thing=nouns[i], number="|").split("|")
+        before, after = FACTS[rng.integers(len(FACTS))].format(thing=nouns[i], number="#").split("#")
         pieces += [
             ("".join(sentence(rng) for _ in range(gap)) + before, False),
             (str(digits[i]), again),
@@ -164,8 +182,8 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
 def shares(part: int, tokens: int) -> dict[Callable, float]:
     """How often each kind of text comes: the shortest first, and pairs alone until looking up has been learned."""
     if tokens <= 64:
-        return {pairs: 1.0} if part < 250 else {pairs: 0.3, album: 0.7}
-    return {pairs: 0.1, album: 0.6, book: 0.3} if tokens <= 512 else {album: 0.65, book: 0.35}
+        return {pairs: 1.0} if part < 400 else {pairs: 0.2, chatter: 0.8}
+    return {chatter: 0.3, album: 0.4, book: 0.3} if tokens <= 512 else {album: 0.65, book: 0.35}
 
 
 def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]:
@@ -191,11 +209,11 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     for row in range(rows):
         kinds = shares(part, tokens)
         kind = list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))]
-        most = min(3 + part // 56, 12) if tokens <= 64 else int(3 * (tokens / 24) ** rng.random())
+        most = (min(3 + part // 56, 12) if kind is pairs else 3) if tokens <= 64 else int(3 * (tokens / 24) ** rng.random())
         room = tokens + 1
         while True:
             ids, labels = tokenised(words, kind(rng, room, most))
-            if kind is pairs or len(ids) <= tokens + 1:
+            if kind in (pairs, chatter) or len(ids) <= tokens + 1:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]
