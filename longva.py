@@ -21,19 +21,20 @@ machines are answers to it; the decoder knows of no mask, no cache and no rank.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import unires
 from clip import ClipConfig, ClipVision
-from data import chat, tokenizer, video, weights
+from data import chat, runs, tokenizer, video, weights
 from data.flags import knob, run
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
@@ -82,7 +83,15 @@ class LMConfig:
         if missing := [name for name in ("vocab_size", "hidden_size", "rope_theta") if name not in found]:
             raise ValueError(f"config.json lacks {', '.join(missing)}; is this the folder of a language model?")
         names = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in names and value is not None})
+        config = cls(**{name: value for name, value in found.items() if name in names and value is not None})
+        scaled = (found.get("rope_scaling") or {}).get("rope_type", found.get("rope_type", "default"))
+        window = found.get("use_sliding_window", kind == "mistral") and found.get("sliding_window")
+        if scaled != "default" or window or found.get("hidden_act", "silu") != "silu":
+            raise ValueError(
+                f"config.json asks for RoPE scaling ({scaled}), a sliding window ({window or None}) or an activation "
+                f"({found.get('hidden_act')}) that this decoder does not have; results would be wrong"
+            )
+        return config
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,13 @@ class KVCache:
     """
 
     def __init__(self, config: LMConfig, B: int, S: int, like: Tensor):
+        self.config, self.length = config, 0
         shape = (config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_width)
         self.k_LBSGK, self.v_LBSGK = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
 
     def branch(self, length: int, B: int, room: int) -> "KVCache":
         """A new cache of B rows that all begin with this one's first `length` tokens, with room for more."""
-        new = object.__new__(KVCache)
-        L, _, _, G, K = self.k_LBSGK.shape
-        new.k_LBSGK, new.v_LBSGK = (self.k_LBSGK.new_empty(L, B, length + room, G, K) for _ in range(2))
+        new = KVCache(self.config, B, length + room, self.k_LBSGK)
         new.k_LBSGK[:, :, :length], new.v_LBSGK[:, :, :length] = (
             self.k_LBSGK[:, :, :length],
             self.v_LBSGK[:, :, :length],
@@ -169,10 +176,8 @@ class KVCache:
         if stop - start == 1:  # one query sees all: a group's query heads become rows, and no mask is needed
             q_BGRK = q_BTHK[:, 0].unflatten(1, (k_BTGK.shape[2], -1))
             return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK).flatten(1, 2)[:, None]
-        here = torch.arange(stop, device=q_BTHK.device)
-        seen_TS = here <= here[start:, None]
-        q_BHTK = q_BTHK.transpose(1, 2)
-        o_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=seen_TS, enable_gqa=True)
+        q_BHTK, lower_right = q_BTHK.transpose(1, 2), causal_lower_right(stop - start, stop)
+        o_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=lower_right, enable_gqa=True)
         return o_BHTK.transpose(1, 2)
 
 
@@ -191,10 +196,10 @@ class ChunkedNLL(torch.autograd.Function):
             logits = (h @ head_VD.T).float()
             lse.append(logits.logsumexp(-1))
             nll.append(lse[-1] - logits.gather(-1, target[:, None])[:, 0])
-        lse_N = torch.cat(lse) if lse else h_ND.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(h_ND, head_VD, targets_N, lse_N)
+        none = h_ND.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(h_ND, head_VD, targets_N, torch.cat([none, *lse]))
         ctx.chunk = chunk
-        return torch.cat(nll) if nll else lse_N.clone()
+        return torch.cat([none, *nll])
 
     @staticmethod
     def backward(ctx, grad_N):  # noqa: ANN001
@@ -373,19 +378,18 @@ class LongVA(LM):
         """The vision transformer."""
         return self.model.vision_tower["vision_tower"]["vision_model"]
 
-    def see(self, pixels_NCYX: Tensor, layout: list[unires.Layout], batch: int = 64) -> Tensor:
-        """Turn the grids of any number of pictures and videos into visual tokens x_TD, in order.
+    def see(self, pixels_NCYX: Tensor, layout: list[unires.Layout]) -> Tensor:
+        """Turn the grids of any number of pictures and videos into visual tokens x_ID, in order.
 
-        `layout` tells how many grids each picture has and how they lie. The tower sees `batch` grids at a
-        time, so that an hour of film needs no more memory than its tokens.
+        `layout` tells how many grids each picture has and how they lie. The tower is called once, whatever the
+        number of grids, because ranks that share its parameters must call it equally often.
         """
-        weight = self.model.mm_projector[0].weight
-        z = [self.tower(pixels.to(weight)) for pixels in pixels_NCYX.split(batch)]
-        x_NPD = self.model.mm_projector(torch.cat(z))
+        z_NPE = self.tower(pixels_NCYX.to(self.model.mm_projector[0].weight))
+        x_NPD = self.model.mm_projector(z_NPE)
         newline_D = getattr(self.model, "image_newline", None)
         parts = x_NPD.split([picture.grids for picture in layout])
         tokens = [picture.arrange(part, newline_D) for picture, part in zip(layout, parts)]
-        return torch.cat([x_NPD.flatten(0, 1)[:0], *tokens])
+        return torch.cat([x_NPD.flatten(0, 1)[:0], *tokens])  # no picture at all gives no token
 
     def forward(  # all in one call: sharded parameters are whole only inside the root's forward
         self,
@@ -419,25 +423,17 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
     """The config.json of a model, as transformers (for the language model) and the release read it."""
     if isinstance(config, LongVAConfig):
         return to_dict(config.lm, dtype) | {
-            "architectures": ["LlavaQwenForCausalLM"],
+            "architectures": ["LlavaQwenForCausalLM"], "image_aspect_ratio": "anyres", "grid_rule": config.rule,
             "mm_patch_merge_type": "unires" if config.scheme == "unires" else "spatial_unpad",
-            "mm_hidden_size": config.vision.hidden_size,
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": config.vision.select_layer,
-            "mm_vision_select_feature": "patch",
-            "mm_spatial_pool_mode": "average",
-            "mm_spatial_pool_stride": 2,
-            "mm_use_im_patch_token": False,
-            "mm_use_im_start_end": False,
-            "image_aspect_ratio": "anyres",
-            "grid_rule": config.rule,
-            "vision_config": asdict(config.vision),
-        }
-    kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
-    if not config.attention_bias:
-        kind |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    fields_ = asdict(config) | {"head_dim": config.head_width}
-    return kind | fields_ | {"use_sliding_window": False, "torch_dtype": dtype}
+            "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2, "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": config.vision.hidden_size,
+            "mm_vision_select_layer": config.vision.select_layer, "mm_vision_select_feature": "patch",
+            "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "vision_config": asdict(config.vision),
+        }  # fmt: skip
+    name = "qwen2" if config.attention_bias else "llama"
+    kind = {"architectures": [f"{name.capitalize()}ForCausalLM"], "model_type": name, "hidden_act": "silu"}
+    sizes = asdict(config) | {"head_dim": config.head_width}
+    return kind | sizes | {"use_sliding_window": False, "torch_dtype": dtype}
 
 
 def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -452,7 +448,7 @@ def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
         if "norm" in name and name.endswith("weight"):
             tensor.fill_(1)
         elif p.ndim > 1 or name.endswith(("image_newline", "class_embedding")):
-            seeing = name.startswith(("vision", "visual", "word", "model.vision", "model.mm_projector"))
+            seeing = name.startswith(("vision", "visual", "word", "model.vision", "model.mm_", "model.image_"))
             fan_in = p[0].numel() if p.ndim > 1 else p.numel()
             tensor.normal_(0, fan_in**-0.5 if seeing else 0.02, generator=generator)
         yield name, tensor
@@ -476,9 +472,14 @@ def fill_from(
     `fill(parameter, tensor)` copies, and knows about shards where there are any. Raises ValueError naming keys.
     """
     parameters = {name: p for name, p in model.named_parameters() if only(name)}
-    tied = ("lm_head.weight",) if "lm_head.weight" not in parameters else ()
-    named = ((name, tensor) for name, tensor in stream if only(name))
-    weights.fill_strictly(parameters, named, fill, ignore=(*UNUSED, *tied))
+    tied = [] if "lm_head.weight" in parameters else ["lm_head.weight"]
+    weights.fill_strictly(parameters, ((n, x) for n, x in stream if only(n)), fill, ignore=[*UNUSED, *tied])
+
+
+def save(folder: Path, stream: Iterable[tuple[str, Tensor]], config: LMConfig | LongVAConfig, words: Path) -> None:
+    """Write a model folder in bfloat16 from a stream of weights, with the tokenizer of folder `words`."""
+    weights.copy_tokenizer(words, folder)
+    weights.write(folder, stream, to_dict(config), dtype=torch.bfloat16)
 
 
 def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LM:
@@ -491,8 +492,7 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = LM(config) if isinstance(config, LMConfig) else LongVA(config)
-    model.to(dtype).to_empty(device=device)
-    model.tie()
+    model.to(dtype).to_empty(device=device).tie()
     fill_from(model, weights.read(folder))
     return model.eval().requires_grad_(False)
 
@@ -505,18 +505,12 @@ def watch(model: LongVA, pictures: Iterable[unires.Picture], how: str = "crop", 
 
     how: "crop" as the release shows videos, "pad" as V-NIAH does. Raises ValueError where there is no frame.
     """
-    device, patches, parts, held = model.device, model.config.vision.patches, [], []
-    for picture in chain(pictures, [None]):
-        if picture is not None:
-            held.append(unires.frame(picture, model.config.vision.side, how))
-        if held and (picture is None or len(held) == batch):
-            pixels_NCYX = torch.stack(held).to(device)
-            parts.append(model.see(pixels_NCYX, [unires.Layout(1, len(held))]))
-            assert len(parts[-1]) == unires.Layout(1, len(held)).tokens(patches)
-            held = []
-    if not parts:
-        raise ValueError("a video without frames cannot be shown; check how frames were sampled")
-    return torch.cat(parts)
+    parts, pictures = [], iter(pictures)
+    while held := [unires.frame(picture, model.config.vision.side, how) for picture in islice(pictures, batch)]:
+        parts.append(model.see(torch.stack(held).to(model.device), [unires.Layout(1, len(held))]))
+    if parts:
+        return torch.cat(parts)
+    raise ValueError("a video without frames cannot be shown; check how frames were sampled")
 
 
 def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMIT) -> tuple[Tensor, unires.Layout]:
@@ -525,30 +519,39 @@ def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMI
 
 
 @torch.no_grad()
+def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int = 4096) -> Tensor:
+    """Read embedded tokens behind what `cache` holds, `chunk` at a time; the hidden states of the last chunk."""
+    for x_BUD in x_BTD.split(chunk, dim=1):
+        pos_U = torch.arange(cache.length, cache.length + x_BUD.shape[1], device=x_BTD.device)
+        h_BUD = model.model(x_BUD, pos_U, cache.attend)
+    return h_BUD
+
+
 def generate(model: LM, x_1TD: Tensor, stop_ids: Iterable[int], max_tokens: int = 256, chunk: int = 4096) -> Iterator:
     """Greedy answer to embedded tokens, id by id as they are found; ends after `max_tokens` or before a stop id.
 
-    The prompt is read `chunk` positions at a time into a cache, and only its last position is given logits.
+    Only the prompt's last position is given logits. Without the release's repetition penalty of 1.05.
     """
-    T, stop = x_1TD.shape[1], set(stop_ids)
-    cache = KVCache(model.model.config, 1, T + max_tokens, x_1TD)
-    for start in range(0, T, chunk):
-        x_1UD = x_1TD[:, start : start + chunk]
-        pos_U = torch.arange(start, start + x_1UD.shape[1], device=x_1TD.device)
-        h_1UD = model.model(x_1UD, pos_U, cache.attend)
-    h_11D = h_1UD[:, -1:]
-    for i in range(max_tokens):
-        best_11 = model.logits(h_11D).argmax(-1)
+    stop = set(stop_ids)
+    cache = KVCache(model.model.config, 1, x_1TD.shape[1] + max_tokens, x_1TD)
+    for _ in range(max_tokens):
+        best_11 = model.logits(read(model, x_1TD, cache, chunk)[:, -1:]).argmax(-1)
         if best_11.item() in stop:
             return
         yield best_11.item()
-        pos_1 = torch.tensor([T + i], device=x_1TD.device)
-        h_11D = model.model(model.embed(best_11), pos_1, cache.attend)
+        x_1TD = model.embed(best_11)
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device for a flag of auto, cpu or cuda; ValueError where there is no GPU to be had."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
+    return torch.device("cpu" if asked == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 # ----------------------------------------------------------------------------------------------------- main
 
-TINY_MODEL = Path(__file__).parent / "data" / "tiny" / "longva"
+TINY_MODEL = runs.TINY / "longva"
 
 
 @dataclass(frozen=True)
@@ -567,13 +570,9 @@ class Config:
 @torch.no_grad()
 def main(cfg: Config) -> None:
     """Look, read the question, and print the answer as it comes."""
-    if cfg.video and cfg.image:
-        raise ValueError("--video and --image were both given; ask about one of them")
-    if not cfg.video and not cfg.image:
-        raise ValueError("nothing to look at; give --image FILE or --video FILE")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
-    device = "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()) else "cpu"
+    if bool(cfg.video) == bool(cfg.image):
+        raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
+    device = pick_device(cfg.device)
     pictures = [video.read_picture(file) for file in cfg.image]  # before the model: a wrong path fails at once
     film = video.frames(cfg.video, count=cfg.frames) if cfg.video else iter(())
     words = tokenizer.load_tokenizer(cfg.weights)
@@ -590,8 +589,8 @@ def main(cfg: Config) -> None:
         shown = [show(picture, model.config) for picture in pictures]
         seen_ID = model.see(torch.cat([pixels for pixels, _ in shown]).to(device), [how for _, how in shown])
         lengths = [how.tokens(model.config.vision.patches) for _, how in shown]
-    ids = chat.prompt(words, cfg.question, lengths)
-    x_1TD = model.embed(torch.tensor([ids], device=device), seen_ID)
+    ids_1T = torch.tensor([chat.prompt(words, cfg.question, lengths)], device=device)
+    x_1TD = model.embed(ids_1T, seen_ID)
     for piece in words.stream(generate(model, x_1TD, words.stop_ids, cfg.max_tokens)):
         print(piece, end="", flush=True)
     print()

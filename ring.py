@@ -440,9 +440,19 @@ def fill(parameter: Tensor, tensor: Tensor) -> None:
 
 
 def whole_parameters(model: nn.Module, world: World) -> Iterator[tuple[str, Tensor]]:
-    """Stream (name, whole tensor in CPU memory), tied parameters once. All ranks must run through it."""
-    for name, p in model.named_parameters():
-        yield name, (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).cpu()
+    """Stream (name, whole tensor in CPU memory) to rank 0, tied parameters once. All ranks must call it.
+
+    The other ranks give their rows here and get an empty stream; rank 0 must run through all of its own.
+    """
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        for name, p in model.named_parameters():
+            yield name, (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).cpu()
+
+    stream = gathered()
+    for _ in stream if world.rank > 0 else ():
+        pass
+    return stream
 
 
 def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
@@ -487,10 +497,8 @@ def flush(path: Path) -> None:
     os.close(handle)
 
 
-def save_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World, note: dict
-) -> None:
-    """Save parameters, optimizer moments and `note` (JSON) as `folder`/step-N; the last two states are kept.
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
+    """Save parameters and optimizer moments as `folder`/step-N; the last two states are kept.
 
     All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
     step, and random numbers, of which the model draws none.
@@ -505,7 +513,7 @@ def save_state(
     flush(mine)
     sums = gather(torch.tensor(list(sha256(mine))), world)  # and by now every file is on disk
     files = {f"rank-{r}.safetensors": bytes(s.tolist()).hex() for r, s in enumerate(sums)}
-    text = json.dumps({"step": step, "ranks": world.ranks, "note": note, "files": files}, indent=2)
+    text = json.dumps({"step": step, "ranks": world.ranks, "files": files}, indent=2)
     if world.rank == 0:
         (draft / "manifest.json").write_text(text)
         (draft / "manifest.sha256").write_text(sha256(draft / "manifest.json").hex())
@@ -540,10 +548,8 @@ def sound_manifest(state: Path, world: World) -> dict | None:
     return None if total(torch.tensor(len(bad)), world) else manifest
 
 
-def load_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
-) -> tuple[int, dict] | None:
-    """Load the newest sound state into `model` and `optimizer`: (step, note), or None if nothing was saved.
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
+    """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
 
     The number of ranks may differ from that of the save; the same number continues bit for bit. All ranks
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
@@ -555,17 +561,17 @@ def load_state(
             shutil.rmtree(path)
     barrier(world)
     steps = saved_steps(folder)
-    views = gather(torch.tensor([len(steps), sum(steps)]), world)
-    if any((view != views[0]).any() for view in views):
+    views = [view.tolist() for view in gather(torch.tensor([len(steps), sum(steps)]), world)]
+    if any(view != views[0] for view in views):
         raise ValueError(f"ranks see different states in {folder}; all machines must share this folder")
     for step in reversed(steps):
         if manifest := sound_manifest(folder / f"step-{step}", world):
             files = [folder / f"step-{step}" / name for name in manifest["files"]]
             read_state(files, model, optimizer)
-            return manifest["step"], manifest["note"]
+            return manifest["step"]
     if steps:
         raise ValueError(f"every state in {folder} is damaged; move it away to start again from step 0")
-    return None
+    return 0
 
 
 def read_state(paths: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -8,6 +8,8 @@ Run       python train_text.py --preset tiny-base                      the tiny 
 Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
 Deviates  The loss is the mean over all targets of a step's part, not the mean of the ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
+          Hidden states kept for backward stay on the GPU; the release moves them to the CPU.
+          max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
           The tiny model is made from nothing here, so that nothing need be downloaded; the paper starts from Qwen2.
 
 Kill it at any moment and run the same command again: it goes on, and ends with the same weights to the bit.
@@ -49,7 +51,7 @@ class Config:
     cooldown: float = knob(0.0, "share of the steps, at the end, in which it falls to a tenth (ours)")
     beta2: float = knob(0.95, "AdamW's second decay; the first is 0.9 (release: extend_qwen2.sh)")
     weight_decay: float = knob(0.1, "on all parameters alike (release: extend_qwen2.sh)")
-    clip: float = knob(1.0, "largest norm of the gradient (release: extend_qwen2.sh)")
+    max_norm: float = knob(1.0, "largest norm of the gradient (release: extend_qwen2.sh)")
     precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)")
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
     offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
@@ -111,8 +113,10 @@ def main(cfg: Config) -> None:
     """Train, save, export; resumes where a killed run of the same settings stopped."""
     # 1 processes
     world = ring.start(cfg.device)
-    if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
+    if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
+        raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
+    for S in {cfg.seq_len, cfg.short_len if cfg.short_steps else cfg.seq_len}:
+        ring.zigzag_index(S, world)  # refuses a length that these ranks cannot share, before anything is loaded
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
     words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
@@ -137,7 +141,9 @@ def main(cfg: Config) -> None:
     )
 
     # 5 resume
-    first, _ = ring.load_state(cfg.out / "state", model, optimizer, world) or (0, {})
+    if world.rank == 0:
+        runs.open_run(cfg.out, asdict(cfg))
+    first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
 
@@ -152,7 +158,7 @@ def main(cfg: Config) -> None:
             nll_B, count_B = model(ids_BS[:, idx_T], idx_T, targets_BS[:, idx_T], attend)
             (ring.global_mean(nll_B.sum(), count_B.sum(), world) / cfg.accumulate).backward()
             loss, count = loss + ring.total(nll_B.sum(), world).item(), count + ring.total(count_B.sum(), world).item()
-        norm = ring.clip_gradients(model, cfg.clip, world)
+        norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         optimizer.step()
@@ -163,7 +169,7 @@ def main(cfg: Config) -> None:
             runs.log(cfg.out, {**line, "tokens_per_s": round(speed)})
             bar.set_postfix(loss=f"{loss / count:.3f}", tokens_per_s=f"{speed:,.0f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, {})
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7 export
     export(cfg, config, model, world)
@@ -172,16 +178,13 @@ def main(cfg: Config) -> None:
 
 def export(cfg: Config, config: longva.LMConfig, model: longva.LM, world: ring.World) -> None:
     """Write the model as Hugging Face lays it out, beside its tokenizer, and say what comes next."""
-    stream = ring.whole_parameters(model, world)
+    stream, folder = ring.whole_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
-        for _ in stream:  # every rank takes part in gathering each tensor
-            pass
         return
-    folder = cfg.out / "model"
-    weights.copy_tokenizer(cfg.weights or synthetic.TOKENIZER, folder)
-    weights.write(folder, stream, longva.to_dict(config), dtype=torch.bfloat16)
+    longva.save(folder, stream, config, cfg.weights or synthetic.TOKENIZER)
+    follow = f"train_vision.py --preset longva --stage align --weights {folder} --tower CLIP --data LLAVA.json"
     print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
-    print(f"next:  {NEXT.get(cfg.out.name, f'python train_vision.py --weights {folder}')}")
+    print(f"next:  {NEXT.get(cfg.out.name, 'torchrun --nproc-per-node 8 ' + follow)}")
 
 
 if __name__ == "__main__":

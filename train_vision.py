@@ -12,6 +12,9 @@ Key       B samples   T tokens of the longest sample   N grids   E CLIP width
 Deviates  Only what the assistant says is trained, and one newline follows a picture, as when it is asked; the
           release also trains the frame of the user's turns, and uses two newlines in training (data/chat.py).
           The loss is the mean over all targets of a step, not the mean of the ranks' means.
+          align shows pictures as sft does; the release's crops them square and leaves 576 tokens unpooled.
+          Samples come in random order, not grouped by length; one that is too long loses questions from its end,
+          and stops the run if that is not enough: the release cuts tokens off. DPO is not here yet.
 
 Ranks share a step's samples; parameters are sharded over them. Kill it and run it again: it goes on, to the bit.
 """
@@ -56,7 +59,7 @@ class Config:
     lr: float | None = knob(None, "peak learning rate; then a cosine down to zero (release: pretrain.sh, finetune.sh)")
     tower_lr: float | None = knob(None, "the tower's (release: finetune.sh)")
     warmup: float = knob(0.03, "share of the steps in which the rate rises from zero (release: finetune.sh)")
-    clip: float = knob(1.0, "largest norm of the gradient (release: zero3.json)")
+    max_norm: float = knob(1.0, "largest norm of the gradient (release: zero3.json)")
     precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.2)")
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
     offload: bool = knob(False, "parameters and optimizer in CPU memory (release: zero3.json)")
@@ -66,12 +69,12 @@ class Config:
 
 
 STAGES = {  # (release: pretrain.sh, finetune.sh)
-    "tower": {"batch": 4096, "steps": 100_000, "lr": 5e-4, "tower_lr": 5e-4},
+    "tower": {},
     "align": {"batch": 128, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0},
     "sft": {"batch": 32, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6},
 }
 TINY_STAGES = {
-    "tower": {"batch": 128, "steps": 600, "lr": 1e-3, "tower_lr": 1e-3},
+    "tower": {"batch": 128, "steps": 800, "lr": 2e-3, "tower_lr": 2e-3},
     "align": {"batch": 16, "steps": 100, "lr": 3e-3, "tower_lr": 0.0},
     "sft": {"batch": 16, "steps": 600, "lr": 1e-3, "tower_lr": 2e-4},
 }
@@ -85,7 +88,7 @@ PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes 
 }
 LANGUAGE = {"tiny-longva": "extended", "tiny-anyres": "extended", "tiny-baseline": "control"}
 TINY_CLIP = clip.ClipConfig(
-    hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, patch_size=8,
+    hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, patch_size=8,
     image_size=synthetic.SIDE,
 )  # fmt: skip
 
@@ -103,6 +106,19 @@ def settle(cfg: Config) -> Config:
     elif cfg.stage == "sft":
         folders |= {"weights": Path(f"runs/{cfg.system}-align/model")}
     return replace(cfg, **{**rates, **folders, **given})
+
+
+def check(cfg: Config) -> None:
+    """Raise ValueError for what is missing or contradicts itself, before anything is loaded."""
+    if cfg.stage == "tower" and not cfg.tiny:
+        raise ValueError("--stage tower makes the tiny tower only; at full size give OpenAI's CLIP as --tower")
+    for name in {"tower": (), "align": ("weights", "tower"), "sft": ("weights",)}[cfg.stage]:
+        if getattr(cfg, name) is None:
+            raise ValueError(f"--stage {cfg.stage} at full size starts from a folder; give it as --{name}")
+    if cfg.data == "synthetic" and not cfg.tiny:
+        raise ValueError("the synthetic pictures are for the tiny model; give LLaVA-style JSON as --data")
+    if cfg.stage == "sft" and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
+        raise ValueError("--scheme and --rule belong to --stage align; sft goes on as the aligned model was taught")
 
 
 def learning_rate(peak: float, cfg: Config, step: int) -> float:
@@ -124,7 +140,7 @@ class Contrast(nn.Module):
         self.vision_model = clip.ClipVision(config)
         self.visual_projection = nn.Linear(config.hidden_size, E, bias=False)
         self.word = nn.EmbeddingBag(V, E, mode="mean", padding_idx=0)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(1))  # one element: FSDP2 shards no scalars
 
     def forward(self, pixels_NCYX: Tensor, captions_NT: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss of telling the right caption for each picture, and the right picture for each caption."""
@@ -154,7 +170,7 @@ def build(cfg: Config, words: tokenizer.Tokenizer) -> nn.Module:
         return longva.LongVA(longva.LongVAConfig(found, eye, cfg.scheme, cfg.rule or RULE[cfg.scheme]))
 
 
-def fill(cfg: Config, model: nn.Module) -> None:
+def initial_weights(cfg: Config, model: nn.Module) -> None:
     """Weights: from the stage before, from the language model and the tower, or new."""
     if cfg.stage == "tower":
         longva.fill_from(model, longva.fresh(model, cfg.seed), ring.fill)
@@ -184,13 +200,13 @@ def trained(cfg: Config, model: nn.Module) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- its data
 
 
-def make_samples(cfg: Config):  # noqa: ANN201
-    """A function from the step to its samples, (pictures, turns) each; the same for any number of ranks."""
+def make_samples(cfg: Config, mine: slice):  # noqa: ANN201
+    """A function from the step to this rank's samples, (pictures, turns) each; all ranks' make the step's batch."""
     if cfg.data != "synthetic":
         records = llava.read_records(cfg.data)
-        return lambda step: [llava.sample(r, cfg.images) for r in llava.pick(records, cfg.seed, step, cfg.batch)]
+        return lambda step: [llava.sample(r, cfg.images) for r in llava.pick(records, cfg.seed, step, cfg.batch)[mine]]
     make = {"align": synthetic.captioned, "sft": synthetic.conversation}[cfg.stage]
-    return lambda step: [make(cfg.seed, step * cfg.batch + i, cfg.grids) for i in range(cfg.batch)]
+    return lambda step: [make(cfg.seed, step * cfg.batch + i, cfg.grids) for i in range(cfg.batch)[mine]]
 
 
 def collate(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, samples: list) -> tuple:
@@ -206,14 +222,15 @@ def collate(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer
         pixels += [x for x, _ in shown]
         layout += [how for _, how in shown]
         examples.append(example)
-    if not pixels:  # text alone: a blank grid that no token shows keeps all ranks calling the same modules
-        pixels, layout = [torch.zeros(1, 3, config.vision.side, config.vision.side)], [unires.Layout(1, 1)]
+    if not pixels:  # text alone: a blank picture that no token shows keeps all ranks calling the same modules
+        layout = [unires.Layout(1, 1, config.scheme)]
+        pixels = [torch.zeros(layout[0].grids, 3, config.vision.side, config.vision.side)]
     return *chat.pad(examples, words.pad_id), torch.cat(pixels), layout
 
 
 def fit(cfg: Config, words: tokenizer.Tokenizer, turns: list, lengths: list[int], template: str) -> tuple:
     """Leave out questions from the end of a conversation until it fits; never cut inside a picture or a turn."""
-    while len(turns) > 2:
+    while len(turns) > 2 and chat.PLACEHOLDER not in turns[-2][1]:
         turns = turns[:-2]
         example = chat.example(words, turns, lengths, template)
         if len(example[0]) <= cfg.max_len:
@@ -234,11 +251,10 @@ def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, worl
             return unires.frames(pictures, synthetic.SIDE, "pad").to(world.device), ids.to(world.device)
 
         return pairs
-    samples = make_samples(cfg)
+    samples = make_samples(cfg, slice(world.rank, None, world.ranks))
 
     def part(step: int) -> tuple:
-        mine = samples(step)[world.rank :: world.ranks]
-        ids_BT, targets_BT, pixels_NCYX, layout = collate(cfg, model.config, words, mine)
+        ids_BT, targets_BT, pixels_NCYX, layout = collate(cfg, model.config, words, samples(step))
         pos_T = torch.arange(ids_BT.shape[1], device=world.device)
         ids_BT, targets_BT, pixels_NCYX = (x.to(world.device) for x in (ids_BT, targets_BT, pixels_NCYX))
         return ids_BT, pos_T, targets_BT, pixels_NCYX, layout
@@ -254,20 +270,19 @@ def main(cfg: Config) -> None:
     # 1 processes
     cfg = settle(cfg)
     world = ring.start(cfg.device)
+    check(cfg)
     if cfg.batch % world.ranks:
         raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {world.ranks} ranks; change --batch")
-    if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
 
     # 2 model: shapes first, then shards, then weights
     words = tokenizer.load_tokenizer(synthetic.TOKENIZER if cfg.stage == "tower" else cfg.weights)
     model = build(cfg, words)
-    groups = trained(cfg, model)
+    trained(cfg, model)  # FSDP2 must know what is frozen; the optimizer is told below of what it made
     units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
     if cfg.stage != "tower":
         model.model.remat = model.tower.recompute = cfg.remat
     ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
-    fill(cfg, model)
+    initial_weights(cfg, model)
     groups = trained(cfg, model)
     learning = sum(p.numel() for g in groups for p in g["params"])
     whole = sum(p.numel() for p in model.parameters())
@@ -280,7 +295,9 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
     # 5 resume
-    first, _ = ring.load_state(cfg.out / "state", model, optimizer, world) or (0, {})
+    if world.rank == 0:
+        runs.open_run(cfg.out, asdict(cfg))
+    first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
 
@@ -291,7 +308,7 @@ def main(cfg: Config) -> None:
         nll_B, count_B = model(*batch(step))
         ring.global_mean(nll_B.sum(), count_B.sum(), world).backward()
         loss = (ring.total(nll_B.sum(), world) / ring.total(count_B.sum(), world)).item()
-        norm = ring.clip_gradients(model, cfg.clip, world)
+        norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
         optimizer.step()
@@ -302,7 +319,7 @@ def main(cfg: Config) -> None:
             runs.log(cfg.out, {**line, "samples_per_s": round(cfg.batch / seconds, 2)})
             bar.set_postfix(loss=f"{loss:.3f}", samples_per_s=f"{cfg.batch / seconds:.1f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, {})
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7 export
     export(cfg, model, world)
@@ -311,23 +328,19 @@ def main(cfg: Config) -> None:
 
 def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
     """Write the model as Hugging Face lays it out, beside its tokenizer, and say what comes next."""
-    stream = ring.whole_parameters(model, world)
+    stream, folder = ring.whole_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
-        for _ in stream:  # every rank takes part in gathering each tensor
-            pass
         return
-    folder = cfg.out / "model"
+    preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system if cfg.tiny else 'longva'}"
+    follow = f"torchrun --nproc-per-node 2 train_vision.py --stage sft{preset}"
     if cfg.stage == "tower":
         eye = ((name, tensor) for name, tensor in stream if name.startswith("vision_model."))
         weights.write(folder, eye, {"model_type": "clip_vision_model", **asdict(TINY_CLIP)}, dtype=torch.bfloat16)
         follow = "torchrun --nproc-per-node 2 train_vision.py --stage align"
     else:
-        weights.copy_tokenizer(cfg.weights, folder)
-        weights.write(folder, stream, longva.to_dict(model.config), dtype=torch.bfloat16)
-        preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system}"
-        follow = f"torchrun --nproc-per-node 2 train_vision.py --stage sft{preset}"
+        longva.save(folder, stream, model.config, cfg.weights)
     if cfg.stage == "sft":
-        follow = "python vniah.py"
+        follow = "python vniah.py --own" if cfg.tiny else f"python vniah.py --weights {folder} --haystack FILM.mp4"
     print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
     print(f"next:  {follow}")
 

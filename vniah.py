@@ -1,8 +1,8 @@
-"""V-NIAH: find one frame in a haystack of thousands (Sec. 4.1), and its twin for text (App. A).
+"""V-NIAH: find one frame in a haystack of thousands (Sec. 4), and its twin for text (App. A).
 
 What      `vision` hides a picture among the frames of a film and asks about it, at every length and depth;
           `text` hides a number in a story. One score: every token of the answer must be the likeliest.
-Paper     Sec. 4.1 and Fig. 4 (V-NIAH), App. A and Fig. 7 (needles in text).
+Paper     Sec. 4 and Fig. 4 (V-NIAH), App. A and Fig. 7 (needles in text).
 Run       python vniah.py                                       the four systems of the miniature Figure 4
           python vniah.py text                                  the language models alone
           python vniah.py --haystack FILM.mp4 --needles FOLDER  your film (1 frame per second), your needles
@@ -10,13 +10,18 @@ Run       python vniah.py                                       the four systems
 Key       B probes read together   T tokens   D LM width   M tokens per frame   A tokens of the answer
 Deviates  A few distractors (frames with other things and other numbers) lie in the haystack, else the only
           number would be the answer; --distractors 0 is the paper's test.
+          The paper reads each probe on 8 GPUs through the ring; here one process does, in pieces (chunked prefill).
+          Numbers in text are drawn anew for each cell. With your own --needles there are no distractors.
           The part of a haystack before the needle is read once for all needles, into a cache; nothing is padded.
-          Intervals are Wilson's at 95 %; the same questions without the needle show what guessing gives.
+          Intervals are Wilson's at 95 %, over all probes; the same needles come at every length and depth, so that
+          probes are not independent, and other needles may differ by more. The same questions without the needle
+          show what guessing gives.
 
 Killed and started again it goes on where it was; the same numbers come out.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -35,25 +40,54 @@ from data.flags import knob, run
 
 @dataclass(frozen=True)
 class Config:
-    """Needle in a haystack, of frames or of text (Sec. 4.1, App. A)."""
+    """Needle in a haystack, of frames or of text (Sec. 4, App. A)."""
 
-    task: Literal["vision", "text"] = knob("vision", "what the haystack is made of (Sec. 4.1, App. A)", positional=True)
+    task: Literal["vision", "text"] = knob("vision", "what the haystack is made of (Sec. 4, App. A)", positional=True)
     weights: Path | None = knob(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
     own: bool = knob(False, "test what the training commands left in runs/, not the shipped models (ours)")
-    out: Path | None = knob(None, "folder of results (ours: runs/vniah-vision or runs/vniah-text)")
-    haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4.1)")
-    needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4.1)")
-    needle_count: int = knob(24, "needles drawn from the seed; for text, numbers (Sec. 4.1: 5)")
-    frames: tuple[int, ...] = knob((8, 32, 56, 128, 256, 512, 768), "frames of the haystack (Sec. 4.1: 200 to 3000)")
-    context: tuple[int, ...] = knob((128, 256, 512, 1024, 2048, 3072), "tokens of the story (App. A: 32K to 512K)")
-    depths: tuple[float, ...] = knob((0.0, 0.25, 0.5, 0.75, 1.0), "where the needle lies, 0 first (Sec. 4.1)")
-    distractors: int = knob(3, "look-alikes in a haystack of frames (ours)")
+    out: Path | None = knob(None, "folder of results (ours: runs/vniah-TASK-MODEL)")
+    haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4)")
+    needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4)")
+    needle_count: int = knob(5, "needles drawn from the seed; for text, numbers (Sec. 4)")
+    frames: tuple[int, ...] = knob(tuple(range(200, 3001, 200)), "frames of the haystack (Sec. 4)")
+    context: tuple[int, ...] = knob(tuple(range(32_000, 512_001, 32_000)), "tokens of the story (App. A)")
+    depths: tuple[float, ...] = knob((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "where the needle lies, 0 first (Sec. 4)")
+    distractors: int = knob(0, "look-alikes in a haystack of frames (ours)")
     distractor_counts: tuple[int, ...] = knob((0, 3, 5), "other cities' numbers in a story (App. A)")
-    digits: int = knob(3, "digits of a magic number (release: 7)")
-    rope_theta: tuple[float, ...] = knob((3e4, 1e5, 1e6), "RoPE bases to try on the baseline, untrained (Fig. 4)")
-    trained_on: int = knob(2048, "tokens the text stage trained at: the dotted line (Sec. 4.1: 224,000)")
+    digits: int = knob(7, "digits of a magic number (release: eval_needle.py)")
+    rope_theta: tuple[float, ...] = knob((3e6, 1e7, 1e8, 1e9), "RoPE bases to try on the baseline, untrained (Fig. 4)")
+    trained_on: int | None = knob(
+        None, "tokens the model was trained at, for the dotted line; none: its config's (ours)"
+    )
     seed: int = knob(7, "of needles, film and story; training never uses it (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+
+    def __post_init__(self):
+        most = len(needles.DISTRACTORS)
+        for name in ("frames", "context"):
+            if list(getattr(self, name)) != sorted({n for n in getattr(self, name) if n > 0}):
+                raise ValueError(f"--{name} {getattr(self, name)}: name each length once, from short to long, above 0")
+        if min(self.distractor_counts) < 0 or max(self.distractor_counts) > most:
+            raise ValueError(
+                f"--distractor-counts {self.distractor_counts}: there are {most} other cities, 0 to {most} go"
+            )
+        if not 0 <= self.distractors < len(synthetic.THINGS) or self.needle_count < 1:
+            raise ValueError(
+                f"--distractors {self.distractors} --needle-count {self.needle_count}: at least one needle and at most "
+                f"{len(synthetic.THINGS) - 1} distractors go"
+            )
+        for depth in self.depths:
+            needles.place(1, depth)  # refuses what is outside 0..1
+
+
+PRESETS = {  # 90 seconds on two CPU cores; the paper's numbers: 2 hours on 8 A100s for pictures, 5 per text setting
+    "tiny": {
+        "needle_count": 24, "frames": (8, 32, 56, 128, 256, 512, 768), "context": (128, 256, 512, 1024, 2048, 3072),
+        "depths": (0.0, 0.25, 0.5, 0.75, 1.0), "distractors": 3, "digits": 3, "rope_theta": (3e4, 1e5, 1e6),
+    },
+    "longva": {},
+}  # fmt: skip
+AT_ONCE = 2**17  # tokens read together, over all probes of a batch; longer haystacks are read one by one
 
 
 @dataclass(frozen=True)
@@ -76,24 +110,26 @@ Cells = dict[tuple[str, int, float], list[bool]]  # (panel, length, depth) -> wa
 
 @torch.no_grad()
 def exact_match(model: longva.LM, x_BTD: Tensor, answer_BA: Tensor, cache: longva.KVCache) -> list[bool]:
-    """Read prompts behind what `cache` holds: is each token of the answer the likeliest one? (Sec. 4.1)
+    """Read prompts behind what `cache` holds: is each token of the answer the likeliest one? (Sec. 4)
 
     The answer is fed as given, not as generated, so that all of its tokens are judged in one pass.
     """
     A = answer_BA.shape[1]
     x_BTD = torch.cat([x_BTD, model.embed(answer_BA[:, :-1])], dim=1)
-    pos_T = torch.arange(cache.length, cache.length + x_BTD.shape[1], device=x_BTD.device)
-    h_BTD = model.model(x_BTD, pos_T, cache.attend)
-    return (model.logits(h_BTD[:, -A:]).argmax(-1) == answer_BA).all(1).tolist()
+    longva.read(model, x_BTD[:, :-A], cache)
+    h_BAD = longva.read(model, x_BTD[:, -A:], cache)
+    return (model.logits(h_BAD).argmax(-1) == answer_BA).all(1).tolist()
 
 
-def alike(sizes: list) -> list[list[int]]:
-    """Indices of probes of one size each, which can be read together."""
-    return [[i for i, found in enumerate(sizes) if found == size] for size in sorted(set(sizes))]
+def alike(sizes: list, tokens: int) -> list[list[int]]:
+    """Indices of probes of one size each, which can be read together; not too many of `tokens` tokens at once."""
+    most = max(1, AT_ONCE // max(1, tokens))
+    groups = [[i for i, found in enumerate(sizes) if found == size] for size in sorted(set(sizes))]
+    return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
 
 
 class Film:
-    """V-NIAH: the film and the needles as one model sees them, and every cell of its panel (Sec. 4.1)."""
+    """V-NIAH: the film and the needles as one model sees them, and every cell of its panel (Sec. 4)."""
 
     def __init__(self, cfg: Config, panel: Panel, model: longva.LongVA, words: tokenizer.Tokenizer):
         self.panel, self.model, self.frames = panel, model, 0
@@ -118,7 +154,7 @@ class Film:
         return longva.watch(self.model, pictures, "pad").unflatten(0, (-1, M))
 
     @torch.no_grad()
-    def fill(self, frames: int) -> None:
+    def lay_out(self, frames: int) -> None:
         """Read a haystack of so many frames, its distractors evenly spread, into a cache that all needles share."""
         self.frames, self.hay_NMD = frames, self.film_NMD[:frames].clone()
         signs = self.sign_NMD[:frames]
@@ -126,20 +162,21 @@ class Film:
             self.hay_NMD[int((i + 0.5) * frames / len(signs))] = sign_MD
         x_1TD = torch.cat([self.pre_1TD, self.hay_NMD.flatten(0, 1)[None]], dim=1)
         self.cache = longva.KVCache(self.model.model.config, 1, x_1TD.shape[1], x_1TD)
-        self.model.model(x_1TD, torch.arange(x_1TD.shape[1], device=x_1TD.device), self.cache.attend)
+        longva.read(self.model, x_1TD, self.cache)
 
     def cell(self, frames: int, depth: float) -> list[bool]:
         """Was each needle found at this length and depth? It is inserted, so that frames + 1 are seen."""
         if frames != self.frames:
-            self.fill(frames)
+            self.lay_out(frames)
         at = needles.place(frames, depth)
         before = self.pre_1TD.shape[1] + at * self.hay_NMD.shape[1]
         found = [False] * len(self.asks)
-        for group in alike([(len(ask), len(answer)) for ask, answer in zip(self.asks, self.answers)]):
+        sizes = [(len(ask), len(answer)) for ask, answer in zip(self.asks, self.answers)]
+        for group in alike(sizes, (frames - at) * self.hay_NMD.shape[1]):
             rest_BTD = self.hay_NMD[at:].flatten(0, 1).expand(len(group), -1, -1)
             ask_BTD = self.model.embed(torch.tensor([self.asks[i] for i in group], device=rest_BTD.device))
-            parts = [self.needle_NMD[group]] * self.panel.needle + [rest_BTD, ask_BTD]
-            x_BTD = torch.cat(parts, dim=1)
+            hidden_BMD = self.needle_NMD[group] if self.panel.needle else rest_BTD[:, :0]
+            x_BTD = torch.cat([hidden_BMD, rest_BTD, ask_BTD], dim=1)
             answer_BA = torch.tensor([self.answers[i] for i in group], device=x_BTD.device)
             cache = self.cache.branch(before, len(group), x_BTD.shape[1] + answer_BA.shape[1])
             for i, hit in zip(group, exact_match(self.model, x_BTD, answer_BA, cache)):
@@ -189,7 +226,7 @@ class Story:
         """Was each number found at this length and depth?"""
         probes = self.probes(context, depth)
         found = [False] * len(probes)
-        for group in alike([len(ids) for ids, _ in probes]):
+        for group in alike([len(ids) for ids, _ in probes], context):
             ids_BT = torch.tensor([probes[i][0] for i in group], device=self.model.device)
             answer_BA = torch.tensor([probes[i][1] for i in group], device=self.model.device)
             x_BTD = self.model.embed(ids_BT)
@@ -203,26 +240,42 @@ class Story:
 # ------------------------------------------------------------------------------------------- the probe loop
 
 
-def probe(cfg: Config, panels: list[Panel], lengths: tuple, depths: tuple, cells: Cells, bar: tqdm) -> None:
-    """Fill in the cells of `panels` that are not there yet, and keep each on disk as soon as it is known."""
-    for panel in panels:
-        keys = [(panel.name, length, depth) for length in lengths for depth in depths]
-        todo = [key for key in keys if key not in cells]
-        bar.update(len(keys) - len(todo))
-        if not todo:
-            continue
-        device = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
-        model, words = longva.load(panel.folder, device), tokenizer.load_tokenizer(panel.folder)
-        if cfg.task == "vision" and not isinstance(model, longva.LongVA):
-            raise ValueError(f"{panel.folder} is a language model and cannot see; try: python vniah.py text")
-        if panel.rope_theta:
-            model.model.config = replace(model.model.config, rope_theta=panel.rope_theta)
-        test = (Film if cfg.task == "vision" else Story)(cfg, panel, model, words)
-        bar.set_description(panel.name[:40])
-        for name, length, depth in todo:
-            cells[name, length, depth] = hits = test.cell(length, depth)
-            runs.log(cfg.out, {"panel": name, "length": length, "depth": depth, "hits": [int(h) for h in hits]}, CELLS)
-            bar.update()
+class Bench:
+    """The models under test, each loaded once, with what it has seen of the film."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.tests = cfg, {}
+
+    def test(self, panel: Panel) -> Film | Story:
+        """The test of a panel, made or made over from another panel of the same model."""
+        key = (panel.folder, panel.trial)
+        if key not in self.tests:
+            model = longva.load(panel.folder, longva.pick_device(self.cfg.device))
+            if self.cfg.task == "vision" and not isinstance(model, longva.LongVA):
+                raise ValueError(f"{panel.folder} is a language model and cannot see; try: python vniah.py text")
+            kind, words = Film if self.cfg.task == "vision" else Story, tokenizer.load_tokenizer(panel.folder)
+            self.tests[key] = kind(self.cfg, panel, model, words), model.model.config.rope_theta
+        test, trained_theta = self.tests[key]
+        test.panel, test.frames = panel, 0  # frames: what the film's cache holds was read with another RoPE base
+        config = test.model.model.config
+        test.model.model.config = replace(config, rope_theta=panel.rope_theta or trained_theta)
+        return test
+
+    def probe(self, panels: list[Panel], lengths: tuple, depths: tuple, cells: Cells, bar: tqdm) -> None:
+        """Fill in the cells of `panels` that are not there yet, and keep each on disk as soon as it is known."""
+        for panel in panels:
+            keys = [(panel.name, length, depth) for length in lengths for depth in depths]
+            todo = [key for key in keys if key not in cells]
+            bar.update(len(keys) - len(todo))
+            if not todo:
+                continue
+            bar.set_description(panel.name[:40])
+            test = self.test(panel)
+            for name, length, depth in todo:
+                cells[name, length, depth] = hits = test.cell(length, depth)
+                line = {"panel": name, "length": length, "depth": depth, "hits": [int(hit) for hit in hits]}
+                runs.log(self.cfg.out, line, CELLS)
+                bar.update()
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -255,7 +308,7 @@ def table(cells: Cells, panels: list[Panel], lengths: tuple, unit: str) -> str:
 
 
 def heatmap(
-    file: Path, cells: Cells, panels: list[Panel], lengths: tuple, depths: tuple, line: float, unit: str
+    file: Path, cells: Cells, panels: list[Panel], lengths: tuple, depths: tuple, lines: list[float], unit: str
 ) -> None:
     """Draw one heatmap per panel, length across and depth down, as the paper's Figure 4; dotted: trained until here."""
     import matplotlib
@@ -268,7 +321,7 @@ def heatmap(
     figure, axes = plt.subplots(rows, cols, figsize=(4.6 * cols, 2.5 * rows + 0.4), layout="constrained", squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
-    for ax, panel in zip(axes.flat, panels):
+    for ax, panel, line in zip(axes.flat, panels, lines):
         grid = np.array([[np.mean(cells[panel.name, n, d]) for n in lengths] for d in depths])
         picture = ax.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for y, x in np.ndindex(*grid.shape):
@@ -326,54 +379,49 @@ def systems(cfg: Config) -> tuple[list[Panel], list[Panel], list[Panel]]:
 
 def main(cfg: Config) -> None:
     """Probe every cell that is not known yet, then print the table and draw the figure."""
-    cfg = replace(cfg, out=cfg.out or Path(f"runs/vniah-{cfg.task}"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("vniah.py runs as one process for now; start it with python, not torchrun")
+    model = cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"
+    cfg = replace(cfg, out=cfg.out or Path(f"runs/vniah-{cfg.task}-{model}"))
     lengths, unit = (cfg.frames, "frames") if cfg.task == "vision" else (cfg.context, "tokens")
-    for depth in cfg.depths:
-        needles.place(1, depth)  # refuses depths outside 0..1
     panels, controls, trials = systems(cfg)
     asked = {panel.folder for panel in (*panels, *trials)}
-    stamp = {"settings": asdict(cfg), "weights": {str(folder): weights.sha(folder) for folder in sorted(asked)}}
-    cells = read_cells(cfg.out, stamp)
+    stamp = asdict(cfg) | {"weights": {str(folder): weights.sha(folder) for folder in sorted(asked)}}
+    cells, bench = read_cells(cfg.out, stamp), Bench(cfg)
 
     middle = cfg.depths[len(cfg.depths) // 2 :][:1]
-    counts = ((panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2]))
-    with tqdm(
-        total=sum(len(p) * len(n) * len(d) for p, n, d in counts) + bool(trials) * len(lengths) * len(cfg.depths)
-    ) as bar:
+    counts = [(panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2])]
+    size = sum(len(p) * len(n) * len(d) for p, n, d in counts) + bool(trials) * len(lengths) * len(cfg.depths)
+    with tqdm(total=size) as bar:
         for some, at, deep in counts:
-            probe(cfg, some, at, deep, cells, bar)
+            bench.probe(some, at, deep, cells, bar)
         if trials:
             best = max(trials, key=lambda trial: rate(cells, trial)[0])
-            raised = (
-                f"(iv) RoPE base {best.rope_theta:g}, untrained"
-                if cfg.task == "vision"
-                else (f"RoPE base {best.rope_theta:g}, untrained, {best.distractors} distractors")
-            )
+            tail = f", {best.distractors} distractors" if cfg.task == "text" else ""
+            raised = f"{'(iv) ' * (cfg.task == 'vision')}RoPE base {best.rope_theta:g}, untrained{tail}"
             panels.append(replace(best, name=raised, trial=False))
-            probe(cfg, panels[-1:], lengths, cfg.depths, cells, bar)
+            bench.probe(panels[-1:], lengths, cfg.depths, cells, bar)
 
     print(table(cells, panels + controls, lengths, unit))
     if trials:
-        print(
-            "RoPE bases tried on other needles: "
-            + ", ".join(
-                f"{trial.rope_theta:g}: {rate(cells, trial)[0] / rate(cells, trial)[1]:.2f}" for trial in trials
-            )
-        )
-    per_unit = cells_unit(cfg, panels[0])
-    heatmap(cfg.out / "heatmap.png", cells, panels, lengths, cfg.depths, cfg.trained_on / per_unit, unit)
-    result = stamp | {"cells": [{"panel": p, "length": n, "depth": d, "hits": h} for (p, n, d), h in cells.items()]}
-    (cfg.out / "results.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+        tried = ((trial, rate(cells, trial)) for trial in trials)
+        tried = ", ".join(f"{trial.rope_theta:g}: {hits / count:.2f}" for trial, (hits, count) in tried)
+        print(f"RoPE bases tried on another film with other needles, at the two greatest lengths: {tried}")
+    heatmap(cfg.out / "heatmap.png", cells, panels, lengths, cfg.depths, [trained(cfg, p) for p in panels], unit)
+    found = [{"panel": p, "length": n, "depth": d, "hits": [int(h) for h in hits]} for (p, n, d), hits in cells.items()]
+    (cfg.out / "results.json").write_text(json.dumps(stamp | {"cells": found}, indent=1, default=str) + "\n")
     print(f"results: {cfg.out / 'results.json'}   picture: {cfg.out / 'heatmap.png'}")
     if not cfg.weights:
-        print("next: python vniah.py text   or the real thing: python vniah.py --weights LongVA-7B --haystack FILM.mp4")
+        after = "python vniah.py text" if cfg.task == "vision" else "python train_text.py --preset tiny-base"
+        print(f"next:    {after}")
 
 
-def cells_unit(cfg: Config, panel: Panel) -> int:
-    """Tokens per unit of length: of a frame, or one."""
-    if cfg.task == "text":
-        return 1
-    return (longva.read_config(panel.folder).vision.patches // 2) ** 2
+def trained(cfg: Config, panel: Panel) -> float:
+    """Where the dotted line stands: the length that a panel's language model was trained at, in units of length."""
+    config = longva.read_config(panel.folder)
+    lm = config.lm if isinstance(config, longva.LongVAConfig) else config
+    per_unit = (config.vision.patches // 2) ** 2 if cfg.task == "vision" else 1
+    return (cfg.trained_on or lm.max_position_embeddings) / per_unit
 
 
 def read_cells(folder: Path, stamp: dict) -> Cells:
@@ -386,4 +434,4 @@ def read_cells(folder: Path, stamp: dict) -> Cells:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, PRESETS, default="tiny")

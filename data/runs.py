@@ -15,7 +15,7 @@ TINY = Path(__file__).parent / "tiny"  # the shipped models
 def made(run: str, shipped: str) -> Path:
     """The model that a run left in runs/, or else the shipped one that the same command made."""
     own = Path("runs") / run / "model"
-    return own if own.is_dir() else TINY / shipped
+    return own if (own / "config.json").is_file() else TINY / shipped
 
 
 def open_run(folder: Path, settings: dict) -> None:

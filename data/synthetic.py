@@ -4,7 +4,7 @@ What      Everything that the tiny models are trained and tested on. Nothing is 
           between training and test: every maker takes a numpy Generator, and callers seed it with
           (purpose, seed, step), so that a sample is a function of these three and of nothing else.
 Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and
-          needles of V-NIAH (Sec. 4.1).
+          needles of V-NIAH (Sec. 4).
 Run       python -m data.synthetic        writes data/tiny/tokenizer and data/needles again, and a sheet to look at
 Key       Y X pixels   C colour channels
 Deviates  The loss is taken only where the text so far determines the next token (a fact told before is asked for
@@ -61,6 +61,7 @@ BARE = " a {colour} {thing}."
 
 
 WORD = re.compile(r" ?[A-Za-z]+")
+TOKEN = re.compile(r" ?[A-Za-z]+|.")
 
 
 def lexicon() -> list[str]:
@@ -130,6 +131,25 @@ def chatter(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
+def notes(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """What there is, in loose words, then told in sentences: " star7 red a red star with the number 7."
+
+    The same sentences caption pictures: what the projector must put in the words' place (Sec. 3.2).
+    """
+    pieces: Pieces = []
+    length = 0
+    while length < tokens:
+        shown = cast(rng, int(rng.integers(1, min(most, 4) + 1)))
+        for thing, colour, number in shown:
+            words = [" " + thing, " " + colour] + [str(number)] * (number is not None)
+            pieces.append(("".join(words[i] for i in rng.permutation(len(words))), False))
+        for one in shown:
+            pieces += [(word, True) for word in TOKEN.findall(describe(*one))]
+        pieces.append(("\n", True))
+        length += 12 * len(shown)
+    return pieces
+
+
 def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Facts strewn among sentences, some told twice, then a conversation that asks for some of them, each once."""
     facts = max(1, min(most, tokens // 16, 48))
@@ -182,8 +202,8 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
 def shares(part: int, tokens: int) -> dict[Callable, float]:
     """How often each kind of text comes: the shortest first, and pairs alone until looking up has been learned."""
     if tokens <= 64:
-        return {pairs: 1.0} if part < 400 else {pairs: 0.2, chatter: 0.8}
-    return {chatter: 0.3, album: 0.4, book: 0.3} if tokens <= 512 else {album: 0.65, book: 0.35}
+        return {pairs: 1.0} if part < 400 else {pairs: 0.15, chatter: 0.65, notes: 0.2}
+    return {chatter: 0.1, notes: 0.1, album: 0.3, book: 0.5} if tokens <= 512 else {album: 0.5, book: 0.5}
 
 
 def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]:
@@ -209,11 +229,15 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     for row in range(rows):
         kinds = shares(part, tokens)
         kind = list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))]
-        most = (min(3 + part // 56, 12) if kind is pairs else 3) if tokens <= 64 else int(3 * (tokens / 24) ** rng.random())
+        most = (
+            (min(3 + part // 56, 12) if kind is pairs else 3)
+            if tokens <= 64
+            else int(3 * (tokens / 24) ** rng.random())
+        )
         room = tokens + 1
         while True:
             ids, labels = tokenised(words, kind(rng, room, most))
-            if kind in (pairs, chatter) or len(ids) <= tokens + 1:
+            if kind in (pairs, chatter, notes) or len(ids) <= tokens + 1:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]
@@ -413,9 +437,14 @@ def describe(thing: str, colour: str, number: int | None) -> str:
 
 
 def captioned_grids(seed: int, step: int, count: int) -> tuple[list[Image.Image], list[str]]:
-    """`count` pictures of one grid and their captions, for the tower."""
+    """`count` pictures of one grid and their captions, for the tower; no caption comes twice.
+
+    A batch has few colours and few digits but every thing, so that things must be told apart by their shape.
+    """
     rng = np.random.default_rng([0x70E, seed, step])
-    shown = [cast(rng, 1)[0] for _ in range(count)]
+    colours, numbers = rng.permutation(list(COLOURS))[:2], [None, *map(int, rng.permutation(10)[:4])]
+    every = [(thing, str(colour), number) for thing in THINGS for colour in colours for number in numbers]
+    shown = [every[i] for i in rng.permutation(len(every))[:count]]
     return [photograph(rng, 1, 1, [one]) for one in shown], [describe(*one) for one in shown]
 
 

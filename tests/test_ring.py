@@ -249,15 +249,15 @@ def check_resume(world, out):
     """Two steps, a save, two more equal two steps, a save and, in another model, a load and two more: every bit."""
     folder = out / f"state-{world.ranks}"
     through, optimizer = sharded(world)
-    assert ring.load_state(folder, through, optimizer, world) is None
+    assert ring.load_state(folder, through, optimizer, world) == 0
     for step in (1, 2):
         train(through, optimizer, world, [step])
-        ring.save_state(folder, through, optimizer, step, world, {"seed": step})
+        ring.save_state(folder, through, optimizer, step, world)
     for torn in ("step-9.tmp", "step-1.old.tmp"):
         (folder / torn).mkdir(exist_ok=True)
     ring.barrier(world)
     resumed, its_optimizer = sharded(world)
-    assert ring.load_state(folder, resumed, its_optimizer, world) == (2, {"seed": 2})
+    assert ring.load_state(folder, resumed, its_optimizer, world) == 2
     same(through, optimizer, resumed, its_optimizer)
     assert train(through, optimizer, world, [3, 4]) == train(resumed, its_optimizer, world, [3, 4])
     same(through, optimizer, resumed, its_optimizer)
@@ -371,14 +371,13 @@ def saved(tmp_path):
     model, optimizer = sharded(ALONE)
     for step in (1, 2, 3):
         train(model, optimizer, ALONE, [step])
-        ring.save_state(tmp_path, model, optimizer, step, ALONE, {})
+        ring.save_state(tmp_path, model, optimizer, step, ALONE)
     return tmp_path
 
 
 def load(folder, model=None):
     model, optimizer = model or sharded(ALONE)
-    found = ring.load_state(folder, model, optimizer, ALONE)
-    return found and found[0]
+    return ring.load_state(folder, model, optimizer, ALONE)
 
 
 def test_last_two_are_kept_and_damage_is_seen(saved, capsys):
@@ -397,8 +396,8 @@ def test_last_two_are_kept_and_damage_is_seen(saved, capsys):
         said = capsys.readouterr().out
         assert said == f"{saved / 'step-3'} is not used: {name} is missing or damaged\n"
     model, optimizer = sharded(ALONE)
-    assert ring.load_state(saved, model, optimizer, ALONE)[0] == 2
-    ring.save_state(saved, model, optimizer, 3, ALONE, {})  # the damaged state is replaced
+    assert ring.load_state(saved, model, optimizer, ALONE) == 2
+    ring.save_state(saved, model, optimizer, 3, ALONE)  # the damaged state is replaced
     assert load(saved) == 3 and sorted(p.name for p in saved.iterdir()) == ["step-2", "step-3"]
     for step in (2, 3):
         flip(saved / f"step-{step}" / "rank-0.safetensors")
@@ -425,13 +424,13 @@ def test_another_model_is_refused(saved):
 def save_two_steps(world, out):
     model, optimizer = sharded(world)
     train(model, optimizer, world, [1, 2])
-    ring.save_state(out, model, optimizer, 2, world, {})
+    ring.save_state(out, model, optimizer, 2, world)
     (out / f"losses-{world.rank}.json").write_text(json.dumps(train(model, optimizer, world, [3, 4])))
 
 
 def load_on_other_ranks(world, out):
     model, optimizer = sharded(world)
-    assert ring.load_state(out, model, optimizer, world) == (2, {})
+    assert ring.load_state(out, model, optimizer, world) == 2
     losses = json.loads((out / "losses-0.json").read_text())
     assert train(model, optimizer, world, [3, 4]) == pytest.approx(losses, rel=1e-5)
 
