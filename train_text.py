@@ -64,13 +64,22 @@ TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses
     "accumulate": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32", "remat": False, "offload": False,
     "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip
-LONG = {"seq_len": 2048, "batch": 4, "steps": 200, "rope_theta": 1e6, "lr": 1e-3, "warmup": 20}
+LONG = {"seq_len": 2048, "batch": 4, "steps": 160, "rope_theta": 1e6, "lr": 7e-4, "warmup": 20, "cooldown": 0.4}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "lr": 1e-3}
 BASE = runs.made("tiny-base", "base")
 PRESETS = {
     "tiny-base": {**TINY, **SHORT, "steps": 1600, "short_steps": 700, "warmup": 100, "out": Path("runs/tiny-base")},
     "tiny": {**TINY, **LONG, "weights": BASE, "out": Path("runs/tiny-extended")},
-    "tiny-control": {**TINY, **SHORT, "steps": 200, "warmup": 20, "weights": BASE, "out": Path("runs/tiny-control")},
+    "tiny-control": {
+        **TINY,
+        **SHORT,
+        "steps": 160,
+        "lr": 7e-4,
+        "warmup": 20,
+        "cooldown": 0.4,
+        "weights": BASE,
+        "out": Path("runs/tiny-control"),
+    },
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
 NEXT = {

@@ -53,6 +53,7 @@ class Config:
     images: Path | None = knob(None, "folder that the JSON's picture paths start from (ours)")
     max_len: int = knob(32_768, "tokens; a longer sample is refused (release: finetune.sh)")
     grids: int = knob(49, "most grids per picture (Sec. 3.2)")
+    grow: float = knob(0.0, "share of sft's steps in which synthetic pictures grow from 3 grids to --grids (ours)")
     tiny: bool = knob(False, "the small world's sizes and rates (ours)")
     batch: int | None = knob(None, "samples per step over all ranks (release: pretrain.sh, finetune.sh)")
     steps: int | None = knob(None, "optimizer steps (release: one epoch)")
@@ -75,11 +76,19 @@ STAGES = {  # (release: pretrain.sh, finetune.sh)
 }
 TINY_STAGES = {
     "tower": {"batch": 128, "steps": 800, "lr": 2e-3, "tower_lr": 2e-3},
-    "align": {"batch": 16, "steps": 100, "lr": 3e-3, "tower_lr": 0.0},
-    "sft": {"batch": 16, "steps": 600, "lr": 1e-3, "tower_lr": 2e-4},
+    "align": {"batch": 32, "steps": 300, "lr": 3e-3, "tower_lr": 0.0},
+    "sft": {"batch": 16, "steps": 800, "lr": 1e-3, "tower_lr": 2e-4},
 }
 RULE = {"unires": "canvas", "anyres": "anyres"}  # the release's
-TINY = {"tiny": True, "rule": "floor", "max_len": 256, "precision": "fp32", "remat": False, "save_every": 50}
+TINY = {
+    "tiny": True,
+    "grow": 0.7,
+    "rule": "floor",
+    "max_len": 256,
+    "precision": "fp32",
+    "remat": False,
+    "save_every": 50,
+}
 PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes a stage on two CPU cores
     "tiny": {**TINY, "system": "tiny-longva"},
     "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},
@@ -205,8 +214,15 @@ def make_samples(cfg: Config, mine: slice):  # noqa: ANN201
     if cfg.data != "synthetic":
         records = llava.read_records(cfg.data)
         return lambda step: [llava.sample(r, cfg.images) for r in llava.pick(records, cfg.seed, step, cfg.batch)[mine]]
-    make = {"align": synthetic.captioned, "sft": synthetic.conversation}[cfg.stage]
-    return lambda step: [make(cfg.seed, step * cfg.batch + i, cfg.grids) for i in range(cfg.batch)[mine]]
+    if cfg.stage == "align":
+        return lambda step: [synthetic.captioned(cfg.seed, step * cfg.batch + i) for i in range(cfg.batch)[mine]]
+
+    def samples(step: int) -> list:
+        grown = min(1.0, step / (cfg.grow * cfg.steps)) if cfg.grow else 1.0
+        most = round(min(3, cfg.grids) * (cfg.grids / min(3, cfg.grids)) ** grown)
+        return [synthetic.conversation(cfg.seed, step * cfg.batch + i, most) for i in range(cfg.batch)[mine]]
+
+    return samples
 
 
 def collate(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, samples: list) -> tuple:

@@ -448,14 +448,11 @@ def captioned_grids(seed: int, step: int, count: int) -> tuple[list[Image.Image]
     return [photograph(rng, 1, 1, [one]) for one in shown], [describe(*one) for one in shown]
 
 
-def captioned(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
-    """A picture of one to four grids and a caption that tells what it shows, for the projector."""
+def captioned(seed: int, index: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
+    """A picture of one grid and a caption that tells what it shows, for the projector."""
     rng = np.random.default_rng([0xCA9, seed, index])
-    rows, cols = grids_of(rng, min(most, 4))
-    shown = cast(rng, int(rng.integers(1, rows * cols + 1)))
-    return [photograph(rng, rows, cols, shown)], [
-        ("user", "<image>"), ("assistant", "".join(describe(*one) for one in shown))
-    ]  # fmt: skip
+    shown = cast(rng, 1)
+    return [photograph(rng, 1, 1, shown)], [("user", "<image>"), ("assistant", describe(*shown[0]))]
 
 
 def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:

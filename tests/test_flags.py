@@ -170,6 +170,19 @@ def test_run_keeps_the_traceback_of_our_own_mistakes():
         flags.run(lambda cfg: 1 / 0, Config, argv=[])
 
 
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), OSError(28, "No space left on device")])
+def test_run_tells_of_bad_numbers_and_full_disks(error, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def main(cfg):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        flags.run(main, Config, argv=[])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and str(error) in said and said.count("\n") == 1
+
+
 def test_no_torch():
     code = "import data.flags, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

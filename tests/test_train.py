@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data.flags
 import longva
+import train_text
+import train_vision
 from data import chat, synthetic, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +34,17 @@ def start(*args, ranks=1):
     return subprocess.Popen(
         command(*args, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def here(script, *flags):
+    """Run a script in this process, which has imported torch already; returns the exit code of a refusal."""
+    module = {"train_text.py": train_text, "train_vision.py": train_vision}[script]
+    torch.set_num_threads(1)
+    try:
+        data.flags.run(module.main, module.Config, module.PRESETS, "tiny", [str(flag) for flag in flags])
+    except SystemExit as refusal:
+        return refusal.code
+    return 0
 
 
 def run(*args, ranks=1):
@@ -70,13 +84,13 @@ def made(tmp_path_factory):
     """A tiny base model, extended on two ranks, given eyes: every command of the README, a few steps each."""
     at = tmp_path_factory.mktemp("runs")
     base = [*SMALL, "--preset", "tiny-base", "--steps", 6, "--save-every", 1]
-    run("train_text.py", *base, "--out", at / "base")
+    assert here("train_text.py", *base, "--out", at / "base") == 0
     run("train_text.py", *base, "--out", at / "base-ranks", ranks=2)
-    run("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower")
+    assert 0 == here("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower")
     align = ["--stage", "align", "--weights", at / "base/model", "--tower", at / "tower/model", "--batch", 4]
-    run("train_vision.py", *align, "--steps", 2, "--out", at / "align")
+    assert 0 == here("train_vision.py", *align, "--steps", 2, "--out", at / "align")
     sft = ["--stage", "sft", "--weights", at / "align/model", "--batch", 4, "--steps", 5, "--save-every", 1]
-    run("train_vision.py", *sft, "--out", at / "sft")
+    assert 0 == here("train_vision.py", *sft, "--out", at / "sft")
     run("train_vision.py", *sft, "--out", at / "sft-ranks", ranks=2)
     return at, base, sft
 
@@ -105,11 +119,11 @@ def test_killed_runs_resume_to_the_bit(made, tmp_path, script, name, ranks):
         assert torch.equal(tensor, weights_of(tmp_path / "run")[key]), key
 
 
-def test_finished_runs_are_left_alone(made):
+def test_finished_runs_are_left_alone(made, capsys):
     """The same command once more changes nothing and says again what comes next."""
     at, base, _ = made
     before = weights_of(at / "base")
-    assert "next:" in run("train_text.py", *base, "--out", at / "base")
+    assert here("train_text.py", *base, "--out", at / "base") == 0 and "next:" in capsys.readouterr().out
     assert all(torch.equal(before[key], tensor) for key, tensor in weights_of(at / "base").items())
     assert (at / "base" / "curve.png").stat().st_size > 1000
 
@@ -147,20 +161,27 @@ def test_sft_changes_everything(made):
     (["train_vision.py", "--stage", "sft", "--weights", "{base}"], "language model"),
     (["train_vision.py", "--stage", "align", "--weights", "{sft}", "--tower", "{tower}"], "sees already"),
     (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md"], "README.md"),
+    (["train_text.py", "--preset", "longva"], "--corpus"),
+    (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
 ])  # fmt: skip
-def test_mistakes_get_one_sentence(made, tmp_path, flags, complaint):
+def test_mistakes_get_one_sentence(made, tmp_path, capsys, flags, complaint):
     folders = {name: made[0] / name / "model" for name in ("base", "sft", "tower")}
     script, *flags = [flag.format(**folders) for flag in flags]
-    process = start(script, *flags, "--out", tmp_path / "out")
-    out, _ = process.communicate(timeout=100)
-    assert process.returncode == 2 and complaint in out and "Traceback" not in out, out
-    assert len(out.strip().splitlines()) <= 2, out
+    assert here(script, *flags, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert complaint in said and len(said.strip().splitlines()) == 1, said
+    assert not (tmp_path / "out").exists()  # so that the mended command is not refused
 
 
-def test_other_settings_do_not_overwrite_a_run(made):
-    process = start("train_text.py", *made[1][:-2], "--save-every", 2, "--out", made[0] / "base")
+def test_a_mistake_ends_the_program_without_a_traceback(tmp_path):
+    process = start("train_text.py", "--weights", "nowhere", "--out", tmp_path / "out")
     out, _ = process.communicate(timeout=100)
-    assert process.returncode == 2 and "save_every" in out and "Traceback" not in out, out
+    assert process.returncode == 2 and "nowhere" in out and "Traceback" not in out, out
+
+
+def test_other_settings_do_not_overwrite_a_run(made, capsys):
+    assert here("train_text.py", *made[1][:-2], "--save-every", 2, "--out", made[0] / "base") == 2
+    assert "save_every was 1, is 2" in capsys.readouterr().err
 
 
 def test_synthetic_targets_can_be_known():
