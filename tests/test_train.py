@@ -86,11 +86,11 @@ def made(tmp_path_factory):
     base = [*SMALL, "--preset", "tiny-base", "--steps", 6, "--save-every", 1]
     assert here("train_text.py", *base, "--out", at / "base") == 0
     run("train_text.py", *base, "--out", at / "base-ranks", ranks=2)
-    assert 0 == here("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower")
+    assert here("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower") == 0
     align = ["--stage", "align", "--weights", at / "base/model", "--tower", at / "tower/model", "--batch", 4]
-    assert 0 == here("train_vision.py", *align, "--steps", 2, "--out", at / "align")
+    assert here("train_vision.py", *align, "--steps", 2, "--out", at / "align") == 0
     sft = ["--stage", "sft", "--weights", at / "align/model", "--batch", 4, "--steps", 5, "--save-every", 1]
-    assert 0 == here("train_vision.py", *sft, "--out", at / "sft")
+    assert here("train_vision.py", *sft, "--out", at / "sft") == 0
     run("train_vision.py", *sft, "--out", at / "sft-ranks", ranks=2)
     return at, base, sft
 
