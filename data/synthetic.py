@@ -319,8 +319,10 @@ def digit_mask(digit: int) -> np.ndarray:
 
 
 def landscape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A muted background: two or three colours melting into each other, and some grain, float32[Y, X, C] 0..255."""
-    coarse = rng.uniform(20, 135, (int(rng.integers(2, 4)), int(rng.integers(2, 4)), 3)).astype(np.float32)
+    """A muted background: colours melting into each other, two or three a grid at most, and grain, float32[Y, X, C]."""
+    rows, cols = height // SIDE, width // SIDE
+    knots = int(rng.integers(2, 2 * rows + 2)), int(rng.integers(2, 2 * cols + 2))
+    coarse = rng.uniform(20, 135, (*knots, 3)).astype(np.float32)
     ways = [
         np.stack([np.interp(np.linspace(0, 1, n), np.linspace(0, 1, k), np.eye(k)[i]) for i in range(k)], axis=1)
         for n, k in ((height, coarse.shape[0]), (width, coarse.shape[1]))
@@ -420,10 +422,10 @@ def story(seed: int, tokens: int) -> str:
 
 
 def grids_of(rng: np.random.Generator, most: int) -> tuple[int, int]:
-    """Rows and columns of a picture of up to `most` grids; few are as likely as many."""
-    area = int(np.exp(rng.uniform(0, np.log(most + 0.999))))
+    """Rows and columns of a picture of up to `most` grids, of any shape."""
+    area = int(rng.integers(1, most + 1))
     rows = int(rng.integers(1, int(area**0.5) + 1))
-    rows, cols = rows, area // rows
+    cols = area // rows
     return (cols, rows) if rng.random() < 0.3 else (rows, cols)
 
 
