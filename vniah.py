@@ -48,7 +48,8 @@ class Config:
     out: Path | None = knob(None, "folder of results (ours: runs/vniah-TASK-MODEL)")
     haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4)")
     needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4)")
-    needle_count: int = knob(5, "needles drawn from the seed; for text, numbers (Sec. 4)")
+    needle_count: int = knob(5, "needles drawn from the seed (Sec. 4)")
+    number_count: int = knob(5, "magic numbers asked for in each cell of a story (App. A)")
     frames: tuple[int, ...] = knob(tuple(range(200, 3001, 200)), "frames of the haystack (Sec. 4)")
     context: tuple[int, ...] = knob(tuple(range(32_000, 512_001, 32_000)), "tokens of the story (App. A)")
     depths: tuple[float, ...] = knob((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "where the needle lies, 0 first (Sec. 4)")
@@ -71,18 +72,17 @@ class Config:
             raise ValueError(
                 f"--distractor-counts {self.distractor_counts}: there are {most} other cities, 0 to {most} go"
             )
-        if not 0 <= self.distractors < len(synthetic.THINGS) or self.needle_count < 1:
-            raise ValueError(
-                f"--distractors {self.distractors} --needle-count {self.needle_count}: at least one needle and at most "
-                f"{len(synthetic.THINGS) - 1} distractors go"
-            )
+        if not 0 <= self.distractors < len(synthetic.THINGS):
+            raise ValueError(f"--distractors {self.distractors}: 0 to {len(synthetic.THINGS) - 1} go, one a thing")
+        if min(self.needle_count, self.number_count) < 1:
+            raise ValueError("--needle-count and --number-count: at least one of each is needed")
         for depth in self.depths:
             needles.place(1, depth)  # refuses what is outside 0..1
 
 
 PRESETS = {  # 90 seconds on two CPU cores; the paper's numbers: 2 hours on 8 A100s for pictures, 5 per text setting
     "tiny": {
-        "needle_count": 24, "frames": (8, 32, 56, 128, 256, 512, 768), "context": (128, 256, 512, 1024, 2048, 3072),
+        "needle_count": 24, "number_count": 8, "frames": (8, 32, 56, 128, 256, 512, 768), "context": (128, 256, 512, 1024, 2048, 3072),
         "depths": (0.0, 0.25, 0.5, 0.75, 1.0), "distractors": 3, "digits": 3, "rope_theta": (3e4, 1e5, 1e6),
     },
     "longva": {},
@@ -215,7 +215,7 @@ class Story:
         """(ids, ids of the answer) of every probe of a cell; numbers and places are drawn anew for each."""
         rng = np.random.RandomState([self.cfg.seed, self.panel.trial, context, round(100 * depth)])
         made = []
-        for _ in range(self.cfg.needle_count if not self.panel.trial else 8):
+        for _ in range(self.cfg.number_count):
             number, *others = needles.numbers(rng, 1 + self.panel.distractors, self.cfg.digits)
             lies = list(zip(needles.DISTRACTORS, others))
             probe = (self.words.encode, self.ids, context, depth, number, lies, rng, self.stops)

@@ -44,6 +44,7 @@ def cfg(tmp_path, folders):
         frames=(3, 6),
         depths=(0.0, 0.5, 1.0),
         needle_count=5,
+        number_count=5,
         device="cpu",
     )
 
