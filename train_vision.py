@@ -124,6 +124,9 @@ def check(cfg: Config) -> None:
     for name in {"tower": (), "align": ("weights", "tower"), "sft": ("weights",)}[cfg.stage]:
         if getattr(cfg, name) is None:
             raise ValueError(f"--stage {cfg.stage} at full size starts from a folder; give it as --{name}")
+        if not getattr(cfg, name).is_dir():
+            before = "; run --stage align first, or name another" if cfg.stage == "sft" else "; name another"
+            raise ValueError(f"--{name} {getattr(cfg, name)} is no folder{before}")
     if cfg.data == "synthetic" and not cfg.tiny:
         raise ValueError("the synthetic pictures are for the tiny model; give LLaVA-style JSON as --data")
     if cfg.stage == "sft" and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
