@@ -208,7 +208,9 @@ def test_the_training_script_reads_it(tmp_path, images):
 
     file = write(tmp_path / "r.json", GOOD)
     cfg = train_vision.Config(stage="sft", data=str(file), images=images, batch=2, seed=1)
-    samples = train_vision.make_samples(cfg)
+    samples = train_vision.make_samples(cfg, slice(None))
     seen = [said for step in (2, 3) for _, said in samples(step)]  # the second epoch
+    parts = [train_vision.make_samples(cfg, slice(rank, None, 2))(2) for rank in range(2)]
+    assert [said for part in parts for _, said in part] == [said for _, said in samples(2)]
     assert sorted(seen) == sorted(llava.sample(r, images)[1] for r in GOOD)
     assert [len(pictures) for pictures, _ in samples(3)] == [len(pictures) for pictures, _ in samples(3)]
