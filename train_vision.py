@@ -359,7 +359,10 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
     else:
         longva.save(folder, stream, model.config, cfg.weights)
     if cfg.stage == "sft":
-        follow = "python vniah.py --own" if cfg.tiny else f"python vniah.py --weights {folder} --haystack FILM.mp4"
+        other = {"tiny-longva": "tiny-baseline", "tiny-baseline": "tiny-anyres"}.get(cfg.system)
+        follow = f"torchrun --nproc-per-node 2 train_vision.py --stage align --preset {other}"
+        if not other:
+            follow = "python vniah.py --own" if cfg.tiny else f"python vniah.py --weights {folder} --haystack FILM.mp4"
     print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
     print(f"next:  {follow}")
 

@@ -389,6 +389,7 @@ def main(cfg: Config) -> None:
     asked = {panel.folder for panel in (*panels, *trials)}
     stamp = asdict(cfg) | {"weights": {str(folder): weights.sha(folder) for folder in sorted(asked)}}
     cells, bench = read_cells(cfg.out, stamp), Bench(cfg)
+    print("testing " + ", ".join(str(folder) for folder in sorted(asked)))
 
     middle = cfg.depths[len(cfg.depths) // 2 :][:1]
     counts = [(panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2])]
@@ -407,7 +408,7 @@ def main(cfg: Config) -> None:
     if trials:
         tried = ((trial, rate(cells, trial)) for trial in trials)
         tried = ", ".join(f"{trial.rope_theta:g}: {hits / count:.2f}" for trial, (hits, count) in tried)
-        print(f"RoPE bases tried on another film with other needles, at the two greatest lengths: {tried}")
+        print(f"RoPE bases tried on another haystack with other needles, at the two greatest lengths: {tried}")
     heatmap(cfg.out / "heatmap.png", cells, panels, lengths, cfg.depths, [trained(cfg, p) for p in panels], unit)
     found = [{"panel": p, "length": n, "depth": d, "hits": [int(h) for h in hits]} for (p, n, d), hits in cells.items()]
     (cfg.out / "results.json").write_text(json.dumps(stamp | {"cells": found}, indent=1, default=str) + "\n")

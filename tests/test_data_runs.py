@@ -43,7 +43,7 @@ def test_other_settings_are_refused(tmp_path, change, said):
 
 def test_fewer_settings_are_refused(tmp_path):
     runs.open_run(tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match="lr was .*, is None"):
+    with pytest.raises(ValueError, match=r"lr was .*, is None"):
         runs.open_run(tmp_path, {name: value for name, value in SETTINGS.items() if name != "lr"})
 
 
