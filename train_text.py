@@ -124,12 +124,16 @@ def main(cfg: Config) -> None:
     world = ring.start(cfg.device)
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
+    if cfg.corpus != "synthetic" and cfg.weights is None:
+        raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
     for S in {cfg.seq_len, cfg.short_len if cfg.short_steps else cfg.seq_len}:
         ring.zigzag_index(S, world)  # refuses a length that these ranks cannot share, before anything is loaded
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
     words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
     config = longva.read_config(cfg.weights) if cfg.weights else replace(TINY_LM, vocab_size=words.size)
+    if not isinstance(config, longva.LMConfig):
+        raise ValueError(f"{cfg.weights} sees already; long text trains a language model before it learns to see")
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)

@@ -160,7 +160,10 @@ def test_sft_changes_everything(made):
     (["train_text.py", "--sepq-len", "2"], "--sepq-len"),
     (["train_vision.py", "--stage", "sft", "--weights", "{base}"], "language model"),
     (["train_vision.py", "--stage", "align", "--weights", "{sft}", "--tower", "{tower}"], "sees already"),
-    (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md"], "README.md"),
+    (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md", "--weights", "{base}"], "README.md"),
+    (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md"], "--weights"),
+    (["train_text.py", "--weights", "{sft}"], "sees already"),
+    (["train_vision.py", "--stage", "sft", "--weights", "nowhere"], "--stage align first"),
     (["train_text.py", "--preset", "longva"], "--corpus"),
     (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
 ])  # fmt: skip
