@@ -389,7 +389,7 @@ def main(cfg: Config) -> None:
     asked = {panel.folder for panel in (*panels, *trials)}
     stamp = asdict(cfg) | {"weights": {str(folder): weights.sha(folder) for folder in sorted(asked)}}
     cells, bench = read_cells(cfg.out, stamp), Bench(cfg)
-    print("testing " + ", ".join(str(folder) for folder in sorted(asked)))
+    print("testing " + ", ".join(sorted(os.path.relpath(folder) for folder in asked)))
 
     middle = cfg.depths[len(cfg.depths) // 2 :][:1]
     counts = [(panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2])]
