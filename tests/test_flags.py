@@ -170,6 +170,21 @@ def test_run_keeps_the_traceback_of_our_own_mistakes():
         flags.run(lambda cfg: 1 / 0, Config, argv=[])
 
 
+def test_files_do_not_swallow_the_question():
+    """`--image FILE "question"` is what people type; several pictures take the flag several times."""
+
+    @dataclass(frozen=True)
+    class Asking:
+        """Ask."""
+
+        question: str = knob("what?", "what to ask", positional=True)
+        image: tuple[Path, ...] = knob((), "picture files")
+
+    for words in (["--image", "a.png", "how many?"], ["how many?", "--image", "a.png"]):
+        assert parse(Asking, argv=words) == Asking("how many?", (Path("a.png"),))
+    assert parse(Asking, argv=["--image", "a", "--image", "b"]) == Asking(image=(Path("a"), Path("b")))
+
+
 @pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), OSError(28, "No space left on device")])
 def test_run_tells_of_bad_numbers_and_full_disks(error, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
