@@ -19,11 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# What the pixels, scaled to 0..1, are shifted and divided by, per colour. unires.py, a neighbour that may not
-# import this file, repeats them where it makes the pixels; a test keeps the two alike.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -188,27 +183,3 @@ class ClipVision(nn.Module):
         This is what CLIP compares with captions; LongVA does not use it, contrastive pretraining does.
         """
         return self.post_layernorm(self.hidden(pixels_NCYX, self.config.num_hidden_layers)[:, 0])
-
-
-@torch.no_grad()
-def init(model: ClipVision, generator: torch.Generator | None = None) -> None:
-    """Fill every parameter for training from scratch, with CLIP's own spreads (about 0.03 at its width).
-
-    Maps that read the residual stream keep its scale; the two that write to it (out_proj, fc2) start smaller
-    by the square root of their number, so that the stream does not grow with depth.
-    """
-    E, L = model.config.hidden_size, model.config.num_hidden_layers
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            weight.zero_()
-        elif "norm" in name:
-            weight.fill_(1)
-        else:
-            std = E**-0.5
-            if "patch_embedding" in name:
-                std = (3 * model.config.patch_size**2) ** -0.5
-            elif "fc1" in name:
-                std = (2 * E) ** -0.5
-            elif "out_proj" in name or "fc2" in name:
-                std = E**-0.5 * (2 * L) ** -0.5
-            weight.normal_(0, std, generator=generator)

@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour, of pixels in 0..1; the same as in clip.py
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour, of pixels in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILL = (122, 116, 104)  # int(255 * MEAN): what a letterbox is filled with, nearly zero to CLIP
 LIMIT = 49  # grids per picture, at most (Sec. 3.2)

@@ -105,37 +105,21 @@ def test_real_size_on_meta():
     assert shapes["self_attn.out_proj.weight"] == (1024, 1024) and shapes["mlp.fc1.weight"] == (4096, 1024)
 
 
+def draw(model):
+    """Random parameters, as none are given."""
+    for p in model.parameters():
+        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(p.numel()))
+
+
 def test_patches_come_row_by_row():
     """Brighten one patch: with no attention to mix them, exactly that place of the output changes."""
     model = ClipVision(config_of("plain", select_layer=0))
-    clip.init(model, torch.Generator().manual_seed(0))
+    draw(model)
     pixels = torch.zeros(1, 3, 32, 32)
     dark = model(pixels)
     pixels[:, :, 8:16, 24:32] = 1.0  # patch row 1, column 3 of 4
     changed = (model(pixels) != dark).any(-1).nonzero()
     assert changed.tolist() == [[0, 1 * 4 + 3]]
-
-
-def test_init_fills_everything_and_keeps_the_scale():
-    model = ClipVision(config_of("plain", hidden_size=64, num_hidden_layers=12))
-    for p in model.parameters():
-        p.data.fill_(float("nan"))
-    clip.init(model, torch.Generator().manual_seed(0))
-    again = ClipVision(model.config)
-    clip.init(again, torch.Generator().manual_seed(0))
-    for (name, p), q in zip(model.named_parameters(), again.parameters()):
-        assert torch.equal(p, q), f"{name} is not filled, or not by the generator alone"
-    assert (model.pre_layrnorm.weight == 1).all() and (model.post_layernorm.weight == 1).all()
-    block = model.encoder.layers[3]
-    spreads = [
-        (block.self_attn.q_proj, 64**-0.5), (block.self_attn.out_proj, (64 * 24) ** -0.5),
-        (block.mlp.fc1, 128**-0.5), (block.mlp.fc2, (64 * 24) ** -0.5),
-        (model.embeddings.patch_embedding, (3 * 8 * 8) ** -0.5),
-    ]  # fmt: skip
-    for part, std in spreads:
-        assert part.weight.std().item() == pytest.approx(std, rel=0.1), part
-    x = model.hidden(torch.randn(8, 3, 32, 32), 12)
-    assert 0.5 < x.std() < 3  # pre_layrnorm makes it 1; twelve blocks must not blow it up
 
 
 def test_config_from_whole_clip_or_tower():
@@ -174,7 +158,7 @@ def test_wrong_grid_size_is_our_mistake():
 
 def test_suffixes_tell_the_truth():
     model = ClipVision(config_of("odd heads"))
-    clip.init(model)
+    draw(model)
     with watched(Path(clip.__file__)) as told:
         model(torch.zeros(2, 3, 28, 28))
         model.features(torch.zeros(2, 3, 28, 28))
