@@ -220,8 +220,8 @@ def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], li
 def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; what cannot be known has target -100.
 
-    Nothing is cut off in front: a question whose answer is gone teaches a model to guess, and one such question in
-    ten kept it from learning to look things up at all.
+    Nothing is cut off in front: a question whose answer is gone teaches a model to guess, and even one such question
+    in ten delays the day on which it begins to look things up.
     """
     rng = np.random.default_rng([0x7E7, seed, part])
     ids_BT = torch.full((rows, tokens), words.pad_id)
