@@ -12,7 +12,7 @@ Deviates  The loss is the mean over all targets of a step's part, not the mean o
           max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
           The tiny model is made from nothing here, so that nothing need be downloaded; the paper starts from Qwen2.
 
-Kill it at any moment and run the same command again: it goes on, and ends with the same weights to the bit.
+Kill it at any moment and run the same command again: it goes on, and on a CPU ends with the same weights to the bit.
 """
 
 import time
