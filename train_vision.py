@@ -16,7 +16,7 @@ Deviates  Only what the assistant says is trained, and one newline follows a pic
           Samples come in random order, not grouped by length; one that is too long loses questions from its end,
           and stops the run if that is not enough: the release cuts tokens off. DPO is not here yet.
 
-Ranks share a step's samples; parameters are sharded over them. Kill it and run it again: it goes on (on a CPU, to the bit).
+Ranks share a step's samples; parameters are sharded over them. Killed and run again it goes on, on a CPU to the bit.
 """
 
 import math
