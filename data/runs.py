@@ -2,7 +2,7 @@
 
 What      config.json (the settings), log.jsonl (one line per step), curve.png (the loss). Saved state and the
           exported model lie beside them, in state/ and model/.
-Run       imported by train_text.py and train_vision.py; rank 0 alone writes.
+Run       imported by train_text.py, train_vision.py and vniah.py (cells.jsonl); rank 0 alone writes.
 """
 
 import json

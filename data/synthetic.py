@@ -1,11 +1,11 @@
 """A small world made from a seed: its words, its stories, its pictures, its film and its needles.
 
-What      Everything that the tiny models are trained and tested on. Nothing is downloaded, nothing repeats
-          between training and test: every maker takes a numpy Generator, and callers seed it with
-          (purpose, seed, step), so that a sample is a function of these three and of nothing else.
+What      Everything that the tiny models are trained and tested on. Nothing is downloaded, and nothing repeats
+          between training and test: each stream of random numbers is seeded with (purpose, seed, number), so that
+          a sample is a function of these three and of nothing else.
 Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and
           needles of V-NIAH (Sec. 4).
-Run       python -m data.synthetic        writes data/tiny/tokenizer and data/needles again, and a sheet to look at
+Run       python -m data.synthetic        writes data/tiny/tokenizer and data/needles again
 Key       Y X pixels   C colour channels
 Deviates  The loss is taken only where the text so far determines the next token (a fact told before is asked for
           again); the words between are drawn at random, and no model could learn them.
