@@ -408,7 +408,8 @@ def main(cfg: Config) -> None:
     if trials:
         tried = ((trial, rate(cells, trial)) for trial in trials)
         tried = ", ".join(f"{trial.rope_theta:g}: {hits / count:.2f}" for trial, (hits, count) in tried)
-        print(f"RoPE bases tried on another haystack with other needles, at the two greatest lengths: {tried}")
+        by = "with the same needles" if cfg.needles else "with another haystack and other needles"
+        print(f"RoPE bases tried {by}, at the two greatest lengths: {tried}")
     heatmap(cfg.out / "heatmap.png", cells, panels, lengths, cfg.depths, [trained(cfg, p) for p in panels], unit)
     found = [{"panel": p, "length": n, "depth": d, "hits": [int(h) for h in hits]} for (p, n, d), hits in cells.items()]
     (cfg.out / "results.json").write_text(json.dumps(stamp | {"cells": found}, indent=1, default=str) + "\n")

@@ -24,8 +24,7 @@ SMALL = "--device cpu --seq-len 64 --batch 4 --short-steps 0".split()
 
 def command(script, *flags, ranks=1):
     """The command line of a script, under torchrun for several ranks."""
-    how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"] if ranks > 1 else []
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else how
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *how, script, *map(str, flags)]
 
 
