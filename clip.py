@@ -12,76 +12,12 @@ Parameters bear the names of Hugging Face's files below `vision_model.`, with CL
 so that loading is strict and needs no table of renames.
 """
 
-from dataclasses import dataclass, fields
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Sizes of the tower, under the names of Hugging Face's config.json; the defaults are ViT-L/14-336's."""
-
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    patch_size: int = 14  # pixels
-    image_size: int = 336  # pixels
-    layer_norm_eps: float = 1e-5
-    select_layer: int = -2  # which hidden state `forward` returns: 0 enters block 0, -1 leaves the last block
-
-    def __post_init__(self):
-        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.patch_size) < 1:
-            raise ValueError(f"a vision tower needs sizes of at least 1; check the vision config: {self}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"a vision width of {self.hidden_size} cannot be divided among {self.num_attention_heads} "
-                "heads; check hidden_size and num_attention_heads"
-            )
-        if self.image_size % self.patch_size or self.image_size < 1:
-            raise ValueError(
-                f"a grid of {self.image_size} pixels is no whole number of {self.patch_size}-pixel patches; "
-                "check image_size and patch_size"
-            )
-        if not -self.num_hidden_layers - 1 <= self.select_layer <= self.num_hidden_layers:
-            raise ValueError(
-                f"select_layer {self.select_layer} does not exist: {self.num_hidden_layers} layers have "
-                f"hidden states 0 to {self.num_hidden_layers}, or -1 for the last; choose one of those"
-            )
-
-    @classmethod
-    def from_dict(cls, found: dict) -> "ClipConfig":
-        """Read a config.json, either of the tower or of a whole CLIP (`vision_config` inside).
-
-        Raises ValueError for a missing size or for a tower that this file does not compute.
-        """
-        found = found.get("vision_config", found)
-        if (act := found.get("hidden_act", "quick_gelu")) != "quick_gelu":
-            raise ValueError(f"the vision tower uses the activation {act!r}, but only quick_gelu is built")
-        if (channels := found.get("num_channels", 3)) != 3:
-            raise ValueError(f"the vision tower reads {channels} colour channels, but pictures have 3 here")
-        sizes = [f.name for f in fields(cls) if f.name not in ("layer_norm_eps", "select_layer")]
-        if missing := [name for name in sizes if name not in found]:
-            raise ValueError(f"the vision config lacks {', '.join(missing)}; is this a CLIP's config.json?")
-        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
-
-    @property
-    def side(self) -> int:
-        """Pixels along the side of a grid (336)."""
-        return self.image_size
-
-    @property
-    def patches(self) -> int:
-        """Patches along the side of a grid (24)."""
-        return self.image_size // self.patch_size
-
-    @property
-    def depth(self) -> int:
-        """How many blocks stand before the chosen hidden state (23)."""
-        return self.select_layer % (self.num_hidden_layers + 1)
+from data.config import ClipConfig
 
 
 class Embeddings(nn.Module):

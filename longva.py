@@ -19,7 +19,7 @@ machines are answers to it; the decoder knows of no mask, no cache and no rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -33,83 +33,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import unires
-from clip import ClipConfig, ClipVision
+from clip import ClipVision
 from data import chat, runs, tokenizer, video, weights
+from data.config import LMConfig, LongVAConfig, read_config, to_dict
 from data.flags import knob, run
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
-
-
-# ---------------------------------------------------------------------------------------------- settings
-
-
-@dataclass(frozen=True)
-class LMConfig:
-    """Sizes of the decoder, under the names of Hugging Face's config.json; the defaults are Qwen2-7B's."""
-
-    vocab_size: int = 152064
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int = 4
-    head_dim: int | None = None  # hidden_size / num_attention_heads
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6  # the RoPE base; LongVA raises it to 1e9 (Sec. 3.1)
-    max_position_embeddings: int = 32768  # what it was trained on; nothing here enforces it
-    tie_word_embeddings: bool = False
-    attention_bias: bool = True  # Qwen2: biases on q, k and v alone
-
-    def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value "
-                "heads evenly; check num_attention_heads and num_key_value_heads in config.json"
-            )
-        if self.head_width % 2:
-            raise ValueError(f"RoPE turns pairs of numbers, but the head width is {self.head_width}; make it even")
-
-    @property
-    def head_width(self) -> int:
-        """K, the width of one attention head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_dict(cls, found: dict) -> "LMConfig":
-        """Pick our fields out of a config.json, old style (`rope_theta`) or new (`rope_parameters`)."""
-        kind = found.get("model_type", "qwen2")
-        found = {"attention_bias": kind in ("qwen2", "llava_qwen"), **found}
-        found = {**(found.get("rope_parameters") or {}), **found}
-        if missing := [name for name in ("vocab_size", "hidden_size", "rope_theta") if name not in found]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}; is this the folder of a language model?")
-        names = {f.name for f in fields(cls)}
-        config = cls(**{name: value for name, value in found.items() if name in names and value is not None})
-        scaled = (found.get("rope_scaling") or {}).get("rope_type", found.get("rope_type", "default"))
-        window = found.get("use_sliding_window", kind == "mistral") and found.get("sliding_window")
-        if scaled != "default" or window or found.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"config.json asks for RoPE scaling ({scaled}), a sliding window ({window or None}) or an activation "
-                f"({found.get('hidden_act')}) that this decoder does not have; results would be wrong"
-            )
-        return config
-
-
-@dataclass(frozen=True)
-class LongVAConfig:
-    """A decoder, an eye, and the scheme that turns pictures into tokens (Sec. 3.2)."""
-
-    lm: LMConfig = field(default_factory=LMConfig)
-    vision: ClipConfig = field(default_factory=ClipConfig)
-    scheme: str = "unires"  # or "anyres": LLaVA-NeXT's, the paper's baseline
-    rule: str = "canvas"  # how many grids a picture gets: a rule of unires.RULES
-
-    @classmethod
-    def from_dict(cls, found: dict) -> "LongVAConfig":
-        """Read the released LongVA's config.json, or ours, which adds `vision_config` for other towers."""
-        scheme = "unires" if found.get("mm_patch_merge_type", "unires") == "unires" else "anyres"
-        vision = ClipConfig.from_dict(found["vision_config"]) if "vision_config" in found else ClipConfig()
-        rule = found.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
-        return cls(LMConfig.from_dict(found), vision, scheme, rule)
 
 
 # ----------------------------------------------------------------------------------------- pure functions
@@ -411,29 +340,6 @@ class LongVA(LM):
 UNUSED = ("*rotary_emb.inv_freq", "*position_ids")  # buffers of old files; what they hold is computed here
 TOWER = "model.vision_tower.vision_tower.vision_model."  # LongVA's name for what CLIP's files call vision_model.
 NOT_SEEING = ("text_model.*", "*_projection.weight", "logit_scale")  # the half of a whole CLIP that reads
-
-
-def read_config(folder: Path | str) -> LMConfig | LongVAConfig:
-    """What model a folder holds, by its config.json: a language model, or one that sees."""
-    found = weights.read_config(folder)
-    return (LongVAConfig if "mm_hidden_size" in found else LMConfig).from_dict(found)
-
-
-def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
-    """The config.json of a model, as transformers (for the language model) and the release read it."""
-    if isinstance(config, LongVAConfig):
-        return to_dict(config.lm, dtype) | {
-            "architectures": ["LlavaQwenForCausalLM"], "image_aspect_ratio": "anyres", "grid_rule": config.rule,
-            "mm_patch_merge_type": "unires" if config.scheme == "unires" else "spatial_unpad",
-            "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2, "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": config.vision.hidden_size,
-            "mm_vision_select_layer": config.vision.select_layer, "mm_vision_select_feature": "patch",
-            "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "vision_config": asdict(config.vision),
-        }  # fmt: skip
-    name = "qwen2" if config.attention_bias else "llama"
-    kind = {"architectures": [f"{name.capitalize()}ForCausalLM"], "model_type": name, "hidden_act": "silu"}
-    sizes = asdict(config) | {"head_dim": config.head_width}
-    return kind | sizes | {"use_sliding_window": False, "torch_dtype": dtype}
 
 
 def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
