@@ -8,36 +8,40 @@ Key       B batch            T tokens held here     S tokens of the whole sequen
           D width            H query heads          G key/value heads      K head width
           F MLP width        V vocabulary           L layers
           N grids = frames   P patches per grid     M tokens per grid      E CLIP width
-          C colour channels  Y X pixels             1 broadcast
-          I visual tokens    U a chunk of tokens    J = K/2    R = H/G
+          C colours, Y X pixels   I visual tokens   U a chunk of tokens   J = K/2   R = H/G   1 broadcast
 Deviates  bfloat16, never float16: Qwen2's activations overflow float16 (the release's "!!!!" answers).
           All 152,064 rows of the embedding are kept; the release cuts them to the tokenizer's length.
-          A grid is pooled also when it is alone; the release leaves a single crop at 576 tokens.
 
 The decoder asks one question of the outside, `attend(layer, q, k, v)`. Causal attention, a cache, a ring over many
 machines are answers to it; the decoder knows of no mask, no cache and no rank.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import ring
 import unires
 from clip import ClipVision
-from data import chat, runs, tokenizer, video, weights
-from data.config import LMConfig, LongVAConfig, read_config, to_dict
+from data import chat, film_cache, plan, runs, tokenizer, video, weights
+from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
 from data.flags import knob, run
+from data.parameters import fill_from
+from data.sampling import choose
 
+GREEDY = Sampling()
+CHUNK = 2048  # tokens read at once; on a CPU their mask takes 5 bytes for each of them and each token before
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 
 
@@ -72,36 +76,56 @@ def causal_attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) ->
 class KVCache:
     """Keys and values of what was read so far; `attend` adds to them and sees them all.
 
-    Room for S tokens is taken once. Set `length` back to forget: what follows is overwritten.
+    Room for S tokens is taken once. ring.ShardedCache has the same face, its memory spread over many processes.
     """
 
     def __init__(self, config: LMConfig, B: int, S: int, like: Tensor):
-        self.config, self.length = config, 0
-        shape = (config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_width)
-        self.k_LBSGK, self.v_LBSGK = like.new_empty(shape), like.new_empty(shape)
+        self.config, self.length, self.room = config, 0, S
+        self.kv = like.new_empty(  # keys, then values, of each layer
+            2, config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_width
+        )
+
+    def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+        """How to read T more tokens: slices of at most `chunk`, and which places of each are computed here (all)."""
+        for start in range(0, T, chunk):
+            stop = min(start + chunk, T)
+            yield slice(start, stop), torch.arange(stop - start, device=self.kv.device)
+
+    def mark(self) -> int:
+        """A bookmark for `rewind`."""
+        return self.length
+
+    def rewind(self, mark: int) -> None:
+        """Forget what was read after the mark: it will be overwritten."""
+        self.length = mark
+
+    def layers(self) -> Iterator[tuple[str, Tensor]]:
+        """What is known by now as (name, [2, B, S, G, K]) of each layer, to be kept on a disk."""
+        return ((f"layers.{layer}", self.kv[:, layer, :, : self.length]) for layer in range(self.kv.shape[1]))
+
+    def fill(self, layers: Iterable[tuple[str, Tensor]], length: int) -> None:
+        """Know what another cache knew, from its `layers`."""
+        for name, kv in layers:
+            self.kv[:, int(name.removeprefix("layers.")), :, :length] = kv
+        self.length = length
 
     def branch(self, length: int, B: int, room: int) -> "KVCache":
         """A new cache of B rows that all begin with this one's first `length` tokens, with room for more."""
-        new = KVCache(self.config, B, length + room, self.k_LBSGK)
-        new.k_LBSGK[:, :, :length], new.v_LBSGK[:, :, :length] = (
-            self.k_LBSGK[:, :, :length],
-            self.v_LBSGK[:, :, :length],
-        )
+        new = KVCache(self.config, B, length + room, self.kv)
+        new.kv[:, :, :, :length] = self.kv[:, :, :, :length]
         new.length = length
         return new
 
     def attend(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         """Remember this call's keys and values, then attend causally to everything remembered."""
         start, stop = self.length, self.length + q_BTHK.shape[1]
-        assert stop <= self.k_LBSGK.shape[2], f"a cache for {self.k_LBSGK.shape[2]} tokens cannot hold {stop}"
-        self.k_LBSGK[layer, :, start:stop] = k_BTGK
-        self.v_LBSGK[layer, :, start:stop] = v_BTGK
-        if layer == len(self.k_LBSGK) - 1:
+        assert stop <= self.room, f"a cache for {self.room} tokens cannot hold {stop}"
+        self.kv[0, layer, :, start:stop], self.kv[1, layer, :, start:stop] = k_BTGK, v_BTGK
+        if layer == self.kv.shape[1] - 1:
             self.length = stop
         if start == 0:
             return causal_attend(layer, q_BTHK, k_BTGK, v_BTGK)
-        k_BGSK = self.k_LBSGK[layer, :, :stop].transpose(1, 2)
-        v_BGSK = self.v_LBSGK[layer, :, :stop].transpose(1, 2)
+        k_BGSK, v_BGSK = self.kv[:, layer, :, :stop].transpose(2, 3)
         if stop - start == 1:  # one query sees all: a group's query heads become rows, and no mask is needed
             q_BGRK = q_BTHK[:, 0].unflatten(1, (k_BTGK.shape[2], -1))
             return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK).flatten(1, 2)[:, None]
@@ -337,50 +361,6 @@ class LongVA(LM):
 
 # ----------------------------------------------------------------------------------------- weights in and out
 
-UNUSED = ("*rotary_emb.inv_freq", "*position_ids")  # buffers of old files; what they hold is computed here
-TOWER = "model.vision_tower.vision_tower.vision_model."  # LongVA's name for what CLIP's files call vision_model.
-NOT_SEEING = ("text_model.*", "*_projection.weight", "logit_scale")  # the half of a whole CLIP that reads
-
-
-def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """New weights for a model, which may be on the meta device: a stream of (name, tensor). Plain initialisation.
-
-    Maps and embeddings of the language model are normal(0, 0.02), as Qwen2's; those of tower and projector have
-    deviation 1/sqrt(inputs). Norms are one, biases zero.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        tensor = torch.zeros(p.shape)
-        if "norm" in name and name.endswith("weight"):
-            tensor.fill_(1)
-        elif p.ndim > 1 or name.endswith(("image_newline", "class_embedding")):
-            seeing = name.startswith(("vision", "visual", "word", "model.vision", "model.mm_", "model.image_"))
-            fan_in = p[0].numel() if p.ndim > 1 else p.numel()
-            tensor.normal_(0, fan_in**-0.5 if seeing else 0.02, generator=generator)
-        yield name, tensor
-
-
-def read_tower(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """The vision tower of a CLIP folder, under LongVA's names; with or without `vision_model.` in front."""
-    for name, tensor in weights.read(folder):
-        if not any(fnmatchcase(name, pattern) for pattern in NOT_SEEING):
-            yield TOWER + name.removeprefix("vision_model."), tensor
-
-
-def fill_from(
-    model: nn.Module,
-    stream: Iterable[tuple[str, Tensor]],
-    fill: Callable | None = None,
-    only: Callable[[str], bool] = lambda name: True,
-) -> None:
-    """Fill the parameters that `only` names from a stream, strictly: each once, no tensor left over.
-
-    `fill(parameter, tensor)` copies, and knows about shards where there are any. Raises ValueError naming keys.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if only(name)}
-    tied = [] if "lm_head.weight" in parameters else ["lm_head.weight"]
-    weights.fill_strictly(parameters, ((n, x) for n, x in stream if only(n)), fill, ignore=[*UNUSED, *tied])
-
 
 def save(folder: Path, stream: Iterable[tuple[str, Tensor]], config: LMConfig | LongVAConfig, words: Path) -> None:
     """Write a model folder in bfloat16 from a stream of weights, with the tokenizer of folder `words`."""
@@ -406,17 +386,11 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
 # ---------------------------------------------------------------------------------------- seeing and answering
 
 
-def watch(model: LongVA, pictures: Iterable[unires.Picture], how: str = "crop", batch: int = 64) -> Tensor:
-    """Visual tokens x_TD of a video's frames as they come; only `batch` frames are held at a time.
-
-    how: "crop" as the release shows videos, "pad" as V-NIAH does. Raises ValueError where there is no frame.
-    """
-    parts, pictures = [], iter(pictures)
-    while held := [unires.frame(picture, model.config.vision.side, how) for picture in islice(pictures, batch)]:
-        parts.append(model.see(torch.stack(held).to(model.device), [unires.Layout(1, len(held))]))
-    if parts:
-        return torch.cat(parts)
-    raise ValueError("a video without frames cannot be shown; check how frames were sampled")
+def watch(model: LongVA, frames: Iterable[Tensor], batch: int = 32) -> Iterator[Tensor]:
+    """Visual tokens x_TD of a video's frames (unires.frame: pixels_CYX), `batch` of them at a time, as they come."""
+    frames = iter(frames)
+    while held := list(islice(frames, batch)):
+        yield model.see(torch.stack(held).to(model.device), [unires.Layout(1, len(held))])
 
 
 def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMIT) -> tuple[Tensor, unires.Layout]:
@@ -425,81 +399,200 @@ def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMI
 
 
 @torch.no_grad()
-def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int = 4096) -> Tensor:
-    """Read embedded tokens behind what `cache` holds, `chunk` at a time; the hidden states of the last chunk."""
-    for x_BUD in x_BTD.split(chunk, dim=1):
-        pos_U = torch.arange(cache.length, cache.length + x_BUD.shape[1], device=x_BTD.device)
-        h_BUD = model.model(x_BUD, pos_U, cache.attend)
+def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int = CHUNK) -> Tensor:
+    """Read embedded tokens behind what `cache` holds, `chunk` at a time; the hidden states of the last piece."""
+    for here, idx_U in cache.pieces(x_BTD.shape[1], chunk):
+        h_BUD = model.model(x_BTD[:, here][:, idx_U], cache.length + idx_U, cache.attend)
     return h_BUD
 
 
-def generate(model: LM, x_1TD: Tensor, stop_ids: Iterable[int], max_tokens: int = 256, chunk: int = 4096) -> Iterator:
-    """Greedy answer to embedded tokens, id by id as they are found; ends after `max_tokens` or before a stop id.
+def read_prompt(model: LM, ids: list[int], shown: Iterable[Iterable[Tensor]], cache: KVCache, chunk: int) -> list[int]:
+    """Read a prompt up to its last picture; the ids that follow it, which are still to be read.
 
-    Only the prompt's last position is given logits. Without the release's repetition penalty of 1.05.
+    Each chat.IMAGE in `ids` stands for the next of `shown`: a picture's or a video's visual tokens x_TD, in parts
+    that are read as they come, so that a long video is never held as a whole.
     """
-    stop = set(stop_ids)
-    cache = KVCache(model.model.config, 1, x_1TD.shape[1] + max_tokens, x_1TD)
-    for _ in range(max_tokens):
-        best_11 = model.logits(read(model, x_1TD, cache, chunk)[:, -1:]).argmax(-1)
-        if best_11.item() in stop:
+    for parts in shown:
+        place = ids.index(chat.IMAGE)
+        read(model, model.embed(torch.tensor([ids[:place]], device=model.device)), cache, chunk)
+        for x_TD in parts:
+            read(model, x_TD[None], cache, chunk)
+        ids = ids[place + 1 :]
+    return ids
+
+
+def generate(
+    model: LM,
+    x_1TD: Tensor,
+    cache: KVCache,
+    stop_ids: Iterable[int],
+    max_tokens: int = 256,
+    how: Sampling = GREEDY,
+    dice: torch.Generator | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[int]:
+    """Answer embedded tokens that follow what `cache` holds, id by id as they are found.
+
+    Ends after `max_tokens`, or before a stop id; when it has ended, the cache holds all that was said. Only the
+    last position is ever given logits. `dice` are thrown where `how` has a temperature.
+    """
+    stop, said = set(stop_ids), []
+    while len(said) < max_tokens:
+        best = choose(model.logits(read(model, x_1TD, cache, chunk)[:, -1:])[0, 0], said, how, dice)
+        if best in stop:
             return
-        yield best_11.item()
-        x_1TD = model.embed(best_11)
-
-
-def pick_device(asked: str) -> torch.device:
-    """The device for a flag of auto, cpu or cuda; ValueError where there is no GPU to be had."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
-    return torch.device("cpu" if asked == "cpu" or not torch.cuda.is_available() else "cuda")
+        said.append(best)
+        yield best
+        x_1TD = model.embed(torch.tensor([[best]], device=x_1TD.device))
+    read(model, x_1TD, cache, chunk)  # a next question must find the answer's last word, too
 
 
 # ----------------------------------------------------------------------------------------------------- main
 
 TINY_MODEL = runs.TINY / "longva"
+QUESTION = "What is in the picture?"
+NEW = "/new"  # typed in a chat: the dialogue is forgotten, the film is not
 
 
 @dataclass(frozen=True)
 class Config:
-    """Ask LongVA about pictures or a video."""
+    """Ask LongVA about pictures or a video, once or in a chat; under torchrun its memory is spread over all ranks."""
 
-    question: str = knob("What is in the picture?", "what to ask (ours)", positional=True)
+    question: str | None = knob(None, f"what to ask (ours) [{QUESTION}]", positional=True)
     image: tuple[Path, ...] = knob((), "picture files (ours)")
     video: Path | None = knob(None, "a video file, or a folder of pictures (ours)")
     frames: int = knob(32, "frames taken evenly from the video (Table 4: 8 to 384)")
+    fps: float | None = knob(None, "frames per second instead, of however long a video (Sec. 4: 1)")
     weights: Path = knob(TINY_MODEL, "model folder (ours)")
-    max_tokens: int = knob(256, "tokens of the answer, at most (ours)")
+    chat: bool = knob(False, "go on asking, line by line; /new begins again about the same film (ours)")
+    dialogue: int = knob(4096, "room for what is said in a chat, tokens (ours)")
+    template: str | None = knob(None, "chat template; none: the one that fits the tokenizer (release: conversation.py)")
+    max_tokens: int = knob(256, "tokens of an answer, at most (ours)")
+    temperature: float | None = knob(None, "0 takes the best token; none: generation_config.json's (release)")
+    top_p: float | None = knob(None, "draw from the likeliest tokens of this sum; none: the folder's (release)")
+    top_k: int | None = knob(None, "draw from so many of the likeliest, 0: all; none: the folder's (release)")
+    repetition_penalty: float | None = knob(None, "on tokens of the answer so far; none: the folder's (release)")
+    seed: int = knob(0, "of what is drawn (ours)")
+    cache: Path | None = knob(None, "folder that keeps what was read of a film, for the next question (ours)")
+    batch: int = knob(32, "frames that the tower sees at once (ours)")
+    chunk: int = knob(CHUNK, "tokens read at once (ours)")
+    plan: bool = knob(False, "print the memory that this would take, and the most frames that fit; load nothing (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+
+
+def progress(parts: Iterable[Tensor], frames: int, M: int) -> Iterator[Tensor]:
+    """A film's visual tokens as they come; the bar moves on when a part has been read."""
+    tokens = 0
+    with tqdm(total=frames, unit="frame") as bar:
+        for x_TD in parts:
+            yield x_TD
+            tokens += len(x_TD)
+            bar.update(len(x_TD) // M)
+            bar.set_postfix(tokens_per_s=f"{tokens / bar.format_dict['elapsed']:,.0f}")
+
+
+def look(
+    cfg: Config, model: LongVA, pictures: list[Image], film: video.Frames | None, world: ring.World
+) -> tuple[list[Iterable[Tensor]], int]:
+    """What is shown, as read_prompt wants it, and how many tokens it is at most."""
+    if film is None:
+        seen = [model.see(pixels, [how]) for pixels, how in (show(picture, model.config) for picture in pictures)]
+        return [[x_TD] for x_TD in seen], sum(map(len, seen))
+    M = (model.config.vision.patches // 2) ** 2
+    grids = (unires.frame(picture, model.config.vision.side, "crop") for _, picture in film)
+    mine = watch(model, video.ahead(grids, 2 * cfg.batch), cfg.batch)
+    parts = ring.in_turn(mine, model.lm_head.weight[:0], cfg.batch * M, world)
+    return [parts if world.rank else progress(parts, film.total, M)], film.total * M
+
+
+def new_cache(model: LM, S: int, world: ring.World) -> KVCache | ring.ShardedCache:
+    """An empty cache for S tokens: here, or spread over the ranks."""
+    lm, like = model.model.config, model.lm_head.weight
+    if world.ranks == 1:
+        return KVCache(lm, 1, S, like)
+    return ring.ShardedCache(world, lm.num_hidden_layers, 1, S, lm.num_key_value_heads, lm.head_width, like)
+
+
+def facts(cfg: Config, template: str, model: LM) -> dict:
+    """All that decides what a cache holds of a film: its bytes, the weights', and what lies between them."""
+    files = video.picture_files(cfg.video) if cfg.video.is_dir() else [cfg.video]
+    how = {"frames": None if cfg.fps else cfg.frames, "fps": cfg.fps, "how": "crop", "template": template}
+    dtype = str(model.lm_head.weight.dtype)
+    return how | {"film": weights.sha_of(files), "weights": weights.sha(cfg.weights), "dtype": dtype}
+
+
+def ask(cfg: Config, world: ring.World) -> Iterator[str]:
+    """The question of the command line; then, in a chat, each line that is typed until there are no more."""
+    if cfg.question or not cfg.chat:
+        yield cfg.question or QUESTION
+    while cfg.chat:
+        ring.say(world, "> ", end="")
+        line = ring.from_first(sys.stdin.readline() if world.rank == 0 else "", world)
+        if not line:
+            return
+        if chat.PLACEHOLDER in line:
+            ring.say(world, f"({chat.PLACEHOLDER} cannot be asked for in a chat: what is shown was read before)")
+        elif line.strip():
+            yield line.strip()
 
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
-    """Look, read the question, and print the answer as it comes."""
-    if bool(cfg.video) == bool(cfg.image):
+    """Look once, then answer each question as it comes."""
+    config = read_config(cfg.weights)
+    if cfg.video and cfg.image:
         raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
-    device = pick_device(cfg.device)
-    pictures = [video.read_picture(file) for file in cfg.image]  # before the model: a wrong path fails at once
-    film = video.frames(cfg.video, count=cfg.frames) if cfg.video else iter(())
+    if cfg.plan:
+        print(plan.table(config, cfg))
+        return
+    if isinstance(config, LongVAConfig) != bool(cfg.video or cfg.image):
+        blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"
+        raise ValueError(blind if cfg.video or cfg.image else "give either --image FILE ... or --video FILE to look at")
+    world = ring.start(cfg.device)
+    if cfg.cache and (world.ranks > 1 or not cfg.video):
+        raise ValueError("--cache keeps what one process read of a --video; leave it out here")
     words = tokenizer.load_tokenizer(cfg.weights)
-    model = load(cfg.weights, device)
-    if not isinstance(model, LongVA):
-        raise ValueError(f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights")
+    template = cfg.template or chat.family(words)
+    wanted = {f.name: getattr(cfg, f.name) for f in fields(Sampling) if getattr(cfg, f.name) is not None}
+    how = replace(read_sampling(cfg.weights), **wanted)
+    pictures = [video.read_picture(file) for file in cfg.image]  # before the model: a wrong path fails at once
+    rate = {"fps": cfg.fps} if cfg.fps else {"count": cfg.frames}
+    ours = lambda i: i // cfg.batch % world.ranks == world.rank  # noqa: E731  blocks of frames go round the ranks
+    film = video.frames(cfg.video, **rate, keep=ours) if cfg.video else None
+    model = load(cfg.weights, world.device)
     if cfg.weights == TINY_MODEL:
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"(a toy of {size:.1f} million parameters, trained on synthetic pictures of shapes and digits)")
-    if cfg.video:
-        seen_ID = watch(model, tqdm((frame for _, frame in film), "frames", cfg.frames))
-        lengths = [len(seen_ID)]
-    else:
-        shown = [show(picture, model.config) for picture in pictures]
-        seen_ID = model.see(torch.cat([pixels for pixels, _ in shown]).to(device), [how for _, how in shown])
-        lengths = [how.tokens(model.config.vision.patches) for _, how in shown]
-    ids_1T = torch.tensor([chat.prompt(words, cfg.question, lengths)], device=device)
-    x_1TD = model.embed(ids_1T, seen_ID)
-    for piece in words.stream(generate(model, x_1TD, words.stop_ids, cfg.max_tokens)):
-        print(piece, end="", flush=True)
-    print()
+        ring.say(world, f"(a toy of {size:.1f} million parameters, trained on synthetic pictures of shapes and digits)")
+
+    # 1 look, once
+    shown, tokens = look(cfg, model, pictures, film, world)
+    places = [1] * len(shown)
+    blank = chat.prompt(words, cfg.question or QUESTION, places, template)
+    room = tokens + len(blank) + cfg.max_tokens + (cfg.dialogue if cfg.chat else 0)
+    cache = new_cache(model, room, world)
+    if not (cfg.cache and film_cache.recall(cfg.cache, facts(cfg, template, model), cache)):
+        read_prompt(model, blank, shown, cache, cfg.chunk)
+        if cfg.cache:
+            film_cache.keep(cfg.cache, facts(cfg, template, model), cache)
+    begin = cache.mark()
+
+    # 2 answer, as often as asked
+    stop = {*words.stop_ids, *stop_ids(cfg.weights)}
+    dice = torch.Generator().manual_seed(cfg.seed)
+    for text in ask(cfg, world):
+        if text == NEW:
+            cache.rewind(begin)
+            continue
+        ids = chat.turn(words, text, places, template, first=cache.mark() == begin)
+        left = min(cfg.max_tokens, room - cache.length - len(ids))
+        if left < 1:
+            ring.say(world, f"({room} tokens are full; {NEW} begins again, a larger --dialogue gives more room)")
+            continue
+        x_1TD = model.embed(torch.tensor([ids], device=world.device))
+        for piece in words.stream(generate(model, x_1TD, cache, stop, left, how, dice, cfg.chunk)):
+            ring.say(world, piece, end="")
+        ring.say(world, "")
+    ring.stop(world)
 
 
 if __name__ == "__main__":

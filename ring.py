@@ -1,48 +1,44 @@
 """Ranks: one long sequence dealt out to many processes, with exact attention, gradients and restarts.
 
 What: the only file that knows of more than one process: 1 processes, 2 sums over ranks, 3 the zigzag layout,
-    4 attention over one block of keys, 5 the ring, 6 sharded parameters, 7 saved state. With one process no
-    group is started and every function is the identity or the plain thing.
+    4 attention over one block of keys, 5 the ring, 6 a cache on many ranks, 7 sharded parameters, 8 saved
+    state. With one process no group is started and every function is the identity or the plain thing.
 Paper: Sec. 3.1, long context training: ring attention, FlashAttention-2, parameter offload.
 Run: not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
 Dimensions: B batch, T tokens held here, S tokens of the whole sequence or of a block of keys, H query heads,
-    G key/value heads, J = H/G queries that share a key, K head width, R ranks.
+    G key/value heads, J = H/G queries that share a key, K head width, W = K + 1, R ranks, U half of T,
+    N queries of several ranks or heads.
 Departures from the release, with reasons:
     - K and V travel with their G heads, not repeated to H: 7 times fewer bytes for Qwen2-7B, the same result.
     - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
     - Partial results are merged and gradients summed in fp32 (fp64 for fp64), so errors do not grow with R.
     - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
     - No flash-attn package: torch ships the same FlashAttention-2 kernel and returns its log-sum-exp.
-    - Saved state is one safetensors file per rank, checksums and one rename: reading it runs no code, and two
-      states never mix. torch.distributed.checkpoint writes a pickle; its safetensors storage works, but holds
-      two copies of a rank's share while it saves: too much next to parameters kept in CPU memory.
 """
 
 import ctypes
-import hashlib
-import json
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data import state
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
+Partial = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys
 
 # 1. Processes -----------------------------------------------------------------------------------------------
 
@@ -89,10 +85,10 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def say(world: World, text: str) -> None:
+def say(world: World, text: str, end: str = "\n") -> None:
     """Print on rank 0 only."""
     if world.rank == 0:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
 
 
 # 2. Sums over ranks -----------------------------------------------------------------------------------------
@@ -106,11 +102,6 @@ def total(x: Tensor, world: World) -> Tensor:
     return x
 
 
-def barrier(world: World) -> None:
-    """Wait until every rank is here. On the CPU: it is about files and processes, not about kernels."""
-    total(torch.zeros(1), world)
-
-
 def gather(x: Tensor, world: World) -> list[Tensor]:
     """Everyone's `x` in rank order, without gradient; one shape and dtype on all ranks."""
     if world.ranks == 1:
@@ -118,6 +109,29 @@ def gather(x: Tensor, world: World) -> list[Tensor]:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world.ranks)]
     dist.all_gather(parts, x.detach().contiguous())
     return parts
+
+
+def from_first(text: str, world: World) -> str:
+    """Rank 0's text, on every rank."""
+    said = list(text.encode()) if world.rank == 0 else []
+    size = gather(torch.tensor(len(said), device=world.device), world)[0].item()
+    mine = torch.tensor(said or [0] * size, dtype=torch.uint8, device=world.device)
+    return bytes(gather(mine, world)[0].tolist()).decode()
+
+
+def in_turn(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
+    """Everyone's first part x_TD in rank order, joined, on all ranks; then everyone's second, until none is left.
+
+    T is at most `rows`; ranks may have different numbers of parts. `none_0D` tells width, dtype and device.
+    """
+    parts = iter(parts)
+    while True:
+        mine_TD = next(parts, none_0D)
+        counts = gather(torch.tensor(len(mine_TD), device=none_0D.device), world)
+        if not any(counts):
+            return
+        everyone = [mine_TD] if world.ranks == 1 else gather(F.pad(mine_TD, (0, 0, 0, rows - len(mine_TD))), world)
+        yield torch.cat([x_TD[:n] for x_TD, n in zip(everyone, counts)])
 
 
 def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
@@ -180,7 +194,7 @@ def math_logits(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool) -> tuple[Tensor, T
     return q_BTGJK, logits_BGJTS
 
 
-def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
     """Softmax attention as in the textbook: the meaning of every other kernel."""
     _, logits_BGJTS = math_logits(q_BTHK, k_BSGK, causal)
     o_BTGJK = torch.einsum("bgjts,bsgk->btgjk", logits_BGJTS.softmax(-1), v_BSGK.to(logits_BGJTS.dtype))
@@ -201,7 +215,7 @@ def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # 
     return dq_BTGJK.flatten(2, 3).to(q_BTHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGK.to(v_BSGK.dtype)
 
 
-def cpu_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def cpu_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
     """What torch's scaled_dot_product_attention runs on a CPU, here with its log-sum-exp."""
     heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     o_BHTK, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
@@ -215,7 +229,7 @@ def cpu_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # n
     return tuple(x.transpose(1, 2) for x in backward(*heads_first, lse_BHT, 0.0, causal))
 
 
-def cuda_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def cuda_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
     """FlashAttention-2 as torch ships it: bf16 or fp16, K a multiple of 8 and at most 256."""
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     forward = torch.ops.aten._flash_attention_forward
@@ -246,9 +260,7 @@ def best_kernel(q_BTHK: Tensor) -> str:
     return "cuda" if fits else "math"
 
 
-def block_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None
-) -> tuple[Tensor, Tensor]:
+def block_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None) -> Partial:
     """Attend to one block of keys: (o_BTHK, lse_BHT), to be merged with other blocks. No gradient.
 
     `lse`: natural log of the sum of exp(scaled logits), contiguous, fp32 (fp64 for fp64). `causal`: only for
@@ -265,7 +277,7 @@ def block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, c
     return backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
 
 
-def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
+def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> Partial:
     """Attention over two disjoint sets of keys from attention over each, as new fp32 tensors (fp64 for fp64).
 
     Only differences of the two lse are exponentiated, so no logit is too large. A row that saw no key has
@@ -314,10 +326,8 @@ def circulate(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[in
         kv = on.wait() if on else kv
 
 
-def ring_forward(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, world: World, kernel: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT), with R - 1 messages of K and V."""
+def ring_forward(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, world: World, kernel: str | None = None) -> Partial:
+    """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT) in fp32, with R - 1 messages of K and V."""
     for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
         if hop == 0:
             o_BTHK, lse_BHT = block_attention(q_BTHK, k_BSGK, v_BSGK, True, kernel)
@@ -326,7 +336,7 @@ def ring_forward(
             t, s = meeting(hop, world, q_BTHK.shape[1] // 2)
             new = block_attention(q_BTHK[:, t], k_BSGK[:, s], v_BSGK[:, s], False, kernel)
             o_BTHK[:, t], lse_BHT[:, :, t] = merge(o_BTHK[:, t], lse_BHT[:, :, t], *new)
-    return o_BTHK.to(q_BTHK.dtype), lse_BHT
+    return o_BTHK, lse_BHT
 
 
 def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kernel=None):  # noqa: ANN001, ANN201
@@ -359,6 +369,7 @@ class Ring(torch.autograd.Function):
     def forward(ctx, q_BTHK, k_BTGK, v_BTGK, world, kernel):  # noqa: ANN001, D102
         q_BTHK, k_BTGK, v_BTGK = (x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK))
         o_BTHK, lse_BHT = ring_forward(q_BTHK, k_BTGK, v_BTGK, world, kernel)
+        o_BTHK = o_BTHK.to(q_BTHK.dtype)
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT)
         ctx.rest = (world, kernel)
         return o_BTHK
@@ -381,7 +392,101 @@ def zigzag_attend(world: World, kernel: str | None = None) -> Attend:
     return attend
 
 
-# 6. Sharded parameters --------------------------------------------------------------------------------------
+# 6. A cache on many ranks -----------------------------------------------------------------------------------
+# A film's keys stay on the rank that computed them (3,000 frames: 25 GB for Qwen2-7B) and queries travel, for a
+# chunk is short and its past long ("pass-Q", arXiv 2411.01783). Back comes an output and its lse, W = K + 1 wide.
+
+SHARED = 128  # tokens; so few are computed by every rank, since reading the weights takes longer than using them
+
+
+def pack(o_BTHK: Tensor, lse_BHT: Tensor) -> Tensor:
+    """Output and log-sum-exp as one tensor to travel, part_BTHW in fp32 (fp64 for fp64)."""
+    return torch.cat([o_BTHK.to(lse_BHT.dtype), lse_BHT.transpose(1, 2).unsqueeze(-1)], dim=-1)
+
+
+def recall(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+    """Attention to keys that are all in the past, part_BTHW; to none of them, lse is -inf.
+
+    The J queries that share a key head become its rows, so that a decode step reads each key once, not J times.
+    """
+    if k_BSGK.shape[1] == 0:
+        return F.pad(torch.zeros_like(q_BTHK, dtype=wide(q_BTHK)), (0, 1), value=-torch.inf)
+    T, J = q_BTHK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
+    q_BNGK = q_BTHK.unflatten(2, (-1, J)).transpose(2, 3).flatten(1, 2)
+    part_BNGW = pack(*block_attention(q_BNGK, k_BSGK, v_BSGK, False))
+    return part_BNGW.unflatten(1, (T, J)).transpose(2, 3).flatten(2, 3)
+
+
+class ShardedCache:
+    """longva.KVCache for keys and values that lie on R ranks; it has the same face, so models know of no rank.
+
+    A *dealt* piece is computed in zigzag, and each rank keeps the keys that it made. A *shared* piece is computed
+    by all ranks, which get the same bits, and kept by the one that holds fewest. All ranks must call alike.
+    """
+
+    def __init__(self, world: World, layers: int, B: int, S: int, G: int, K: int, like: Tensor):
+        self.world, self.S = world, S
+        self.dealt, self.held = False, (0,) * world.ranks  # tokens on each rank, which all ranks know
+        room = math.ceil(S / world.ranks) + max(SHARED, 2 * world.ranks)  # they differ by a shared piece at most
+        self.k_LBSGK, self.v_LBSGK = (like.new_empty(layers, B, room, G, K) for _ in range(2))
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far, on all ranks together."""
+        return sum(self.held)
+
+    def mark(self) -> tuple[int, ...]:
+        """A bookmark for `rewind`."""
+        return self.held
+
+    def rewind(self, mark: tuple[int, ...]) -> None:
+        """Forget what was read after the mark: it will be overwritten."""
+        self.held = mark
+
+    def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+        """How to read T more tokens: slices of about `chunk`, and which places of each are computed here (int64).
+
+        The last token is always in a shared piece, so that every rank can tell what follows it.
+        """
+        assert self.length + T <= self.S, f"a cache for {self.S} tokens cannot hold {self.length + T}"
+        even = 2 * self.world.ranks
+        size = max(chunk // even, 1) * even
+        alone = (T - 1) // even * even if min(SHARED, chunk) < T else 0
+        for start in range(0, alone, size):
+            self.dealt, stop = True, min(start + size, alone)
+            yield slice(start, stop), zigzag_index(stop - start, self.world)
+        self.dealt = False
+        yield slice(alone, T), torch.arange(T - alone, device=self.world.device)
+
+    def past(self, layer: int, q_BTHK: Tensor) -> list[Tensor]:
+        """Each rank's share of the past, asked by our queries: R times part_BTHW."""
+        R, n = self.world.ranks, self.held[self.world.rank]
+        k_BSGK, v_BSGK = self.k_LBSGK[layer, :, :n], self.v_LBSGK[layer, :, :n]
+        if not self.dealt or R == 1:
+            return gather(recall(q_BTHK, k_BSGK, v_BSGK), self.world)
+        part_BNHW = recall(torch.cat(gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
+        asked_RBTHW = part_BNHW.unflatten(1, (R, -1)).movedim(1, 0).contiguous()
+        told_RBTHW = torch.empty_like(asked_RBTHW)
+        dist.all_to_all_single(told_RBTHW, asked_RBTHW)
+        return [*told_RBTHW]
+
+    def attend(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        """Attend to this piece, causally, and to all that came before it; keep the piece. No gradient."""
+        T, rank = q_BTHK.shape[1], self.world.rank
+        qkv = q_BTHK, k_BTGK, v_BTGK
+        own = ring_forward(*qkv, self.world) if self.dealt else block_attention(*qkv, True)
+        part_RBTHW = torch.stack([pack(*own), *(self.past(layer, q_BTHK) if self.length else ())])
+        weight_RBTH1 = part_RBTHW[..., -1:].softmax(0)
+        keeper = self.held.index(min(self.held))
+        held = tuple(n + T if self.dealt or r == keeper else n for r, n in enumerate(self.held))
+        if (old := self.held[rank]) < (new := held[rank]):
+            self.k_LBSGK[layer, :, old:new], self.v_LBSGK[layer, :, old:new] = k_BTGK, v_BTGK
+        if layer == len(self.k_LBSGK) - 1:
+            self.held = held
+        return (part_RBTHW[..., :-1] * weight_RBTH1).sum(0).to(q_BTHK.dtype)
+
+
+# 7. Sharded parameters --------------------------------------------------------------------------------------
 
 
 def shard_parameters(
@@ -470,31 +575,7 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
     return norm
 
 
-# 7. Saved state ---------------------------------------------------------------------------------------------
-# FOLDER/step-N/ holds rank-R.safetensors for each rank (its rows of every parameter and of AdamW's moments),
-# manifest.json and manifest.sha256. It is written as step-N.tmp: a kill leaves a whole state or none.
-
-
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything to save, by key: "model/NAME" and "optimizer/NAME/MOMENT"."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"model/{name}"] = p
-        tensors |= {f"optimizer/{name}/{key}": x for key, x in optimizer.state.get(p, {}).items()}
-    return tensors
-
-
-def sha256(path: Path) -> bytes:
-    """Checksum of a file, 32 bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def flush(path: Path) -> None:
-    """Make sure that a file's bytes, or a folder's names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+# 8. Saved state ---------------------------------------------------------------------------------------------
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
@@ -503,49 +584,9 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
     step, and random numbers, of which the model draws none.
     """
-    folder = Path(folder)
-    final, draft = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    draft.mkdir(parents=True, exist_ok=True)
-    mine = draft / f"rank-{world.rank}.safetensors"
-    tensors = state_tensors(model, optimizer).items()
+    tensors = state.tensors(model, optimizer).items()
     ours = {key: my_rows(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
-    save_file({key: x.contiguous() for key, x in ours.items()}, mine)
-    flush(mine)
-    sums = gather(torch.tensor(list(sha256(mine))), world)  # and by now every file is on disk
-    files = {f"rank-{r}.safetensors": bytes(s.tolist()).hex() for r, s in enumerate(sums)}
-    text = json.dumps({"step": step, "ranks": world.ranks, "files": files}, indent=2)
-    if world.rank == 0:
-        (draft / "manifest.json").write_text(text)
-        (draft / "manifest.sha256").write_text(sha256(draft / "manifest.json").hex())
-        for path in (draft / "manifest.json", draft / "manifest.sha256", draft):
-            flush(path)
-        if final.exists():  # damaged, or saved twice; the new one takes its place
-            final.rename(folder / f"step-{step}.old.tmp")
-        draft.rename(final)
-        flush(folder)
-        before = max((n for n in saved_steps(folder) if n < step), default=step)
-        for path in folder.glob("step-*"):
-            if path.name not in (f"step-{step}", f"step-{before}"):
-                shutil.rmtree(path)
-    barrier(world)
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps with a state in `folder`, sound or not, in order."""
-    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
-
-
-def sound_manifest(state: Path, world: World) -> dict | None:
-    """The manifest of a saved state, or None after a printed sentence if a byte of it has changed."""
-    text, seal = state / "manifest.json", state / "manifest.sha256"
-    sealed = text.is_file() and seal.is_file() and seal.read_bytes() == sha256(text).hex().encode()
-    manifest, bad = (json.loads(text.read_text()), []) if sealed else (None, ["manifest.json"])
-    for name in [*manifest["files"]][world.rank :: world.ranks] if sealed else []:  # ranks share the reading
-        if not (state / name).is_file() or sha256(state / name).hex() != manifest["files"][name]:
-            bad.append(name)
-    if bad and (sealed or world.rank == 0):
-        print(f"{state} is not used: {bad[0]} is missing or damaged", flush=True)
-    return None if total(torch.tensor(len(bad)), world) else manifest
+    state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
@@ -555,46 +596,5 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
     state is damaged, if ranks see different folders, or if the state is of another model.
     """
-    folder = Path(folder)
-    if world.rank == 0:
-        for path in folder.glob("step-*.tmp"):
-            shutil.rmtree(path)
-    barrier(world)
-    steps = saved_steps(folder)
-    views = [view.tolist() for view in gather(torch.tensor([len(steps), sum(steps)]), world)]
-    if any(view != views[0] for view in views):
-        raise ValueError(f"ranks see different states in {folder}; all machines must share this folder")
-    for step in reversed(steps):
-        if manifest := sound_manifest(folder / f"step-{step}", world):
-            files = [folder / f"step-{step}" / name for name in manifest["files"]]
-            read_state(files, model, optimizer)
-            return manifest["step"]
-    if steps:
-        raise ValueError(f"every state in {folder} is damaged; move it away to start again from step 0")
-    return 0
-
-
-def read_state(paths: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill parameters and moments from the files of all ranks that saved, in rank order."""
-    saved: dict[str, list] = {}
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                saved.setdefault(key, []).append(file.get_slice(key))
-    parameters = dict(model.named_parameters())
-    if strange := {key[6:] for key in saved if key.startswith("model/")} ^ parameters.keys():
-        raise ValueError(f"{paths[0].parent} is of another model: only one of the two has {min(strange)}")
-    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for key, parts in saved.items():
-        kind, name, *moment = key.split("/")
-        target = parameter = parameters[name]
-        if kind == "optimizer":
-            target = torch.zeros_like(parameter.detach())
-            if not parts[0].get_shape():  # AdamW counts its steps on the CPU unless it is fused
-                target = torch.zeros((), device=parameter.device if fused else "cpu")
-            optimizer.state[parameter][moment[0]] = target
-        whole = torch.cat([part[...] for part in parts]) if target.dim() else parts[0][...]
-        if whole.shape != target.shape or whole.dtype != target.dtype:
-            is_now = f"{target.dtype} {[*target.shape]}"
-            raise ValueError(f"{key} was saved as {whole.dtype} {[*whole.shape]}, but the model has {is_now}")
-        fill(target, whole)
+    newest = state.newest(Path(folder), world.rank, partial(gather, world=world))
+    return state.restore(newest, model, optimizer, fill) if newest else 0

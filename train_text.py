@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import runs, synthetic, text, tokenizer, weights
+from data import parameters, runs, synthetic, text, tokenizer, weights
 from data.flags import knob, run
 
 
@@ -140,10 +140,10 @@ def main(cfg: Config) -> None:
     model.model.remat = cfg.remat
     param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
     ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
-    source = weights.read(cfg.weights) if cfg.weights else longva.fresh(model, cfg.seed)
-    longva.fill_from(model, source, ring.fill)
-    parameters = sum(p.numel() for p in model.parameters())
-    ring.say(world, f"{parameters:,} parameters on {world.ranks} rank(s), device {world.device}")
+    source = weights.read(cfg.weights) if cfg.weights else parameters.fresh(model, cfg.seed)
+    parameters.fill_from(model, source, ring.fill)
+    size = sum(p.numel() for p in model.parameters())
+    ring.say(world, f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
 
     # 3 data
     batch = make_batches(cfg, words)

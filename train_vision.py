@@ -34,7 +34,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, runs, synthetic, tokenizer, weights
+from data import chat, llava, parameters, runs, synthetic, tokenizer, weights
 from data.flags import knob, run
 
 
@@ -75,9 +75,9 @@ STAGES = {  # (release: pretrain.sh, finetune.sh)
     "sft": {"batch": 32, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6},
 }
 TINY_STAGES = {
-    "tower": {"batch": 128, "steps": 800, "lr": 2e-3, "tower_lr": 2e-3},
-    "align": {"batch": 32, "steps": 300, "lr": 3e-3, "tower_lr": 0.0},
-    "sft": {"batch": 16, "steps": 800, "lr": 1e-3, "tower_lr": 2e-4},
+    "tower": {"batch": 128, "steps": 1200, "lr": 2e-3, "tower_lr": 2e-3},
+    "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0},
+    "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4},
 }
 RULE = {"unires": "canvas", "anyres": "anyres"}  # the release's
 TINY = {
@@ -185,14 +185,16 @@ def build(cfg: Config, words: tokenizer.Tokenizer) -> nn.Module:
 def initial_weights(cfg: Config, model: nn.Module) -> None:
     """Weights: from the stage before, from the language model and the tower, or new."""
     if cfg.stage == "tower":
-        longva.fill_from(model, longva.fresh(model, cfg.seed), ring.fill)
+        parameters.fill_from(model, parameters.fresh(model, cfg.seed), ring.fill)
     elif cfg.stage == "sft":
-        longva.fill_from(model, weights.read(cfg.weights), ring.fill)
+        parameters.fill_from(model, weights.read(cfg.weights), ring.fill)
     else:
         new = {name for name, _ in model.named_parameters() if "mm_projector" in name or "image_newline" in name}
-        longva.fill_from(model, longva.fresh(model, cfg.seed), ring.fill, only=new.__contains__)
-        longva.fill_from(model, longva.read_tower(cfg.tower), ring.fill, only=lambda n: n.startswith(longva.TOWER))
-        longva.fill_from(
+        parameters.fill_from(model, parameters.fresh(model, cfg.seed), ring.fill, only=new.__contains__)
+        parameters.fill_from(
+            model, parameters.read_tower(cfg.tower), ring.fill, only=lambda n: n.startswith(parameters.TOWER)
+        )
+        parameters.fill_from(
             model, weights.read(cfg.weights), ring.fill, only=lambda n: n not in new and "vision_tower" not in n
         )
 

@@ -10,8 +10,9 @@ Deviates  "canvas" is the release's way to choose grids, "floor" the paper's. Th
           all but the single grid, so that the smallest picture takes two; kept, for its weights expect it.
           The base grid is not made for UniRes: the release encodes it and then throws it away.
           Every grid is pooled, also a lone one; the release leaves a single crop unpooled (576 tokens).
-          As in the release, EXIF rotation is ignored and transparency dropped. Against it, 16-bit grey is
-          scaled to 8 bits (it would clip to white) and absurdly large or thin pictures are refused.
+          As in the release, transparency is dropped. Against it, 16-bit grey is scaled to 8 bits (it would
+          clip to white) and absurdly large or thin pictures are refused. Pictures are shown as they are
+          given: turning photographs upright is for whoever reads them (data/video.py).
 
     rows, cols = choose_grids(1920, 1080, side=336)           4 rows of 6 grids
     pixels_NCYX = cut(picture, rows, cols, side=336)          24 grids of 336x336 pixels
@@ -28,7 +29,7 @@ from math import ceil, isqrt
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour, of pixels in 0..1
@@ -36,7 +37,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 FILL = (122, 116, 104)  # int(255 * MEAN): what a letterbox is filled with, nearly zero to CLIP
 LIMIT = 49  # grids per picture, at most (Sec. 3.2)
 ANYRES = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]  # LLaVA-NeXT's canvases, (rows, cols), first of equals wins
-MAX_PIXELS, MAX_ASPECT = 32_000_000, 200  # a 10 kB file can otherwise unpack to gigabytes
+MAX_PIXELS, MAX_ASPECT = 36_000_000, 200  # a 10 kB file can unpack to gigabytes; 8K film has 33 million pixels
 
 Picture = Image.Image | np.ndarray  # an array is uint8[Y, X, 3]
 
@@ -166,6 +167,22 @@ def base_grid(picture: Picture, side: int) -> Tensor:
     return normalise(rgb(picture).resize((side, side), Image.BICUBIC))[None]
 
 
+def letterbox(image: Image.Image, side: int) -> Image.Image:
+    """All of an RGB picture in the middle of a square of `side` pixels, the rest in CLIP's mean colour.
+
+    What comes out is the picture on a square as wide as its long side, shrunk: bicubic, across and then down.
+    That square would take gigabytes where the picture is long and thin, so strips of it go across one by one.
+    """
+    long = max(image.size)
+    left, top = (long - image.width) // 2, (long - image.height) // 2
+    narrow = Image.new("RGB", (side, long), FILL)
+    for y in range(0, image.height, 256):
+        strip = Image.new("RGB", (long, min(256, image.height - y)), FILL)
+        strip.paste(image.crop((0, y, image.width, y + strip.height)), (left, 0))
+        narrow.paste(strip.resize((side, strip.height), Image.BICUBIC), (0, top + y))
+    return narrow.resize((side, side), Image.BICUBIC)
+
+
 def frame(picture: Picture, side: int, how: str = "crop") -> Tensor:
     """One frame of a video as one grid, pixels_CYX.
 
@@ -180,12 +197,7 @@ def frame(picture: Picture, side: int, how: str = "crop") -> Tensor:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return normalise(image.crop((left, top, left + side, top + side)))
     if how == "pad":
-        if max(image.size) > 16 * side:  # else a long thin picture asks for a square of gigabytes
-            image = ImageOps.contain(image, (16 * side, 16 * side), Image.BICUBIC)
-        long = max(image.size)
-        square = Image.new("RGB", (long, long), FILL)
-        square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
-        return normalise(square.resize((side, side), Image.BICUBIC))
+        return normalise(letterbox(image, side))
     raise ValueError(f"a frame can be fitted by 'crop' or by 'pad', not by {how!r}")
 
 

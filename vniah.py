@@ -34,6 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import longva
+import ring
+import unires
 from data import chat, needles, runs, synthetic, tokenizer, video, weights
 from data.flags import knob, run
 
@@ -152,7 +154,8 @@ class Film:
     def look(self, pictures) -> Tensor:  # noqa: ANN001
         """Visual tokens of each picture, x_NMD; letterboxed, as V-NIAH shows frames."""
         M = (self.model.config.vision.patches // 2) ** 2
-        return longva.watch(self.model, pictures, "pad").unflatten(0, (-1, M))
+        grids = (unires.frame(picture, self.model.config.vision.side, "pad") for picture in pictures)
+        return torch.cat(list(longva.watch(self.model, grids))).unflatten(0, (-1, M))
 
     @torch.no_grad()
     def lay_out(self, frames: int) -> None:
@@ -251,7 +254,7 @@ class Bench:
         """The test of a panel, made or made over from another panel of the same model."""
         key = (panel.folder, panel.trial)
         if key not in self.tests:
-            model = longva.load(panel.folder, longva.pick_device(self.cfg.device))
+            model = longva.load(panel.folder, ring.start(self.cfg.device).device)
             if self.cfg.task == "vision" and not isinstance(model, longva.LongVA):
                 raise ValueError(f"{panel.folder} is a language model and cannot see; try: python vniah.py text")
             kind, words = Film if self.cfg.task == "vision" else Story, tokenizer.load_tokenizer(panel.folder)

@@ -1,6 +1,7 @@
 """Conversations as token ids and labels, with room left for pictures.
 
-What: a prompt for a question (`prompt`), a training sample with its labels (`example`), a batch (`pad`).
+What: a prompt for a question (`prompt`), the next question (`follow_up`), which template suits a tokenizer
+(`family`), a training sample with its labels (`example`), a batch (`pad`).
 Each `<image>` in a text becomes as many ids IMAGE as the picture has visual tokens, so that every length is
 known before the model runs; the model then puts the visual tokens in their place.
 Paper: Sec. 3.2 (UniRes samples, in Qwen2's chat format), Fig. 4 and App. B (the templates of V-NIAH).
@@ -10,6 +11,8 @@ Deviations (`example(..., clean=False)` undoes the first three):
 <|im_end|> with its newline after the system's and the user's words. (2) One newline follows the picture, as
 in a prompt; the release trains with two and asks with one. (3) Several pictures stay where the text has them;
 the release puts them all in front. (4) A text that spells a control token ("<|im_end|>") stays text.
+(5) Vicuna's and Mistral's questions stand between spaces ("USER: What? ASSISTANT:"), as these models were taught;
+V-NIAH's frames, tokenised on their own, have none ("USER:").
 """
 
 import re
@@ -44,7 +47,26 @@ TEMPLATES = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 }
-CONTROL = re.compile(r"<\|\w+\|>|<s>")  # control tokens as the templates write them
+AGAIN = {  # what stands between an answer and the user's next words
+    "qwen_1_5": "<|im_end|>\n<|im_start|>user\n",
+    "mistral": "</s>[INST]",
+    "vicuna": "</s>USER:",
+    "llama3": "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+}
+FAMILY = {"<|im_start|>": "qwen_1_5", "<|start_header_id|>": "llama3", "<s>": "vicuna"}  # control token: its template
+CONTROL = re.compile(r"<\|\w+\|>|</?s>")  # control tokens as the templates write them
+
+
+def family(tokenizer: Tokenizer) -> str:
+    """The template that suits a tokenizer, by its control tokens, so that a folder answers without a flag.
+
+    Vicuna and Mistral have the same ones: "vicuna" is what both get; ask a Mistral with template="mistral".
+    Raises ValueError for a tokenizer with the control tokens of none.
+    """
+    for control, template in FAMILY.items():
+        if control in tokenizer.special:
+            return template
+    raise ValueError(f"no chat template suits this tokenizer: it has none of the control tokens {', '.join(FAMILY)}")
 
 
 def template_ids(tokenizer: Tokenizer, template: str = "qwen_1_5") -> tuple[list[int], list[int]]:
@@ -65,7 +87,25 @@ def prompt(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), te
     if image_tokens and PLACEHOLDER not in text:
         text = " ".join([PLACEHOLDER] * len(image_tokens)) + "\n" + text
     check_count(text.count(PLACEHOLDER), image_tokens)
-    return wrap(tokenizer, pre, text, post, iter(image_tokens))
+    return wrap(tokenizer, *spaced(template, pre, text, post), iter(image_tokens))
+
+
+def follow_up(tokenizer: Tokenizer, text: str, template: str = "qwen_1_5") -> list[int]:
+    """The ids that go on with a dialogue behind an answer: its end, and the user's next turn `text`.
+
+    The next answer follows them. Raises ValueError as `prompt` does; a follow-up shows no pictures.
+    """
+    _, post = look_up(tokenizer, template)
+    check_count(text.count(PLACEHOLDER), ())
+    return wrap(tokenizer, *spaced(template, AGAIN[template], text, post), iter(()))
+
+
+def turn(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int], template: str, first: bool) -> list[int]:
+    """The ids of a question that are still to be read: behind the pictures in the first turn, else `follow_up`."""
+    if not first:
+        return follow_up(tokenizer, text, template)
+    ids = prompt(tokenizer, text, image_tokens, template)
+    return ids[len(ids) - ids[::-1].index(IMAGE) :] if image_tokens else ids
 
 
 def example(
@@ -169,12 +209,19 @@ def look_up(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known are {', '.join(sorted(TEMPLATES))}")
     pre, post = TEMPLATES[template]
-    if missing := set(CONTROL.findall(pre + post)) - set(tokenizer.special):
+    if missing := set(CONTROL.findall(pre + post + AGAIN[template])) - set(tokenizer.special):
         raise ValueError(
             f"template {template!r} needs control tokens that this tokenizer lacks: {sorted(missing)}; "
             "choose the template of the model's family"
         )
     return pre, post
+
+
+def spaced(template: str, pre: str, text: str, post: str) -> tuple[str, str, str]:
+    """Spaces around the user's words in the templates that write them between words of their own."""
+    if template in ("vicuna", "mistral"):
+        return pre + " ", text, " " + post.lstrip(" ")
+    return pre, text, post
 
 
 def check_count(placeholders: int, image_tokens: Sequence[int]) -> None:

@@ -1,17 +1,22 @@
-"""What a model folder's config.json says: the sizes of decoder and eye, and how pictures become tokens.
+"""What a model folder says in JSON: the sizes of decoder and eye, how pictures become tokens, how to answer.
 
-What      LMConfig, ClipConfig and LongVAConfig, under the names of Hugging Face's files; `read_config` and its way
-          back, `to_dict`. Loading a model begins here, and a memory plan needs nothing else (data/plan.py).
+What      LMConfig, ClipConfig and LongVAConfig, under the names of Hugging Face's config.json; `read_config` and its
+          way back, `to_dict`. Loading a model begins here, and a memory plan needs nothing else (data/plan.py).
+          Sampling, `read_sampling` and `stop_ids`, from generation_config.json.
 Paper     Sec. 3.1 (Qwen2-7B), Sec. 3.2 (CLIP ViT-L/14-336, UniRes and AnyRes); Fig. 4's baselines.
 Run       imported; `read_config("Qwen2-7B-Instruct").hidden_size`
-Deviates  What this decoder does not compute (RoPE scaling, sliding windows, other activations) is refused here, in
-          one sentence, where others would load it and answer wrongly.
+Deviates  What is not computed here (RoPE scaling, sliding windows, other eyes and projectors) is refused, in one
+          sentence, where others would load it and answer wrongly.
+          The released LongVA-DPO asks for LLaVA-NeXT's five canvases and a second pooling, left over from the script
+          that trained it on videos alone. It is read as the LongVA it was made from: 200 canvases, pooled once.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from data import weights
+from data.tokenizer import read_json
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,31 @@ class ClipConfig:
         return self.select_layer % (self.num_hidden_layers + 1)
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads")  # fmt: skip
+FAMILIES = {  # model_type -> what it computes; llava_* is the LLaVA of its makers, with the eye inside
+    "qwen2": "qwen2", "llama": "llama", "mistral": "mistral",
+    "llava_qwen": "qwen2", "llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral",
+}  # fmt: skip
+
+
+def refuse_what_is_not_computed(family: str, found: dict) -> None:
+    """Raise ValueError, one sentence, where config.json asks the decoder for more than it does."""
+    scaling = found.get("rope_scaling") or found.get("rope_parameters") or {}
+    if (how := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+        raise ValueError(f"config.json asks for RoPE scaling ({how}), which this decoder does not have")
+    window = found.get("sliding_window", 4096 if family == "mistral" else None)  # 4096: Hugging Face's default
+    if window and found.get("use_sliding_window", family == "mistral"):
+        raise ValueError(
+            f"config.json asks for a sliding window of {window} tokens, which this decoder does not have, and answers "
+            "would differ beyond it; take a model without one (of Mistral, v0.2)"
+        )
+    if (act := found.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"config.json asks for the activation {act!r}, but only silu is built")
+    if found.get("mlp_bias") or (family != "qwen2" and found.get("attention_bias")):
+        raise ValueError("config.json asks for biases in attention or MLP; a Llama or Mistral has none here")
+
+
 @dataclass(frozen=True)
 class LMConfig:
     """Sizes of the decoder, under the names of Hugging Face's config.json; the defaults are Qwen2-7B's."""
@@ -96,6 +126,9 @@ class LMConfig:
     attention_bias: bool = True  # Qwen2: biases on q, k and v alone
 
     def __post_init__(self):
+        for name in SIZES:
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}; check config.json, a whole number of at least 1 is expected")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value "
@@ -111,22 +144,52 @@ class LMConfig:
 
     @classmethod
     def from_dict(cls, found: dict) -> "LMConfig":
-        """Pick our fields out of a config.json, old style (`rope_theta`) or new (`rope_parameters`)."""
+        """Pick our fields out of a config.json, old style (`rope_theta`) or new (`rope_parameters`).
+
+        Raises ValueError for a missing size, another architecture, and what this decoder does not compute.
+        """
         kind = found.get("model_type", "qwen2")
-        found = {"attention_bias": kind in ("qwen2", "llava_qwen"), **found}
-        found = {**(found.get("rope_parameters") or {}), **found}
-        if missing := [name for name in ("vocab_size", "hidden_size", "rope_theta") if name not in found]:
+        family = FAMILIES.get(kind)
+        if family is None:
+            raise ValueError(f"config.json says model_type {kind!r}; only {', '.join(FAMILIES)} are built here")
+        refuse_what_is_not_computed(family, found)
+        found = {name: value for name, value in found.items() if value is not None}
+        found = found.get("rope_parameters", {}) | found
+        if family == "llama":  # the first LLaMA had one RoPE base and as many key heads as query heads
+            found = {"rope_theta": 1e4, "num_key_value_heads": found.get("num_attention_heads")} | found
+        if missing := [name for name in (*SIZES, "rope_theta") if name not in found]:
             raise ValueError(f"config.json lacks {', '.join(missing)}; is this the folder of a language model?")
-        names = {f.name for f in fields(cls)}
-        config = cls(**{name: value for name, value in found.items() if name in names and value is not None})
-        scaled = (found.get("rope_scaling") or {}).get("rope_type", found.get("rope_type", "default"))
-        window = found.get("use_sliding_window", kind == "mistral") and found.get("sliding_window")
-        if scaled != "default" or window or found.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"config.json asks for RoPE scaling ({scaled}), a sliding window ({window or None}) or an activation "
-                f"({found.get('hidden_act')}) that this decoder does not have; results would be wrong"
-            )
-        return config
+        found = {"attention_bias": family == "qwen2"} | found
+        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+
+
+TOWER = "clip-vit-large-patch14-336"  # what ClipConfig's defaults are
+SCHEMES = {"unires": "unires", "spatial_unpad": "anyres"}
+NEXT_CANVASES = {(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)}  # width, height; pixels
+BUILT = {
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres",
+    "mm_use_im_start_end": False,
+}  # fmt: skip
+
+
+def refuse_other_eyes(found: dict) -> None:
+    """Raise ValueError, one sentence, where config.json asks for another eye, projector or way to cut pictures."""
+    if (merge := found.get("mm_patch_merge_type", "flat")) not in SCHEMES:
+        raise ValueError(f"config.json asks for mm_patch_merge_type {merge!r}; only {' and '.join(SCHEMES)} are built")
+    for key, built in BUILT.items():
+        if (asked := found.get(key)) not in (None, built):
+            raise ValueError(f"config.json asks for {key} {asked!r}, but only {built!r} is built")
+    canvases = found.get("image_grid_pinpoints") or []
+    if merge != "unires" and (other := [c for c in canvases if tuple(c) not in NEXT_CANVASES]):
+        raise ValueError(f"config.json has a canvas of {other[0]} pixels; only LLaVA-NeXT's five are built for AnyRes")
+    resampler = found.get("mm_resampler_type")
+    if resampler and (merge, resampler) != ("unires", "spatial_pool"):  # LongVA-DPO's, which nothing used
+        raise ValueError(f"config.json asks for mm_resampler_type {resampler!r}, which is not built")
+    tower = found.get("mm_vision_tower") or TOWER
+    if TOWER not in tower and not found.get("vision_config"):
+        raise ValueError(
+            f"config.json names the tower {tower!r} without a vision_config; only {TOWER} is known by name"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,11 +203,17 @@ class LongVAConfig:
 
     @classmethod
     def from_dict(cls, found: dict) -> "LongVAConfig":
-        """Read the released LongVA's config.json, or ours, which adds `vision_config` for other towers."""
-        scheme = "unires" if found.get("mm_patch_merge_type", "unires") == "unires" else "anyres"
-        vision = ClipConfig.from_dict(found["vision_config"]) if "vision_config" in found else ClipConfig()
+        """Read the config.json of LongVA, of a LLaVA-NeXT, or ours, which adds `grid_rule` and `vision_config`.
+
+        Raises ValueError as LMConfig's does, and for eyes, projectors and ways to cut pictures not built here.
+        """
+        refuse_other_eyes(found)
+        eye = found.get("vision_config") or asdict(ClipConfig())
+        if "mm_vision_select_layer" in found:
+            eye = eye | {"select_layer": found["mm_vision_select_layer"]}
+        scheme = SCHEMES[found["mm_patch_merge_type"]]
         rule = found.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
-        return cls(LMConfig.from_dict(found), vision, scheme, rule)
+        return cls(LMConfig.from_dict(found), ClipConfig.from_dict(eye), scheme, rule)
 
 
 def read_config(folder: Path | str) -> LMConfig | LongVAConfig:
@@ -168,3 +237,57 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
     kind = {"architectures": [f"{name.capitalize()}ForCausalLM"], "model_type": name, "hidden_act": "silu"}
     sizes = asdict(config) | {"head_dim": config.head_width}
     return kind | sizes | {"use_sliding_window": False, "torch_dtype": dtype}
+
+
+# ---- how to answer: generation_config.json ----
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; the defaults are greedy."""
+
+    temperature: float = 0.0  # 0: greedy, the likeliest token always
+    top_p: float = 1.0  # draw from the likeliest tokens that have this probability together; 1: from all
+    top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
+    repetition_penalty: float = 1.0  # above 1, tokens that were read or said before get less likely (release: 1.05)
+
+    def __post_init__(self):
+        for name, expected, fits in (
+            ("temperature", "a number from 0", lambda x: 0 <= x < math.inf),
+            ("top_p", "a number above 0 and up to 1", lambda x: 0 < x <= 1),
+            ("top_k", "a whole number from 0", lambda x: type(x) is int and x >= 0),
+            ("repetition_penalty", "a number above 0", lambda x: 0 < x < math.inf),
+        ):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not fits(value):
+                raise ValueError(f"{name} {value!r} is impossible; {expected} is expected")
+
+
+GENERATION = "generation_config.json"
+
+
+def read_sampling(folder: Path | str) -> Sampling:
+    """How a folder's makers want it to answer, by generation_config.json as Hugging Face reads it.
+
+    Without the file, or where it does not ask for sampling, greedy; a repetition penalty stays even then. What
+    sampling leaves out is Hugging Face's default: temperature 1, top_p 1 and top_k 50. Raises ValueError.
+    """
+    file = Path(folder) / GENERATION
+    found = {name: value for name, value in read_json(file).items() if value is not None}
+    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+    wanted = {name: found.get(name, default) for name, default in defaults.items()}
+    if not found.get("do_sample", False):
+        wanted = {"repetition_penalty": wanted["repetition_penalty"]}
+    try:
+        return Sampling(**wanted)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
+
+
+def stop_ids(folder: Path | str) -> list[int]:
+    """The ids that end an answer, by generation_config.json; [] where it names none. Raises ValueError."""
+    named = read_json(file := Path(folder) / GENERATION).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if bad := [i for i in ids if type(i) is not int or i < 0]:
+        raise ValueError(f"{file}: eos_token_id has {bad[0]!r}, expected ids from 0")
+    return ids

@@ -342,7 +342,7 @@ def put(
 ) -> None:
     """Show a thing, and a number beside it, somewhere in grid (row, col) of a picture."""
     half = SIDE // 2
-    pixels = int(rng.integers(12, 15))
+    pixels = int(rng.integers(14, 17))
     top = row * SIDE + half * int(rng.integers(2))
     left = col * SIDE
     y, x = rng.integers(0, half - pixels + 1, 2)
@@ -458,19 +458,28 @@ def captioned(seed: int, index: int) -> tuple[list[Image.Image], list[tuple[str,
 
 
 def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
-    """A picture of up to `most` grids and a conversation about numbers and colours in it."""
+    """A picture of up to `most` grids and a conversation about numbers and colours in it.
+
+    Some things stand there twice, with a number and without, as in a film; then only the number is asked for.
+    """
     rng = np.random.default_rng([0x5F7, seed, index])
     rows, cols = grids_of(rng, most)
     shown = cast(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
+    numbered = {thing for thing, _, number in shown if number is not None}
+    again = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
+    free = min(rows * cols - len(shown), rows * cols // 6)
+    again = set(map(str, rng.permutation(again)[: rng.integers(free + 1)]))
+    twice = [(thing, str(rng.choice(list(COLOURS))), None) for thing in sorted(again)]
     turns = []
     for i in rng.permutation(len(shown)):
         thing, colour, number = shown[i]
-        if number is None or rng.random() < 0.15:
+        if number is None or (thing not in again and rng.random() < 0.15):
             turns += [("user", ASK_COLOUR.format(thing=thing)), ("assistant", colour)]
         else:
             turns += [("user", ASK_NUMBER.format(thing=thing)), ("assistant", str(number))]
     turns[0] = ("user", "<image>\n" + turns[0][1])
-    return [photograph(rng, rows, cols, shown)], turns
+    mixed = [*shown, *twice]
+    return [photograph(rng, rows, cols, [mixed[i] for i in rng.permutation(len(mixed))])], turns
 
 
 def main() -> None:

@@ -225,7 +225,8 @@ def read_specials(folder: Path) -> dict[str, int]:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model folder.
 
-    Reads vocab.json (with merges.txt, if there, only to check it), else tokenizer.json, else tokenizer.model.
+    Reads vocab.json (with merges.txt, if there, only to check it), else tokenizer.model, else tokenizer.json
+    (beside a tokenizer.model, as in Llama 2's and Mistral's folders, it holds the same words in another form).
     Without a list of control tokens the three of Qwen2 follow the vocabulary.
     Raises ValueError for a folder without these files, and for a file that is damaged or of another kind.
     """
@@ -237,10 +238,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         lines = merges.read_text("utf-8").split("\n") if merges.exists() else [""]
         lines = lines[lines[0].startswith("#version") :]
         check_vocabulary(vocab, (line.split(" ") for line in lines if line), source)
-    elif whole := read_json(source := folder / "tokenizer.json"):
-        vocab, words, nfc = read_whole(whole, source)
     elif (source := folder / "tokenizer.model").exists():
         return sentence_pieces(source, special)
+    elif whole := read_json(source := folder / "tokenizer.json"):
+        vocab, words, nfc = read_whole(whole, source)
     else:
         raise ValueError(
             f"{folder} has no tokenizer: expected vocab.json, tokenizer.json or tokenizer.model; "
@@ -261,7 +262,10 @@ def read_whole(whole: dict, source: Path) -> tuple[dict[str, int], str, bool]:
     steps = before.get("pretokenizers", [before])
     found = [s.get("pattern", {}).get("Regex") for s in steps if s.get("type") == "Split"]
     if found not in ([QWEN2_WORDS], [LLAMA3_WORDS]):
-        raise ValueError(f"{source}: words are split by {found}, expected the pattern of Qwen2 or Llama 3")
+        raise ValueError(
+            f"{source}: words are split by {found}, expected the pattern of Qwen2 or Llama 3; Llama 2, Vicuna and "
+            "Mistral are read from their tokenizer.model"
+        )
     if (normal := (whole.get("normalizer") or {}).get("type")) not in (None, "NFC"):
         raise ValueError(f"{source}: text is normalised by {normal!r}, expected 'NFC' or none")
     # Older files write a merge as "a b", newer ones as ["a", "b"].

@@ -1,27 +1,36 @@
-"""Videos as a stream of pictures: a file that FFmpeg opens, or a folder of pictures.
+"""Pictures from files, and videos as a stream of pictures: a file that FFmpeg opens, or a folder of pictures.
 
 What it is. `frames(path)` yields (seconds, picture) one at a time, so an hour of film needs no more memory
 than a minute. Pictures are chosen by time stamp: the frame on screen at t = 0, 1/fps, 2/fps, ..., or at
-`count` times spread evenly over the film.
+`count` times spread evenly over the film. How many will come is known before the first one does, each of
+many ranks can ask for its share alone, and `ahead` decodes in a thread while the model works on what came:
+
+    film = frames("film.mp4", count=256, keep=lambda n: n // 64 % ranks == rank)
+    for seconds, picture in tqdm(ahead(film, room=16), total=len(film)): ...
 
 Paper. Sec. 3.2 treats a video as a sequence of grids, one per frame. The visual needle test (Sec. 4, Fig. 4)
 takes its haystack at 1 frame per second; the video benchmarks take N uniform frames.
 
 Run. `python -c "from data.video import duration; print(duration('film.mp4'))"`
 
-Deviations. The release counts frames (every round(rate)-th one, through decord): that drifts at 29.97 frames
-per second and is wrong where the rate varies. Time stamps are right for both, and give the same frames at a
-constant whole rate. A film that ends early is never passed off as whole: `count` refuses it, since uniform
-means over all of it; `fps` keeps what came and warns once.
+Deviations. The release ignores the rotation in a camera's EXIF, so that photographs from a phone lie on
+their side; here they stand upright. The release counts frames (every round(rate)-th one, through decord):
+that drifts at 29.97 frames per second and is wrong where the rate varies. Time stamps are right for both, and
+give the same frames at a constant whole rate. A film that ends early is never passed off as whole: `count`
+refuses it, since uniform means over all of it; `fps` keeps what came and warns once. As in the release,
+pixels are taken to be square.
 """
 
 import contextlib
 import itertools
 import math
 import re
+import struct
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,18 +39,22 @@ import numpy as np
 from PIL import Image
 
 SLACK = 0.001  # seconds: Matroska rounds time stamps to milliseconds
-JUMP = 4.0  # seconds: targets further apart than this are reached by seeking, nearer ones by decoding on
+JUMP = 1.0  # seconds: a seek starts the decoder anew, so it must skip more than this to be worth it
 TAIL = 1.0  # seconds that may miss at the end (headers round, decoders drop a frame) before a film is cut
 STILL = 3600.0  # seconds that one frame may stay on screen; damaged time stamps would have it stay for days
 # Containers that hold their own pictures. Playlists (concat, HLS, DASH) name other files and hosts: left out.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,mxf,nut,ivf,rm,wtv"
 # What PyAV raises on damaged files, apart from its own FFmpegError.
 ODD = (ValueError, IndexError, AttributeError, OverflowError, MemoryError, OSError)
 
 FORMATS = "JPEG PNG WEBP GIF BMP".split()  # Pillow would start Ghostscript for an EPS that is named .jpg
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-MAX_PIXELS = 32_000_000  # a file of 10 KB can hold a picture of gigabytes
+MAX_PIXELS = 36_000_000  # a file of 10 KB can hold a picture of gigabytes; 8K film has 33 million
 MAX_ASPECT = 200  # padding a picture of 1 x 60,000 to a square would need 10 GB
+ORIENTATION = 0x0112  # EXIF's tag: what to do to see the picture as the camera was held
+TURNS = dict(
+    enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
+)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -60,26 +73,53 @@ def picture_files(folder: str | Path) -> list[Path]:
     return sorted(files, key=natural)
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """Read one picture as RGB; raises ValueError, naming the file, when it is unreadable or absurdly large.
-
-    As in the release, transparency is dropped, an animation's first frame is taken and the rotation in a
-    camera's EXIF is not applied. 16-bit greys are scaled to 8 bits (Pillow alone would clip them to white).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such picture file")
+@contextlib.contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow raises on a bad file into one sentence that names it."""
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            small, large = sorted(picture.size)
-            if small * large > MAX_PIXELS or large > MAX_ASPECT * small:
-                limits = f"at most {MAX_PIXELS:,} in all and {MAX_ASPECT} times as long as wide"
-                raise ValueError(f"{picture.width} x {picture.height} pixels, expected {limits}")
-            if picture.mode.startswith("I"):
-                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-            return picture.convert("RGB")
+        yield
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+
+
+def _open_picture(path: Path) -> Image.Image:
+    """Read a picture's header and check it; nothing is decoded before its size is known to be sane."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such picture file")
+    with _blame(path):
+        picture = Image.open(path, formats=FORMATS)
+        small, large = sorted(picture.size)
+        if small * large > MAX_PIXELS or large > MAX_ASPECT * small:
+            limits = f"at most {MAX_PIXELS:,} in all and {MAX_ASPECT} times as long as wide"
+            raise ValueError(f"{picture.width} x {picture.height} pixels, expected {limits}")
+    return picture
+
+
+def _turn(picture: Image.Image) -> str | None:
+    """What EXIF says is to be done to a picture; None where it says nothing, or nothing that can be read."""
+    try:  # not ImageOps.exif_transpose: it also rewrites the EXIF and fails where any other tag is odd
+        return TURNS.get(picture.getexif().get(ORIENTATION))
+    except (SyntaxError, struct.error, ValueError):
+        return None
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Read one picture as upright RGB; raises ValueError, naming the file, if unreadable or absurdly large.
+
+    The rotation in a camera's EXIF is applied (the release ignores it). As in the release, transparency is
+    dropped, so that colours hidden by it show, and an animation's first picture is taken. 16-bit greys are
+    scaled to 8 bits (Pillow alone would clip them to white).
+    """
+    path = Path(path)
+    picture = _open_picture(path)
+    with _blame(path), picture:
+        turn = _turn(picture)
+        picture.load()
+        picture.info.pop("transparency", None)  # else Pillow warns of what it drops
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray(((np.asarray(picture, np.uint32) + 128) // 257).astype(np.uint8))
+        picture = picture.convert("RGB")
+        return picture.transpose(Image.Transpose[turn]) if turn else picture
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,6 +131,7 @@ class Index:
     """What a pass over the packets of a film tells, without decoding any."""
 
     stamps: list[float]  # when each frame comes on screen: seconds on the container's own clock, sorted
+    keys: list[float]  # those of them where decoding can start
     seconds: float  # from the first frame to the end of the last
     cut: bool  # the packets end before the header says, or become unreadable
 
@@ -112,12 +153,18 @@ def _open(path: Path) -> tuple[Any, Any]:
     try:  # the absolute path, so that no "name:" in it is taken for a protocol
         container = av.open(str(path.resolve()), options=rules, metadata_errors="replace")
     except (av.error.FFmpegError, *ODD) as error:
-        raise ValueError(f"{path}: not a video that FFmpeg can open ({_reason(error)})") from error
+        kinds = "MP4, MKV, WebM, AVI, MPEG-TS, GIF or the like"
+        raise ValueError(f"{path}: not a video that FFmpeg can open ({_reason(error)}); expected {kinds}") from error
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
         container.close()
         raise ValueError(f"{path}: has no video stream (sound only?)")
+    codec = streams[0].codec_context
+    if codec is None or codec.width * codec.height > MAX_PIXELS:
+        container.close()
+        what = "a codec that FFmpeg lacks" if codec is None else f"frames of more than {MAX_PIXELS:,} pixels"
+        raise ValueError(f"{path}: has {what}; convert it, to H.264 for instance")
     streams[0].thread_type = "AUTO"  # frame threads: FFmpeg's default would use one core for ordinary H.264
     return container, streams[0]
 
@@ -127,7 +174,7 @@ def _scan(path: Path) -> Index:
     import av
 
     container, stream = _open(path)
-    stamps, spans, whole, ours = [], {}, True, stream.index
+    stamps, keys, spans, whole, ours = [], [], {}, True, stream.index
     with container:  # once it is closed, asking `stream` anything reads freed memory
         try:
             for packet in container.demux([*container.streams.video, *container.streams.audio]):
@@ -140,10 +187,11 @@ def _scan(path: Path) -> Index:
                 spans[packet.stream_index] = min(first, begin), max(last, end)
                 if packet.stream_index == ours and not packet.is_discard:
                     stamps.append(begin)
+                    keys += [begin] if packet.is_keyframe else []
         except (av.error.FFmpegError, *ODD):
             whole = False  # what was read stays valid; the caller is told through `cut`
         if not stamps:
-            raise ValueError(f"{path}: the video stream holds no frame")
+            raise ValueError(f"{path}: the video stream holds no frame with a time stamp")
         if stream.duration:  # the header's word, in seconds
             promised, first, last = float(stream.duration * stream.time_base), *spans[ours]
         else:
@@ -153,7 +201,7 @@ def _scan(path: Path) -> Index:
     end = max(spans[ours][1], stamps[-1] + (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1))
     if (still := float(np.diff([*stamps, end]).max())) > STILL:
         raise ValueError(f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file")
-    return Index(stamps, end - stamps[0], not whole or last - first < promised - TAIL)
+    return Index(stamps, sorted({stamps[0], *keys}), end - stamps[0], not whole or last - first < promised - TAIL)
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
@@ -202,12 +250,13 @@ def _refuse_cut(path: Path, seconds: float) -> NoReturn:
 def _on_screen(path: Path, index: Index, times: list[float], resize: Callable, strict: bool) -> Iterator:
     """Yield (t, picture) for the frame on screen at each of the rising `times`, holding one decoded frame."""
     container, stream = _open(path)
-    start, ended = index.stamps[0], index.cut
+    start, end = index.stamps[0], index.seconds if index.cut else None
     with container:
         following, here, frame = _decoded(container, stream), start, None
         for t in times:
             wanted = index.stamps[bisect_right(index.stamps, start + t + SLACK) - 1]
-            if wanted - here > JUMP:
+            key = index.keys[bisect_right(index.keys, wanted + SLACK) - 1]
+            if key - here > JUMP:
                 following = _jump(container, stream, wanted)
             while frame is None or here < wanted - SLACK / 10:
                 arrived = next(following, None)
@@ -217,14 +266,38 @@ def _on_screen(path: Path, index: Index, times: list[float], resize: Callable, s
             if frame is None:
                 raise ValueError(f"{path}: no frame could be decoded (damaged, or a codec that FFmpeg lacks)")
             if wanted - here > TAIL:
-                ended = True
+                end = here - start
                 break
             yield t, resize(_upright(path, t, frame))
-    if ended and strict:
-        _refuse_cut(path, here - start)
-    if ended:
-        notice = f"{path}: the film is cut or damaged after {here - start:.1f} s; using what came"
-        warnings.warn(notice, stacklevel=2)
+    if end is not None and strict:
+        _refuse_cut(path, end)
+    if end is not None:
+        warnings.warn(f"{path}: the film is cut or damaged after {end:.1f} s; using what came", stacklevel=2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Animated WebP, which FFmpeg cannot decode
+
+
+def _scan_webp(path: Path) -> Index:
+    """Find when each picture of an animated WebP begins; Pillow knows only by decoding them."""
+    stamps, seconds = [], 0.0
+    with _open_picture(path) as film, _blame(path):
+        for n in range(film.n_frames):
+            film.seek(n)
+            film.load()
+            stamps.append(seconds)
+            seconds += film.info.get("duration", 0) / 1000
+    return Index(stamps, [0.0], seconds, False)
+
+
+def _on_screen_webp(path: Path, index: Index, times: list[float], resize: Callable) -> Iterator:
+    with _open_picture(path) as film:
+        for t in times:
+            with _blame(path):
+                film.seek(bisect_right(index.stamps, t + SLACK) - 1)
+                picture = film.convert("RGB")
+            yield t, resize(picture)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -238,20 +311,45 @@ def _evenly(path: Path, total: int, count: int | None) -> list[int]:
     return np.linspace(0, total - 1, count or total).astype(int).tolist()
 
 
+class Frames:
+    """An iterator of (seconds, picture) that knows before the first how many to expect.
+
+    `len` counts those that it yields itself, `total` also those that `keep` left to others.
+    """
+
+    def __init__(self, total: int, expected: int, stream: Iterator[tuple[float, Any]]):
+        self.total, self.expected, self.stream = total, expected, stream
+
+    def __len__(self) -> int:
+        return self.expected
+
+    def __iter__(self) -> Iterator[tuple[float, Any]]:
+        return self
+
+    def __next__(self) -> tuple[float, Any]:
+        return next(self.stream)
+
+
 def frames(
-    path: str | Path, fps: float = 1.0, count: int | None = None, resize: Callable[[Image.Image], Any] | None = None
-) -> Iterator[tuple[float, Any]]:
-    """Stream a video as (seconds from its start, upright RGB picture).
+    path: str | Path,
+    fps: float = 1.0,
+    count: int | None = None,
+    resize: Callable[[Image.Image], Any] | None = None,
+    keep: Callable[[int], bool] | None = None,
+) -> Frames:
+    """Stream a video as (seconds from its start, upright RGB picture); `len` of it says how many will come.
 
     Without `count`, one frame per 1/fps seconds; with it, `count` frames spread evenly from first to last.
     In a folder each picture is a frame that lasts 1/fps seconds. `resize` is applied to each picture on
     arrival and its result is yielded instead, so that whoever collects frames never holds them at full size.
+    `keep` is asked for each frame's number, 0, 1, 2, ...: frames it says no to are neither counted by `len`
+    nor yielded, converted or resized, nor decoded where a key frame lets the decoder jump over them.
 
     Raises ValueError, naming the file, when it is no video, has no picture or fewer frames than `count`: in
     the call itself where it can be known, on the way where damage shows only then. A film that ends early is
-    an error with `count` and one warning without.
+    an error with `count`; without, it gives one warning, and perhaps fewer frames than `len` said.
     """
-    path, resize = Path(path), resize or (lambda picture: picture)
+    path, resize, keep = Path(path), resize or (lambda picture: picture), keep or (lambda number: True)
     if not (fps > 0 and math.isfinite(fps)):
         raise ValueError(f"{path}: cannot take {fps} frames per second; fps must be a positive number")
     if count is not None and count < 1:
@@ -259,21 +357,44 @@ def frames(
     if path.is_dir():
         files = picture_files(path)
         chosen = _evenly(path, len(files), count)
-        return ((i / fps, resize(read_picture(files[i]))) for i in chosen)
+        ours = [i for n, i in enumerate(chosen) if keep(n)]
+        return Frames(len(chosen), len(ours), ((i / fps, resize(read_picture(files[i]))) for i in ours))
 
-    index = _scan(path)
-    start, end = index.stamps[0], index.stamps[-1]
+    webp = path.suffix.lower() == ".webp"
+    index = _scan_webp(path) if webp else _scan(path)
     if count is None:
         times = [k / fps for k in range(max(1, math.ceil((index.seconds - SLACK) * fps)))]
     else:
         _evenly(path, len(index.stamps), count)
-        times = np.linspace(0.0, end - start, count).tolist()
+        times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], count).tolist()
         if index.cut:
             _refuse_cut(path, index.seconds)
-    return _on_screen(path, index, times, resize, strict=count is not None)
+    ours = [t for n, t in enumerate(times) if keep(n)]
+    if webp:
+        return Frames(len(times), len(ours), _on_screen_webp(path, index, ours, resize))
+    return Frames(len(times), len(ours), _on_screen(path, index, ours, resize, strict=count is not None))
 
 
 def duration(path: str | Path, fps: float = 1.0) -> float:
     """Return the seconds from the first frame to the end of the last; raises ValueError as `frames` does."""
     path = Path(path)
-    return len(picture_files(path)) / fps if path.is_dir() else _scan(path).seconds
+    if path.is_dir():
+        return len(picture_files(path)) / fps
+    return (_scan_webp if path.suffix.lower() == ".webp" else _scan)(path).seconds
+
+
+def ahead(items: Iterable, room: int) -> Iterator:
+    """Yield `items` in order while a thread makes up to `room` of them ahead, so that decoding and model overlap.
+
+    What `items` raises comes out here, in its turn. The thread starts with the first item asked for and has
+    ended when this generator has: read to its end, closed or dropped. That waits for the item in work, no more.
+    """
+    assert room >= 1, "with no room ahead nothing overlaps"
+    source, end, thread = iter(items), object(), ThreadPoolExecutor(1, "ahead")
+    try:
+        coming = deque(thread.submit(next, source, end) for _ in range(room))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, source, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -2,7 +2,7 @@
 
 What: `read_config` and `read` for any folder with config.json and safetensors, in one file or in shards;
 `fill_strictly` into parameters; `write`, the way back; `sha`, to say in a result which weights made it.
-Reading holds one tensor in memory at a time, writing one shard.
+Reading holds one tensor in memory at a time (filling a model peaks at its size and one tensor), writing one shard.
 Paper: Sec. 3.1 starts from Qwen2-7B-Instruct, Sec. 3.2 from CLIP ViT-L/14-336; both are such folders.
 Run: imported; `for name, tensor in read("Qwen2-7B-Instruct"): ...`
 Deviations: loading is strict (every tensor used once, every parameter filled once, shapes equal), where the
@@ -32,9 +32,9 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
     "tokenizer.model", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-CONVERT = (
+CONVERT = (  # weights_only: a pickle that would run code is refused; clone: tied tensors may not share memory
     'python -c "import sys, torch; from safetensors.torch import save_file as save; '
-    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "d = {k: v for f in sys.argv[1:] for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
     "save({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors', {'format': 'pt'})\" "
 )
 
@@ -57,11 +57,15 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
     if not (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
             return {SINGLE: None}
-        if pickled := sorted(p.name for p in folder.glob("*.bin")):
-            raise ValueError(f"{folder} has {pickled[0]}, expected safetensors; convert it: {CONVERT}{pickled[0]}")
+        if pickled := sorted(p.name for p in folder.glob("pytorch_model*.bin")):
+            command = CONVERT + " ".join(pickled)
+            raise ValueError(f"{folder} has {pickled[0]}, expected safetensors; convert it, in that folder: {command}")
         raise ValueError(f"{folder} has no weights; expected {SINGLE}, or {INDEX} and the files that it names")
     files: dict[str, list[str] | None] = {}
-    for name, file in read_json(folder / INDEX).get("weight_map", {}).items():
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / INDEX} has no weight_map that tells each tensor's file; download it again")
+    for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{folder / INDEX} puts {name} in {file!r}, expected a bare *.safetensors file name")
         files.setdefault(file, []).append(name)
@@ -71,7 +75,7 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
 
 
 def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor on the CPU) of a folder, each read when it is asked for.
+    """Every (name, tensor on the CPU) of a folder, each read when it is touched and forgotten with the tensor.
 
     Raises ValueError for a folder without safetensors, for damaged files, and where index and files differ.
     """
@@ -80,10 +84,14 @@ def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(folder / file, framework="pt") as tensors:
                 inside = tensors.keys()
-                if names is not None:
-                    same_names(names, inside, f"{folder / file} and its index disagree")
-                for name in inside:
-                    yield name, tensors.get_tensor(name)
+            if names is not None:
+                same_names(names, inside, f"{folder / file} and its index disagree")
+            for name in inside:
+                # Opened anew each time: a file stays in memory, page by page, as long as it is mapped.
+                with safe_open(folder / file, framework="pt") as tensors:
+                    tensor = tensors.get_tensor(name)
+                yield name, tensor
+                del tensor
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{folder / file} cannot be read ({e}); copy or download it again") from e
 
@@ -234,10 +242,15 @@ def copy_tokenizer(src: str | Path, dst: str | Path) -> None:
         shutil.copyfile(Path(src) / file, Path(dst) / file)
 
 
-def sha(folder: str | Path) -> str:
-    """Which weights these are: the SHA-256, 64 hexadecimal digits, of the digests of the files in order."""
+def sha_of(files: Iterable[Path]) -> str:
+    """The SHA-256, 64 hexadecimal digits, of the digests of files in order."""
     whole = hashlib.sha256()
-    for file in sorted(shards(Path(folder))):
-        with open(Path(folder) / file, "rb") as f:
+    for file in files:
+        with open(file, "rb") as f:
             whole.update(hashlib.file_digest(f, "sha256").digest())
     return whole.hexdigest()
+
+
+def sha(folder: str | Path) -> str:
+    """Which weights these are: `sha_of` the folder's weight files."""
+    return sha_of(Path(folder) / file for file in sorted(shards(Path(folder))))

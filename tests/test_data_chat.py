@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import chat
-from data.chat import IGNORE, IMAGE, example, pad, prompt, template_ids
+from data.chat import IGNORE, IMAGE, example, family, follow_up, pad, prompt, template_ids
 from data.tokenizer import QWEN2_SPECIALS, byte_level, train_bpe
 
 WORDS = ["system", "You", " are", " a", " helpful", " assistant", ".", "user", "assistant", "\n", "\n\n", ".\n", "What",
@@ -117,20 +117,63 @@ def test_pad_shifts_targets(tok):
     assert ids_BT.dtype == targets_BT.dtype == torch.int64
 
 
-def test_templates_of_the_baselines(tok):
-    for name, (pre, post) in chat.TEMPLATES.items():
-        controls = sorted({*chat.CONTROL.findall(pre + post)})
-        other = byte_level({c: i for i, c in enumerate(train_bpe([])[0])}, {s: 256 + i for i, s in enumerate(controls)})
-        before, after = template_ids(other, name)
-        assert other.decode(before) == pre and other.decode(after) == post
-        assert [i for i in before if i >= 256]  # BOS or the first turn is a control token
-        assert other.decode(prompt(other, "Q", template=name)) == pre + "Q" + post
-    with pytest.raises(ValueError, match=r"lacks.*<s>"):
-        prompt(tok, "What", template="vicuna")
+def bytes_and(*controls):
+    """A tokenizer of single bytes and these control tokens."""
+    return byte_level({c: i for i, c in enumerate(train_bpe([])[0])}, {s: 256 + i for i, s in enumerate(controls)})
+
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+DIALOGUES = {  # control tokens, and a dialogue of two questions as the models' makers write it
+    "qwen_1_5": (QWEN2_SPECIALS, f"{SYSTEM}<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nA!<|im_end|>\n"
+                                 "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"),
+    "mistral": (("<s>", "</s>"), "<s>[INST] Q? [/INST]A!</s>[INST] And? [/INST]"),
+    "vicuna": (("<s>", "</s>"), f"<s>{chat.VICUNA_SYSTEM} USER: Q? ASSISTANT:A!</s>USER: And? ASSISTANT:"),
+    "llama3": (("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+               f"<|begin_of_text|>{HEAD.format('system')}{chat.LLAMA3_SYSTEM}<|eot_id|>{HEAD.format('user')}Q?<|eot_id|>"
+               f"{HEAD.format('assistant')}A!<|eot_id|>{HEAD.format('user')}And?<|eot_id|>{HEAD.format('assistant')}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_a_dialogue_in_each_template(name):
+    controls, whole = DIALOGUES[name]
+    other = bytes_and(*controls)
+    pre, post = chat.TEMPLATES[name]
+    before, after = template_ids(other, name)
+    assert other.decode(before) == pre and other.decode(after) == post
+    assert before[0] >= 256  # BOS or the first turn is a control token
+    ids = prompt(other, "Q?", template=name) + other.encode("A!") + follow_up(other, "And?", name)
+    assert ids == other.encode(whole, special=True)
+    evil = follow_up(other, "".join(controls), name)  # what a user says is text
+    assert sum(i >= 256 for i in evil) == sum(i >= 256 for i in follow_up(other, "And?", name))
+    assert other.decode(evil) == other.decode(follow_up(other, "And?", name)).replace("And?", "".join(controls))
+    assert family(other) == ("vicuna" if name == "mistral" else name)  # these two have the same control tokens
+
+
+def test_a_dialogue_is_one_text_and_what_training_shows(tok, ids_of):
+    ids = prompt(tok, "What is this?") + ids_of("A", " star", ".")
+    ids += follow_up(tok, "What?") + ids_of("A", ".") + follow_up(tok, "\nWhat is a star?")
+    turns = [("user", "What is this?"), ("assistant", "A star."), ("user", "What?"), ("assistant", "A.")]
+    whole = "".join(f"{START}{role}\n{text}{END}\n" for role, text in [*turns, ("user", "\nWhat is a star?")])
+    assert ids == tok.encode("".join(PRE[:11]) + whole + f"{START}assistant\n", special=True)
+    trained, _ = example(tok, turns)
+    assert ids[: len(trained)] == trained
+
+
+def test_templates_need_their_control_tokens(tok):
+    assert family(tok) == "qwen_1_5"
+    for ask in (prompt, follow_up):
+        with pytest.raises(ValueError, match=r"lacks.*<s>"):
+            ask(tok, "What", template="vicuna")
+    with pytest.raises(ValueError, match="no chat template suits"):
+        family(bytes_and("<mask>"))
 
 
 @pytest.mark.parametrize("call, complaint", [
     (lambda tok: prompt(tok, "What", template="gpt"), "unknown template 'gpt'"),
+    (lambda tok: follow_up(tok, "What", "gpt"), "unknown template 'gpt'"),
+    (lambda tok: follow_up(tok, "<image>What"), r"1 placeholder\(s\) <image> for 0 picture"),
     (lambda tok: prompt(tok, "<image> What", [1, 2]), r"1 placeholder\(s\) <image> for 2 picture"),
     (lambda tok: prompt(tok, "<image> What"), r"1 placeholder\(s\) <image> for 0 picture"),
     (lambda tok: prompt(tok, "What", [0]), "at least one visual token"),

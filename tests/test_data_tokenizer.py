@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -11,8 +12,10 @@ from data import tokenizer as t
 WORDS = ["star", " star", "red", " red", " the", "the", "\n", "\n\n", ".\n", ".", "?", "7", " ", "caf\u00e9"]
 SCRIPTS = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x6FF), (0x900, 0x97F),
            (0xE00, 0xE7F), (0x1100, 0x11FF), (0x2000, 0x206F), (0x3040, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xAD00),
-           (0xFF00, 0xFF60), (0x1F300, 0x1F64F), (0x1D400, 0x1D4FF), (0x00, 0x1F)]  # fmt: skip
-BITS = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "'s", "'LL", "12", "e\u0301", "\u1100\u1161", "...", *WORDS,
+           (0xFF00, 0xFF60), (0x1F300, 0x1F64F), (0x1D400, 0x1D4FF), (0x00, 0x1F), (0x30, 0x39), (0x7F, 0x9F),
+           (0x0, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x20000, 0x3FFFF), (0x40000, 0x10FFFF)]  # fmt: skip
+BITS = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\r", "\n\r\n", " \n ", "\v\f\x85", "'s", "'LL", "12",
+        "1234567890", "\u0663\u0664", "\u00bd\u2167", "\u0130'S", "'\u017f", "\ufeff", "e\u0301", "\u1100\u1161", "...", *WORDS,
         "it's 3.14\n\n  x", *t.QWEN2_SPECIALS, "<|im_", "end|>", "<image>"]  # fmt: skip
 
 
@@ -71,7 +74,10 @@ def test_same_ids_as_tokenizers(theirs):
     whole = tokenizers.Tokenizer.from_file(str(theirs / "tokenizer.json"))
     ours = t.load_tokenizer(theirs)
     assert ours.size == whole.get_vocab_size() == 1503
-    check_same(lambda text: whole.encode(text).ids, ours)
+    check_same(lambda text: whole.encode(text).ids, ours, count=3000)
+    whole.encode_special_tokens = True  # control tokens in a text are text
+    for text in fuzz(1500, seed=2):
+        assert ours.encode(text) == whole.encode(text).ids, repr(text)
 
 
 @pytest.mark.oracle
@@ -207,6 +213,36 @@ def test_sentencepiece(llama):
     parts = tokenizer.encode("<s>the red</s> star", special=True)
     assert parts == [1, *model.encode("the red"), 2, *model.encode(" star")]
     assert model.id_to_piece(parts[1]).startswith("\u2581")
+
+
+@pytest.mark.oracle
+def test_sentencepiece_as_transformers_does(llama):
+    """The slow, legacy way, which these models were trained with: each text after a control token gets a space too."""
+    transformers = pytest.importorskip("transformers")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    theirs = transformers.SentencePieceBackend(vocab_file=str(llama / "tokenizer.model"), legacy=True, **names)
+    tokenizer = t.load_tokenizer(llama)
+    for text in fuzz(1000, seed=4):
+        text = text.replace("\x00", "")
+        for said in (text, f"<s>{text[:5]}</s>{text[5:]}", f"<s>[INST] {text} [/INST]</s>", f"{text}<unk>\n{text}"):
+            assert tokenizer.encode(said, special=True) == theirs.encode(said), repr(said)
+            assert tokenizer.encode(said) == theirs.encode(said, split_special_tokens=True), repr(said)
+
+
+def test_tokenizer_model_comes_before_tokenizer_json(llama, tmp_path):
+    """Llama 2's and Mistral's folders have both; their tokenizer.json is sentencepiece in a form not read here."""
+    added = [{"content": name, "id": i, "special": True} for i, name in enumerate(("<unk>", "<s>", "</s>"))]
+    whole = {
+        "added_tokens": added,
+        "pre_tokenizer": None,
+        "model": {"type": "BPE", "vocab": {"<unk>": 0}, "merges": []},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"Mistral are read from their tokenizer\.model"):
+        t.load_tokenizer(tmp_path)
+    shutil.copy(llama / "tokenizer.model", tmp_path)
+    one, other = t.load_tokenizer(tmp_path), t.load_tokenizer(llama)
+    assert one.special == other.special and one.encode("the red star") == other.encode("the red star")
 
 
 # ---- what users get wrong ----

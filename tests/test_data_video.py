@@ -3,25 +3,27 @@
 Every test film has its frame numbers painted in: eight vertical stripes, black or white, one per bit.
 """
 
+import contextlib
+import subprocess
+import sys
+import threading
+import time
 import warnings
+import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from data import video
-from data.video import duration, frames
+from data.video import ahead, duration, frames, read_picture
 
 av = pytest.importorskip("av")
-CODEC = {
-    ".mp4": "libx264",
-    ".mkv": "libx264",
-    ".webm": "libvpx",
-    ".avi": "mpeg4",
-    ".ts": "libx264",
-    ".mpg": "mpeg2video",
-}
+X264 = dict.fromkeys([".mp4", ".mkv", ".ts"], "libx264")
+CODEC = X264 | {".webm": "libvpx", ".avi": "mpeg4", ".mpg": "mpeg2video"}
 
 
 def stripes(number, size=(64, 48)):
@@ -34,15 +36,16 @@ def number(picture):
     return int((row << np.arange(8)).sum())
 
 
-def film(path, times, gop=12, rotation=0, clock=Fraction(1, 1000), picture=stripes, options=None):
+def film(path, times, gop=12, rotation=0, clock=Fraction(1, 1000), picture=stripes, options=None, **how):
     """Write a film whose frame i comes on screen at times[i] seconds."""
+    codec, pix_fmt = how.get("codec", CODEC.get(path.suffix)), how.get("pix_fmt", "yuv420p")
     with av.open(str(path), "w", options=options or {}) as container:
         # MPEG-PS and AVI cannot vary their rate: give them the true one
-        stream = container.add_stream(
-            CODEC[path.suffix], rate=round(1 / (times[1] - times[0])) if len(times) > 1 else 10
-        )
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream = container.add_stream(codec, rate=round(1 / (times[1] - times[0])) if len(times) > 1 else 10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
         stream.codec_context.time_base, stream.gop_size = clock, gop
+        if stream.name == "libx264":
+            stream.options = {"sc_threshold": "0"}  # key frames every `gop` frames and nowhere else
         if rotation:
             stream.set_display_rotation(rotation)
         for i, t in enumerate(times):
@@ -91,6 +94,25 @@ def test_constant_rate_in_every_container(tmp_path, suffix):
     assert duration(path) == pytest.approx(6, abs=0.05)
 
 
+@pytest.mark.parametrize("suffix, codec, pix_fmt", [
+    (".mp4", "libx265", "yuv420p"),
+    (".webm", "libvpx-vp9", "yuv420p"),
+    (".avi", "mjpeg", "yuvj420p"),
+    (".mov", "prores_ks", "yuv422p10le"),
+    (".mkv", "ffv1", "yuv420p"),
+    (".nut", "libx264", "yuv420p"),
+    (".mxf", "mpeg2video", "yuv420p"),
+    (".wtv", "mpeg2video", "yuv420p"),
+    (".ogv", "libvpx", "yuv420p"),
+])  # fmt: skip
+def test_other_codecs(tmp_path, suffix, codec, pix_fmt):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg cannot write {codec}")
+    rate = 25 if codec == "mpeg2video" else 10
+    path = film(tmp_path / f"a{suffix}", regular(50, rate), codec=codec, pix_fmt=pix_fmt, clock=Fraction(1, rate))
+    assert seen(path, fps=5) == [(k / 5, k * rate // 5) for k in range(50 * 5 // rate)]
+
+
 def test_variable_rate(tmp_path):
     times = [0, 0.1, 0.2, 3.7, 3.9, 4.4, 9.5, 9.6, 9.7, 9.8, 11.0]
     path = film(tmp_path / "a.mp4", times)
@@ -110,6 +132,74 @@ def test_jumps_give_the_frames_that_decoding_on_gives(tmp_path, suffix, monkeypa
     monkeypatch.setattr(video, "JUMP", 1e9)
     jumps.clear()
     assert seen(path, count=8) == want and not jumps
+
+
+def pulled(monkeypatch):
+    """A list that grows by one with each frame that is decoded."""
+    real, got = video._decoded, []
+    monkeypatch.setattr(video, "_decoded", lambda *a: (got.append(x[0]) or x for x in real(*a)))
+    return got
+
+
+@pytest.mark.parametrize("gop, most", [(12, 8 * 13), (1000, 240)])
+def test_no_more_is_decoded_than_must_be(tmp_path, monkeypatch, gop, most):
+    """At worst a group of pictures for each frame; where all is one group, each of its frames once."""
+    times = regular(240, 4)
+    path, got = film(tmp_path / "a.mp4", times, gop=gop), pulled(monkeypatch)
+    assert seen(path, count=8) == [(round(t, 3), on_screen(times, t)) for t in np.linspace(0, 59.75, 8)]
+    assert len(got) <= most
+
+
+def test_length_is_known_before_the_first_frame(tmp_path):
+    path = film(tmp_path / "a.mp4", [0, 0.1, 0.2, 3.7, 3.9, 4.4])
+    for how in ({}, {"fps": 2}, {"fps": 0.01}, {"count": 1}, {"count": 6}):
+        stream = frames(path, **how)
+        expected = len(stream)
+        assert next(stream)[0] == 0
+        assert 1 + sum(1 for _ in stream) == expected == len(stream)  # of all, not of those left
+    for i in range(5):
+        stripes(i).save(tmp_path / f"{i}.png")
+    assert len(frames(tmp_path)) == 5 and len(frames(tmp_path, count=3)) == 3
+
+
+@pytest.mark.parametrize("how", [{"count": 240}, {"fps": 2}])
+def test_ranks_decode_their_share(tmp_path, monkeypatch, how):
+    """Two ranks, blocks of 24: together all frames, each about half of the work."""
+    path, converted, asked = film(tmp_path / "a.mp4", regular(240, 4)), [], []
+    whole, got = seen(path, **how), pulled(monkeypatch)
+    resize = lambda picture: converted.append(0) or picture  # noqa: E731
+    for rank in range(2):
+        keep = lambda n, rank=rank: asked.append(n) or n // 24 % 2 == rank  # noqa: E731
+        stream = frames(path, **how, keep=keep, resize=resize)
+        want = [pair for n, pair in enumerate(whole) if n // 24 % 2 == rank]
+        assert (
+            len(stream) == len(want)
+            and stream.total == len(whole)
+            and asked == list(range(len(whole)))
+            and not converted
+            and not got
+        )
+        assert [(round(t, 3), number(p)) for t, p in stream] == want
+        assert len(converted) == len(want) and len(got) <= 190  # of 240
+        for log in (converted, asked, got):
+            log.clear()
+    nothing = frames(path, **how, keep=lambda n: False)
+    assert len(nothing) == 0 and list(nothing) == [] and not got
+
+
+def test_ranks_read_their_share_of_a_folder(tmp_path):
+    for i in range(6):
+        stripes(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"of another rank")
+    assert seen(tmp_path, keep=lambda n: n % 2 == 0) == [(0, 0), (2, 2), (4, 4)]
+    assert frames(tmp_path, keep=lambda n: n % 2 == 0).total == 6
+
+
+def test_a_cut_film_tells_each_rank_its_end(tmp_path):
+    """Also the rank whose share ends long before the cut."""
+    path = cut(tmp_path, ".mkv")
+    with pytest.warns(UserWarning, match=r"after [3-6]\.\d s; using what came"):
+        assert seen(path, keep=lambda n: n < 2) == [(0, 0), (1, 10)]
 
 
 def test_a_late_start_is_time_zero(tmp_path):
@@ -156,12 +246,8 @@ def cut(tmp_path, suffix, keep=0.6):
             np.clip(np.asarray(stripes(i)) * 0.6 + rng.integers(0, 60, (48, 64, 3)), 0, 255).astype(np.uint8)
         )
 
-    path = film(
-        tmp_path / f"a{suffix}",
-        regular(80),
-        picture=noisy,
-        options={"movflags": "faststart"} if suffix == ".mp4" else {},
-    )
+    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
+    path = film(tmp_path / f"a{suffix}", regular(80), picture=noisy, options=options)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     return path
@@ -221,6 +307,50 @@ def test_folder_of_pictures(tmp_path):
         list(frames(tmp_path))
 
 
+def animation(path, times=(0, 0.1, 0.2, 0.9, 1.0, 1.1), end=1.5):
+    spans = [round(1000 * (b - a)) for a, b in zip(times, [*times[1:], end])]
+    first, *others = [stripes(i + 1) for i in range(len(times))]
+    first.save(path, save_all=True, append_images=others, duration=spans, lossless=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_animations_as_films(tmp_path, name):
+    path = animation(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert seen(path, fps=5) == [(0, 1), (0.2, 3), (0.4, 3), (0.6, 3), (0.8, 3), (1.0, 5), (1.2, 6), (1.4, 6)]
+        assert [n for _, n in seen(path, count=3)] == [1, 3, 6]
+        assert seen(path, fps=5, keep=lambda n: n > 5) == [(1.2, 6), (1.4, 6)]
+    assert duration(path) == pytest.approx(1.5)
+    assert number(read_picture(path)) == 1  # as a picture: the first
+    one = animation(tmp_path / f"one{path.suffix}", [0], 0.1)
+    if path.suffix != ".png":  # a PNG of one picture is none that FFmpeg takes for a film
+        assert seen(one) == [(0, 1)]
+
+
+def test_damaged_webp(tmp_path):
+    path = animation(tmp_path / "a.webp")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for ask in (frames, duration):
+        with pytest.raises(ValueError, match=r"a\.webp: cannot be read as a picture"):
+            ask(path)
+    with pytest.raises(ValueError, match=r"none\.webp: no such picture file"):
+        frames(tmp_path / "none.webp")
+
+
+def test_films_that_cannot_be_decoded(tmp_path, monkeypatch):
+    path = film(tmp_path / "a.mp4", regular(5))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(ValueError, match=r"a\.mp4: has a codec that FFmpeg lacks; convert it"):
+        frames(path)
+    path = film(tmp_path / "b.mp4", regular(5))
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(ValueError, match=r"b\.mp4: has frames of more than 3,071 pixels"):
+        frames(path)
+
+
 def test_bad_files(tmp_path):
     film(tmp_path / "film.mp4", regular(5))
     bad = {
@@ -275,19 +405,195 @@ def test_damaged_bytes_end_in_a_sentence(tmp_path):
                 assert str(path) in str(error)
 
 
-def test_pictures_of_every_kind(tmp_path):
-    def read(picture, name="p.png"):
-        picture.save(tmp_path / name)
-        return video.read_picture(tmp_path / name)
+def png(path, width, height, bits, kind, data):
+    """Write a PNG by hand: Pillow writes no colours of 16 bits, and no size that is not there."""
 
-    assert read(Image.fromarray(np.full((2, 2), 30000, np.uint16))).getpixel((0, 0)) == (117, 117, 117)  # 30000 / 257
-    assert read(Image.new("RGBA", (2, 2), (9, 8, 7, 0))).getpixel((0, 0)) == (9, 8, 7)
-    assert read(Image.new("L", (2, 2), 5)).mode == read(Image.new("P", (2, 2))).mode == "RGB"
-    with pytest.raises(ValueError, match=r"thin\.png: cannot be read as a picture \(1 x 201 pixels"):
-        read(Image.new("1", (1, 201)), "thin.png")
-    with pytest.raises(ValueError, match=r"big\.png: .*8000 x 4001 pixels, expected at most 32,000,000"):
-        read(Image.new("1", (8000, 4001)), "big.png")
+    def part(name, content):
+        return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+
+    header = part(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, kind, 0, 0, 0]))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + part(b"IDAT", zlib.compress(data)) + part(b"IEND", b""))
+    return path
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_every_kind(tmp_path):
+    def read(picture, name="p.png", **how):
+        picture.save(tmp_path / name, **how)
+        picture = read_picture(tmp_path / name)
+        assert picture.mode == "RGB"
+        return picture.getpixel((0, 0))
+
+    for value, want in [(0, 0), (30000, 117), (60000, 233), (65535, 255)]:  # divided by 257
+        assert read(Image.fromarray(np.full((2, 2), value, np.uint16))) == (want,) * 3
+    row = b"\0" + b"".join(v.to_bytes(2, "big") for v in (30000, 255, 65535))
+    assert read_picture(png(tmp_path / "deep.png", 1, 1, 16, 2, row)).getpixel((0, 0)) == (117, 0, 255)  # cut to 8 bits
+    assert read(Image.new("RGBA", (2, 2), (9, 8, 7, 0))) == (9, 8, 7)  # the hidden colour shows, as in the release
+    assert read(Image.new("RGBA", (2, 2), (9, 8, 7, 0)), "p.webp", lossless=True, exact=True) == (9, 8, 7)
+    assert read(Image.new("LA", (2, 2), (9, 0))) == (9, 9, 9)
+    assert read(Image.new("L", (2, 2), 5)) == (5, 5, 5)
+    assert read(Image.new("1", (2, 2), 1)) == (255, 255, 255)
+    assert np.allclose(read(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "p.jpg"), (255, 0, 0), atol=3)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    assert read(palette) == read(palette, "p.bmp") == read(palette, "p.gif") == (200, 100, 50)
+    for transparency in (1, b"\x80\x40"):
+        assert read(palette, transparency=transparency) == (200, 100, 50)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pictures_stand_upright(tmp_path, form):
+    """All eight ways to hold a camera, against Pillow's own exif_transpose."""
+    small = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
+    picture, path = Image.fromarray(small).resize((48, 32), Image.NEAREST), tmp_path / "photo.jpg"
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif = picture.getexif()
+        exif[0x0112] = orientation
+        picture.save(path, form, exif=exif)
+        with Image.open(path) as stored:
+            want = ImageOps.exif_transpose(stored).convert("RGB")
+        assert want.size == ((32, 48) if orientation in (5, 6, 7, 8) else (48, 32))
+        assert np.array_equal(read_picture(path), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_leaves_the_picture_as_stored(tmp_path):
+    """Cut anywhere, or no EXIF at all: what cannot be read does not turn the picture, nor keep it from being read."""
+    picture, path = stripes(5), tmp_path / "a.webp"
+    exif = picture.getexif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    whole = exif.tobytes()
+    for end in range(0, len(whole), 2):
+        picture.save(path, "WEBP", exif=whole[:end])
+        assert read_picture(path).size == (64, 48)
+    profile = PngInfo()
+    profile.add_text("Raw profile type exif", "\nexif\n 5\nzz")
+    picture.save(path, "PNG", pnginfo=profile)
+    assert read_picture(path).size == (64, 48)
+
+
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_refused_pictures_are_not_decoded(tmp_path, monkeypatch):
+    def forbidden(self):
+        raise AssertionError("decoded")
+
+    for name, width, height in [
+        ("big", 9000, 4001),
+        ("bomb", 20000, 20000),
+        ("warned", 10000, 10000),
+        ("thin", 1, 201),
+    ]:
+        png(tmp_path / f"{name}.png", width, height, 1, 0, b"")
+    monkeypatch.setattr(Image.Image, "load", forbidden)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", forbidden)
+    for name, complaint in [
+        ("big", "9000 x 4001 pixels, expected at most 36,000,000 in all"),
+        ("bomb", "exceeds limit of"),
+        ("warned", "10000 x 10000 pixels"),
+        ("thin", "1 x 201 pixels, .* 200 times as long as wide"),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}\.png: cannot be read as a picture .*{complaint}"):
+            read_picture(tmp_path / f"{name}.png")
+
+
+def test_bad_pictures(tmp_path):
     for kind in ("EPS", "TIFF"):  # for the first, Pillow would run Ghostscript
         Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", format=kind)
         with pytest.raises(ValueError, match=r"a\.jpg: cannot be read"):
-            video.read_picture(tmp_path / "a.jpg")
+            read_picture(tmp_path / "a.jpg")
+    stripes(3).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    for content in (b"", b"text", whole[:60], whole[:-30]):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.png: cannot be read as a picture"):
+            read_picture(tmp_path / "a.png")
+    for name in ("none.png", "."):
+        with pytest.raises(ValueError, match="no such picture file"):
+            read_picture(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ahead
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("ahead")]
+
+
+def test_ahead_keeps_order_and_room():
+    made = []
+    source = (made.append(n) or n for n in range(40))
+    coming = ahead(source, room=3)
+    assert not made and not threads()  # nothing starts before it is asked for
+    for n, got in enumerate(coming):
+        assert got == n
+        for _ in range(400):  # it does run ahead ...
+            if len(made) == min(n + 4, 40):
+                break
+            time.sleep(0.005)
+        time.sleep(0.002)
+        assert len(made) == min(n + 4, 40)  # ... by three and no more
+    assert n == 39 and not threads()
+    assert list(ahead([], 2)) == [] and list(ahead(iter("abc"), 9)) == ["a", "b", "c"]
+
+
+def test_ahead_passes_errors_on_in_their_turn(tmp_path):
+    def source():
+        yield 1
+        yield 2
+        raise ValueError("film.mp4: is damaged")
+
+    coming = ahead(source(), room=8)
+    assert [next(coming), next(coming)] == [1, 2]
+    with pytest.raises(ValueError, match=r"^film\.mp4: is damaged$"):
+        next(coming)
+    assert not threads() and next(coming, None) is None
+
+
+@pytest.mark.parametrize("leave", ["close", "drop", "raise"])
+def test_ahead_stops_its_thread(leave):
+    made = []
+
+    def source():
+        while True:
+            time.sleep(0.01)
+            made.append(0)
+            yield 0
+
+    def use():
+        coming = ahead(source(), room=50)
+        next(coming)
+        assert threads()
+        if leave == "close":
+            coming.close()
+        elif leave == "raise":
+            raise KeyError
+
+    with contextlib.suppress(KeyError):
+        use()
+    assert not threads() and len(made) < 25  # the fifty of its room are not made first
+
+
+def test_ahead_does_not_hold_up_the_exit():
+    code = """
+import itertools, time
+from data.video import ahead
+coming = ahead((time.sleep(0.01) for _ in itertools.count()), room=4)
+next(coming)
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=60, capture_output=True)
+    assert done.returncode == 7 and not done.stderr
+
+
+def test_ahead_of_a_film(tmp_path):
+    path = film(tmp_path / "a.mp4", regular(60))
+    stream = frames(path, fps=5, resize=number)
+    assert list(ahead(stream, room=2)) == list(frames(path, fps=5, resize=number)) and len(stream) == 30
+    for _ in range(3):
+        coming = ahead(frames(path, fps=10), room=2)
+        next(coming)
+        coming.close()
+    assert not threads()
+    with pytest.warns(UserWarning, match="using what came"):  # warnings arrive, too
+        list(ahead(frames(cut(tmp_path, ".mkv")), room=2))

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import longva
+from data import parameters
 from data import weights as w
+from data.config import ClipConfig, LMConfig, to_dict
 
 
 def state(seed=0):
@@ -126,6 +130,32 @@ def test_a_failing_stream_leaves_the_old_model(tmp_path):
     assert same(dict(w.read(tmp_path)), state(1))
 
 
+# ---- memory ----
+
+
+def peak_memory():
+    """Bytes that this process held at most since `/proc/self/clear_refs` was told to count anew."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loading_peaks_at_the_models_own_size(tmp_path, dtype):
+    """One file: were all of it mapped (or held) while the model is filled, the peak would be 2 or 1.5 times that."""
+    config = LMConfig(8000, 512, 2048, 12, 8, 2, rope_theta=1e4)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in longva.LM(config).named_parameters()}
+    w.write(tmp_path, ((n, torch.ones(s, dtype=torch.bfloat16)) for n, s in shapes.items()), to_dict(config))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    model = longva.load(tmp_path, dtype=dtype)
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 90e6
+    # 8 MB for what torch needs once, whatever the model: threads, first calls.
+    assert peak_memory() - before < 1.15 * size + 8e6, f"{(peak_memory() - before) / size:.2f} times its size"
+
+
 # ---- strict filling ----
 
 
@@ -173,7 +203,10 @@ def index(**weight_map):
 
 @pytest.mark.parametrize("files, complaint", [
     ({}, "has no weights"),
-    ({"pytorch_model.bin": "x"}, "expected safetensors; convert it: python -c .* pytorch_model.bin$"),
+    ({"pytorch_model.bin": "x"}, "expected safetensors; convert it, in that folder: python -c .* pytorch_model.bin$"),
+    ({"training_args.bin": "x"}, "has no weights"),
+    ({w.INDEX: "{}"}, "has no weight_map"),
+    ({w.INDEX: '{"weight_map": ["x.safetensors"]}'}, "has no weight_map"),
     ({w.INDEX: "{"}, "is not valid JSON"),
     ({w.INDEX: index(a="../x.safetensors")}, r"puts a in '\.\./x.safetensors', expected a bare"),
     ({w.INDEX: index(a="/etc/x.safetensors")}, "expected a bare"),
@@ -207,12 +240,15 @@ def test_complaints_about_config(tmp_path):
 
 
 def test_the_conversion_works_as_printed(tmp_path):
-    torch.save(state(), tmp_path / "pytorch_model.bin")
+    """With tied tensors, and with two files."""
+    tied = state() | {"tied": (a := torch.ones(3)), "twin": a}
+    for n, names in enumerate((["a.weight", "tied", "twin"], ["b.weight", "b.bias", "scalar"])):
+        torch.save({name: tied[name] for name in names}, tmp_path / f"pytorch_model-{n}.bin")
     with pytest.raises(ValueError) as e:
         list(w.read(tmp_path))
     command = re.search(r"python -c .*", str(e.value))[0]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, cwd=tmp_path)
-    assert same(dict(w.read(tmp_path)), state())
+    assert same(dict(w.read(tmp_path)), tied)
 
 
 def test_copy_tokenizer(tmp_path):
@@ -227,6 +263,90 @@ def test_sha_knows_the_weights(tmp_path):
         w.write(tmp_path / name, state(seed).items(), {"name": name}, size)
     x, y, z = (w.sha(tmp_path / name) for name in "xyz")
     assert x == y != z and re.fullmatch("[0-9a-f]{64}", x)
+
+
+# ---- whole folders: what longva.load says ----
+
+TINY = LMConfig(48, 16, 24, 2, 4, 2, rope_theta=1e4)
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def second(folder):
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A model folder in several files."""
+    torch.manual_seed(0)
+    model = longva.LM(TINY)
+    for p in model.parameters():
+        p.data.normal_()
+    w.write(tmp_path, model.named_parameters(), to_dict(TINY), shard_bytes=6_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    longva.load(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    tensors = dict(w.read(folder))
+    change(tensors)
+    w.write(folder, tensors.items(), to_dict(TINY))
+
+
+@pytest.mark.parametrize("spoil, complaint", [
+    (lambda f: second(f).unlink(), r"lacks 1 file\(s\) .* first model-00002-of-"),
+    (lambda f: os.truncate(second(f), 3_000), "model-00002.* cannot be read .* again"),
+    (lambda f: os.truncate(second(f), 5), "model-00002.* cannot be read .* again"),
+    (lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(2))), "1 not expected: extra$"),
+    (lambda f: rewrite(f, lambda t: t.pop(UP)), f"1 missing: {UP}$"),
+    (lambda f: rewrite(f, lambda t: t.update({UP: t[UP].T})), rf"{UP} is \[16, 24\], expected \[24, 16\]"),
+    (lambda f: (f / "config.json").write_text('{"vocab_size": 48}'), "config.json lacks hidden_size"),
+    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    (lambda f: [p.unlink() for p in f.glob("model*")], "has no weights"),
+])  # fmt: skip
+def test_what_load_refuses(shards, spoil, complaint):
+    spoil(shards)
+    with pytest.raises(ValueError, match=complaint):
+        longva.load(shards)
+
+
+def test_load_refuses_what_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(ValueError, match="is not a folder"):
+            longva.load(path)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_any_precision_on_the_disk_and_in_memory(shards, kept, wanted):
+    tensors = dict(w.read(shards))
+    w.write(shards, tensors.items(), to_dict(TINY), dtype=kept)
+    for name, p in longva.load(shards, dtype=wanted).named_parameters():
+        assert p.dtype == wanted and torch.equal(p, tensors[name].to(kept).to(wanted)), name
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("whole", [True, False], ids=["whole CLIP", "tower alone"])
+def test_a_clip_folder_of_transformers(tmp_path, whole):
+    transformers = pytest.importorskip("transformers")
+    eye = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "patch_size": 4, "image_size": 16}  # fmt: skip
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": 50}  # fmt: skip
+    if whole:
+        theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=eye))
+    else:
+        theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**eye))
+    theirs.save_pretrained(tmp_path)
+    config = ClipConfig.from_dict(w.read_config(tmp_path))
+    assert config == ClipConfig(32, 48, 2, 4, 4, 16)
+    ours = longva.ClipVision(config)
+    stream = ((name.removeprefix(parameters.TOWER), tensor) for name, tensor in parameters.read_tower(tmp_path))
+    parameters.fill_from(ours, stream)
+    want = {n.split("vision_model.")[-1]: p for n, p in theirs.named_parameters()}
+    assert all(torch.equal(p, want[name]) for name, p in ours.named_parameters())
 
 
 @pytest.mark.oracle

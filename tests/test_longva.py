@@ -3,10 +3,15 @@
 Random weights everywhere, biases and norms too: a forgotten term must show.
 """
 
+import io
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longva
 import unires
 from clip import ClipConfig
-from data import chat, flags, tokenizer, video, weights
-from longva import KVCache, LMConfig, LongVA, LongVAConfig, generate, nll, rope
+from data import chat, flags, parameters, tokenizer, video, weights
+from longva import KVCache, LMConfig, LongVA, LongVAConfig, nll, rope
 from tests.shapes import watched
 from unires import Layout
 
@@ -75,7 +80,7 @@ def twins(hf, config):
     else:
         theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**rest))
     ours = longva.LM(config)
-    longva.fill_from(ours, vary(theirs.eval()).named_parameters())
+    parameters.fill_from(ours, vary(theirs.eval()).named_parameters())
     return theirs, ours
 
 
@@ -145,22 +150,6 @@ def test_rope_is_near_the_exact_angles_and_made_in_float32():
     assert_close(cos.double(), angle.cos(), atol=0.05, rtol=0)
     assert_close(sin.double(), angle.sin(), atol=0.05, rtol=0)
     assert_close(cos[:3].double(), angle[:3].cos(), atol=3e-5, rtol=0)
-
-
-def test_config_from_dict_and_its_errors():
-    """Old files name rope_theta, those of transformers 5 have rope_parameters."""
-    old = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 4, "rope_theta": 1e9}
-    new = {k: old[k] for k in list(old)[:3]} | {"rope_parameters": {"rope_theta": 1e9, "rope_type": "default"}}
-    config = LMConfig.from_dict(old)
-    assert config == LMConfig.from_dict(new) and config.attention_bias and config.head_width == 2
-    assert not LMConfig.from_dict({**old, "model_type": "llama"}).attention_bias
-    for wrong, message in [
-        ({**old, "num_attention_heads": 5}, "5 query heads cannot share 4 key/value"),
-        ({**old, "head_dim": 7}, "head width is 7"),
-        ({"hidden_size": 8}, "lacks vocab_size, rope_theta"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            LMConfig.from_dict(wrong)
 
 
 # ------------------------------------------------------------------------------------------- 2 the cache
@@ -354,11 +343,12 @@ def test_watch_is_see_of_all_frames_at_once():
     model = longva_model()
     film = [Image.fromarray(np.random.RandomState(i).randint(0, 255, (30, 44, 3), np.uint8)) for i in range(5)]
     for how in ("crop", "pad"):
-        want = model.see(unires.frames(film, 28, how), [Layout(1, 5)])
+        want, grids = model.see(unires.frames(film, 28, how), [Layout(1, 5)]), list(unires.frames(film, 28, how))
         for batch in (1, 2, 5, 64):
-            assert_close(longva.watch(model, iter(film), how, batch), want, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="video without frames"):
-        longva.watch(model, [])
+            parts = list(longva.watch(model, iter(grids), batch))
+            assert [len(part) for part in parts[:-1]] == [4 * batch] * (len(parts) - 1)
+            assert_close(torch.cat(parts), want, atol=1e-5, rtol=1e-5)
+    assert list(longva.watch(model, [])) == []
 
 
 def test_embed_puts_each_visual_token_in_its_place():
@@ -427,8 +417,8 @@ def test_fresh_depends_on_the_seed_alone(make):
     real = make()
     with torch.device("meta"):
         meta = type(real)(real.config)
-    first, second = dict(longva.fresh(real, 3)), dict(longva.fresh(meta, 3))
-    other = dict(longva.fresh(real, 4))
+    first, second = dict(parameters.fresh(real, 3)), dict(parameters.fresh(meta, 3))
+    other = dict(parameters.fresh(real, 4))
     assert first.keys() == second.keys() == dict(real.named_parameters()).keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]) and tensor.shape == real.get_parameter(name).shape, name
@@ -444,7 +434,7 @@ def test_fresh_depends_on_the_seed_alone(make):
 def test_fill_from_is_strict():
     model = longva_model()
     good, name = tensors(model), "model.layers.1.mlp.up_proj.weight"
-    longva.fill_from(model, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}.items())
+    parameters.fill_from(model, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}.items())
     cases = [
         ({k: v for k, v in good.items() if k != name}, f"1 missing: {name}"),
         ({**good, "model.norm.bias": torch.ones(36)}, "1 not expected: model.norm.bias"),
@@ -452,11 +442,11 @@ def test_fill_from_is_strict():
     ]
     for found, message in cases:
         with pytest.raises(ValueError, match=message):
-            longva.fill_from(model, found.items())
+            parameters.fill_from(model, found.items())
     with pytest.raises(ValueError, match=r"1 missing: lm_head.weight"):  # a head that is not tied must be in the file
-        longva.fill_from(model, [(k, v) for k, v in good.items() if k != "lm_head.weight"])
+        parameters.fill_from(model, [(k, v) for k, v in good.items() if k != "lm_head.weight"])
     tied = lm()
-    longva.fill_from(tied, {**tensors(tied), "lm_head.weight": torch.ones(50, 36)}.items())
+    parameters.fill_from(tied, {**tensors(tied), "lm_head.weight": torch.ones(50, 36)}.items())
     assert not (tied.lm_head.weight == 1).all()
 
 
@@ -466,8 +456,8 @@ def test_the_tower_of_a_clip_folder(tmp_path, prefix):
     rest = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1)}
     rest |= {"visual_projection.weight": torch.ones(2, 2), f"{prefix}embeddings.position_ids": torch.arange(17)}
     weights.write(tmp_path, {**{prefix + k: v for k, v in tensors(eye).items()}, **rest}.items(), vars(EYE))
-    longva.fill_from(model, longva.read_tower(tmp_path), only=lambda name: name.startswith(longva.TOWER))
-    want = tensors(longva_model()) | {longva.TOWER + name: tensor for name, tensor in tensors(eye).items()}
+    parameters.fill_from(model, parameters.read_tower(tmp_path), only=lambda name: name.startswith(parameters.TOWER))
+    want = tensors(longva_model()) | {parameters.TOWER + name: tensor for name, tensor in tensors(eye).items()}
     for name, p in model.named_parameters():
         assert torch.equal(p, want[name]), name
 
@@ -577,11 +567,62 @@ def asked():
     return model, x, said
 
 
+def answering(model, x, stop_ids=(), max_tokens=10, chunk=4096):
+    cache = KVCache(model.config.lm, 1, x.shape[1] + max_tokens, x)
+    return longva.generate(model, x, cache, stop_ids, max_tokens, chunk=chunk), cache
+
+
+def generate(*args):
+    return answering(*args)[0]
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 13, 4096])
 def test_generate_equals_computing_all_again(asked, chunk):
     model, x, said = asked
     assert list(generate(model, x, [], 10, chunk)) == said
     assert not any(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most, stops", [(4, False), (10, True)])
+def test_a_next_turn_finds_all_that_was_said(asked, most, stops):
+    """Whether an answer ended by itself or was cut short: the next one is that of reading everything again."""
+    model, x, said = asked
+    last = next(token for token in reversed(said) if said.index(token) > 2)
+    kept = said[: said.index(last)] if stops else said[:most]
+    stream, cache = answering(model, x, [last] if stops else [], most + 30)
+    if not stops:
+        stream = longva.generate(model, x, cache, [], most)
+    assert list(stream) == kept and cache.length == x.shape[1] + len(kept)
+    more = some_ids(model.config.lm, 1, 5)
+    want = answer(model, torch.cat([x, model.embed(torch.tensor([kept])), model.embed(more)], dim=1), 6)
+    assert list(longva.generate(model, model.embed(more), cache, [], 6)) == want
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_as_it_comes(asked):
+    """Pictures and films in parts, text between: what the cache holds then is that of one pass."""
+    model, _, _ = asked
+    seen = model.see(grids(5), [Layout(1, 5)])
+    text = some_ids(model.config.lm, 1, 9)[0].tolist()
+    ids = [*text[:3], chat.IMAGE, *text[3:5], chat.IMAGE, *text[5:]]
+    whole = [*text[:3], *[chat.IMAGE] * 12, *text[3:5], *[chat.IMAGE] * 8, *text[5:]]
+    want = answer(model, model.embed(torch.tensor([whole]), seen), 5)
+    cache = KVCache(model.config.lm, 1, 40, seen)
+    rest = longva.read_prompt(model, ids, [iter([seen[:4], seen[4:12]]), [seen[12:]]], cache, 3)
+    assert rest == text[5:] and cache.length == 25
+    mark = cache.mark()
+    for _ in range(2):  # asked twice about the same pictures
+        cache.rewind(mark)
+        assert list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], 5)) == want
+
+
+def test_a_cache_knows_what_another_knew(asked):
+    model, x, said = asked
+    cache, other = (KVCache(model.config.lm, 1, n, x) for n in (13, 40))
+    read(model, x[:, :9], cache, [9])
+    other.fill(cache.layers(), cache.length)
+    assert list(longva.generate(model, x[:, 9:], other, [], 10)) == said
 
 
 def test_generate_stops(asked):
@@ -609,7 +650,8 @@ def test_suffixes_tell_the_truth(tmp_path):
         model(*args)[0].sum().backward()
         nll(*loss_case(), chunk=4)[0].sum().backward()
         with torch.no_grad():
-            x = model.embed(args[0][:1], longva.watch(model, film, batch=2)[:8])
+            seen = torch.cat(list(longva.watch(model, unires.frames(film, 28), batch=2)))
+            x = model.embed(args[0][:1], seen[:8])
             list(generate(model, x, [], 4, 6))  # the last portion has four
             cache = KVCache(model.config.lm, 1, 16, x)
             read(model, x, cache, [9, 1, 6])
@@ -617,7 +659,7 @@ def test_suffixes_tell_the_truth(tmp_path):
             pixels, layout = longva.show(Image.fromarray(film[0]), wide.config)
             wide.see(pixels, [layout])
         again = longva.load(saved(tmp_path, model))
-        longva.fill_from(again, longva.fresh(again, 0))
+        parameters.fill_from(again, parameters.fresh(again, 0))
     assert not [lie for lie in told if not lie.startswith("test_")], told
 
 
@@ -690,6 +732,96 @@ def test_asks_about_a_film(folder, capsys, film):
     assert capsys.readouterr().out == want
 
 
+def turns(folder, questions, frames=3):
+    """What a chat must print, everything computed again for every token."""
+    words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "model")
+    pixels = unires.frames([p for _, p in video.frames(folder / "frames", count=frames)], 28, "crop")
+    ids, text = chat.prompt(words, questions[0], [4 * frames]), ""
+    for n, question in enumerate(questions):
+        ids += chat.follow_up(words, question) if n else []
+        said = answer(model, model.embed(torch.tensor([ids]), slowly(model, pixels, Layout(1, frames))), 8)
+        said = said[: next((i for i, token in enumerate(said) if token in words.stop_ids), 8)]
+        ids, text = ids + said, text + words.decode(said) + "\n"
+    return text
+
+
+def chatting(folder, monkeypatch, capsys, typed, **settings):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    asking(folder, chat=True, video=folder / "frames", frames=3, **settings)
+    return capsys.readouterr().out.replace("> ", "")
+
+
+def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
+    looked = []
+    see = LongVA.see
+    monkeypatch.setattr(LongVA, "see", lambda *args: looked.append(1) or see(*args))
+    out = chatting(folder, monkeypatch, capsys, "and then?\n\n/new\nwhy?\n", question="how many?")
+    assert out == turns(folder, ["how many?", "and then?"]) + turns(folder, ["why?"]) and len(looked) == 1
+
+
+def test_a_chat_goes_on_after_mistakes(folder, monkeypatch, capsys):
+    out = chatting(folder, monkeypatch, capsys, "what <image>?\nwhy?\n" + "why? " * 99 + "\nwhy?\n", dialogue=50)
+    complaint, said, full, again = out.splitlines()
+    assert "<image> cannot be asked for in a chat" in complaint and "tokens are full; /new begins again" in full
+    assert "\n".join([said, again]) + "\n" == turns(folder, ["why?", "why?"])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsys):
+    """Under torchrun frames are dealt out, the cache is spread, and a chat is typed once; 60 frames are 240 tokens."""
+    for i in range(60):
+        Image.fromarray(np.random.RandomState(i).randint(0, 255, (32, 40, 3), np.uint8)).save(tmp_path / f"{i:02}.png")
+    words = ["how many?", "--weights", folder / "model", "--video", tmp_path, "--frames", 60, "--batch", 25]
+    words = [str(word) for word in [*words, "--chunk", 150, "--chat", "--max-tokens", 12, "--device", "cpu"]]
+    typed = "and then?\n/new\nwhy?\n"
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "longva.py"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *torchrun, *words], input=typed, env=alone, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    longva.main(flags.parse(longva.Config, argv=words))
+    said = capsys.readouterr().out
+    assert done.stdout == said and len(set(said.split("\n"))) >= 3
+
+
+def test_a_film_is_remembered(folder, monkeypatch, capsys, tmp_path):
+    """Frames, weights and film decide what is remembered; a damaged memory is refused, never used."""
+    settings = {"video": folder / "frames", "frames": 3, "cache": tmp_path}
+    asking(folder, question="how many?", **settings)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(LongVA, "see", lambda *args: pytest.fail("the film was looked at again"))
+    asking(folder, question="how many?", **settings)
+    assert capsys.readouterr().out == first == turns(folder, ["how many?"])
+    with pytest.raises(pytest.fail.Exception, match="looked at again"):
+        asking(folder, question="how many?", **settings | {"frames": 4})
+    with pytest.raises(pytest.fail.Exception, match="looked at again"):
+        asking(folder, question="how many?", **settings | {"video": folder / "film.mp4"})
+    [file] = tmp_path.glob("*/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cannot be read"):
+        asking(folder, question="how many?", **settings)
+
+
+def test_a_language_model_is_asked_without_pictures(folder, capsys):
+    asking(folder, question="how many?", weights=folder / "blind")
+    words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "blind")
+    said = answer(model, model.embed(torch.tensor([chat.prompt(words, "how many?")])), 8)
+    assert capsys.readouterr().out == words.decode(said) + "\n"
+
+
+def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    drawn = {"do_sample": True, "temperature": 5.0, "top_k": 0}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(drawn))
+    said = []
+    for flags_ in ({}, {}, {"seed": 1}, {"temperature": 0.0}):
+        asking(folder, question="how many?", video=folder / "frames", frames=3, weights=tmp_path / "model", **flags_)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] and said[3] == turns(folder, ["how many?"]) != said[0]
+
+
 @pytest.mark.parametrize("settings, message", [
     ({}, "either --image FILE ... or --video"),
     ({"image": ("frames/0.png",), "video": "frames"}, "not both"),
@@ -698,8 +830,12 @@ def test_asks_about_a_film(folder, capsys, film):
     ({"video": "frames", "frames": 5}, "has 4 frames, but 5 were asked for"),
     ({"image": ("frames/0.png",), "weights": "blind"}, "blind is a language model and cannot see"),
     ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
-    pytest.param({"image": ("frames/0.png",), "device": "cuda"}, "(?i)cuda",
+    pytest.param({"image": ("frames/0.png",), "device": "cuda"}, "need one GPU each, but torch sees 0",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
+    ({"image": ("frames/0.png",), "cache": Path("kept")}, "--cache keeps what one process read of a --video"),
+    ({"image": ("frames/0.png",), "top_p": 1.5}, "top_p 1.5 is impossible"),
+    ({"image": ("frames/0.png",), "template": "qwen"}, "unknown template 'qwen'"),
+    ({"video": "frames", "weights": "blind"}, "cannot see"),
     ({"image": ("frames/0.png",), "question": "<image> or <image>?"}, "2 placeholder.* for 1 picture"),
 ])  # fmt: skip
 def test_user_errors_are_one_sentence(folder, settings, message):

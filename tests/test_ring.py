@@ -14,7 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import longva
 import ring
+from data import state
+from data.config import LMConfig
 from tests import ranks, shapes
 
 ALONE = ring.World(0, 1, torch.device("cpu"))
@@ -240,7 +243,7 @@ def check_sharded_gradients(world, out):
 
 
 def same(model, optimizer, other, other_optimizer):
-    mine, its = ring.state_tensors(model, optimizer), ring.state_tensors(other, other_optimizer)
+    mine, its = state.tensors(model, optimizer), state.tensors(other, other_optimizer)
     assert mine.keys() == its.keys() and len(mine) > len(list(model.parameters()))
     for key in mine:
         assert torch.equal(ring.my_rows(mine[key])[0], ring.my_rows(its[key])[0]), key
@@ -256,7 +259,7 @@ def check_resume(world, out):
         ring.save_state(folder, through, optimizer, step, world)
     for torn in ("step-9.tmp", "step-1.old.tmp"):
         (folder / torn).mkdir(exist_ok=True)
-    ring.barrier(world)
+    ring.total(torch.zeros(1), world)
     resumed, its_optimizer = sharded(world)
     assert ring.load_state(folder, resumed, its_optimizer, world) == 2
     same(through, optimizer, resumed, its_optimizer)
@@ -265,7 +268,100 @@ def check_resume(world, out):
     assert sorted(p.name for p in folder.iterdir()) == ["step-1", "step-2"]
 
 
-CHECKS = [check_index, check_mean, check_attention, check_bf16, check_traffic, check_sharded_gradients, check_resume]
+def recite(cache, world, x, chunk):
+    """Feed q, k, v of further tokens, one triple per layer, to a cache; what it answers in each layer, whole."""
+    T, answers, shared = x[0][0].shape[1], [], []
+    for here, idx in cache.pieces(T, chunk):
+        assert idx.dtype == torch.int64 and idx.device == world.device
+        size = here.stop - here.start
+        for layer, qkv in enumerate(x):
+            o = cache.attend(layer, *(y[:, here][:, idx] for y in qkv))
+            if cache.dealt:
+                assert len(idx) == size // world.ranks and size <= max(chunk, 2 * world.ranks)
+                o = ring.unshard(o, world)
+            else:
+                shared.append(o)
+            answers.append((here, layer, o))
+    assert len(idx) == size > 0 and here.stop == T  # the last piece is known to all
+    for o in shared:
+        assert all(torch.equal(o, other) for other in ring.gather(o, world))
+    return [torch.cat([o for _, of, o in answers if of == layer], dim=1) for layer in range(len(x))]
+
+
+def check_cache(world, out):
+    """Prompts of many lengths, single tokens, a dialogue that is forgotten; in two layers, against dense attention."""
+    reads = [(5, 64), (45, 24), (1, 8), (1, 8), "mark", (27, 9), (1, 8), "rewind", (75, 32), (1, 64), (19, 64), (1, 1)]
+    for dtype, bound, B, H, G, K in [(torch.float64, 1e-12, 2, 4, 2, 13), (torch.float32, 1e-5, 1, 7, 1, 8)]:
+        cache = ring.ShardedCache(world, 2, B, 200, G, K, torch.empty(0, dtype=dtype))
+        known = [[torch.empty(B, 0, n, K, dtype=dtype) for n in (H, G, G)]] * 2
+        for seed, read in enumerate(reads):
+            if read == "mark":
+                mark, remembered = cache.mark(), known
+            elif read == "rewind":
+                cache.rewind(mark)
+                known = remembered
+            else:
+                T, chunk = read
+                new = [[noise(B, T, n, K, seed=10 * seed + 3 * layer + i).to(dtype) for i, n in enumerate((H, G, G))] for layer in range(2)]  # fmt: skip
+                known = [[torch.cat(pair, 1) for pair in zip(*both)] for both in zip(known, new)]
+                for o, qkv in zip(recite(cache, world, new, chunk), known):
+                    assert o.dtype == dtype
+                    assert worst([o], [dense(*qkv)[:, -T:]]) <= bound, (dtype, T, chunk)
+            assert cache.length == known[0][0].shape[1]
+
+
+def check_full_cache(world, out):
+    """However it is filled, no rank runs out of room before the whole is full; then a sentence says so."""
+    S = 3 * ring.SHARED
+    cache = ring.ShardedCache(world, 1, 1, S, 1, 2, torch.empty(0))
+    for T in [ring.SHARED, 2 * world.ranks + 1, ring.SHARED, 1]:
+        recite(cache, world, [[noise(1, T, 1, 2).float()] * 3], 8 if T < ring.SHARED else S)
+    while left := S - cache.length:
+        recite(cache, world, [[noise(1, min(left, 20), 1, 2).float()] * 3], S)
+    assert cache.length == S and max(cache.held) <= cache.k_LBSGK.shape[2]
+    with pytest.raises(AssertionError, match=f"a cache for {S} tokens cannot hold {S + 1}"):
+        next(cache.pieces(1, 8))
+
+
+@torch.no_grad()
+def say_ten(model, x, cache, chunk):
+    """Read a prompt and say ten greedy tokens through a cache, as longva.read does; the tokens and all their scores."""
+    said, scores = [], []
+    for _ in range(10):
+        for here, idx in cache.pieces(x.shape[1], chunk):
+            h = model.model(x[:, here][:, idx], cache.length + idx, cache.attend)
+        scores.append(model.logits(h[:, -1]))
+        said.append(scores[-1].argmax().item())
+        x = model.embed(torch.tensor([said[-1:]]))
+    return said, torch.cat(scores)
+
+
+def check_answer(world, out):
+    """A small language model says the same with its cache on one rank and on several."""
+    torch.manual_seed(0)
+    config = LMConfig(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)  # fmt: skip
+    model = longva.LM(config).double().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.normal_(0, 0.1 if "embed" in name else 1 if p.ndim > 1 else 0.5)  # so that it says more than one thing
+    x = model.embed(torch.randint(0, 97, (1, 203)))
+    said, scores = say_ten(model, x, longva.KVCache(config, 1, 220, x), 50)
+    ours, our_scores = say_ten(model, x, ring.ShardedCache(world, 2, 1, 220, 2, 4, x), 50)
+    assert ours == said and len(set(said)) > 3
+    assert_close(our_scores, scores, rtol=0, atol=1e-5)  # scores are fp32
+
+
+CHECKS = [
+    check_index,
+    check_mean,
+    check_attention,
+    check_bf16,
+    check_traffic,
+    check_cache,
+    check_full_cache,
+    check_answer,
+    check_sharded_gradients,
+    check_resume,
+]
 
 
 @pytest.mark.ranks
@@ -278,7 +374,10 @@ def test_one_process(tmp_path):
     assert ring.start("cpu") == ALONE
     with shapes.watched(Path(ring.__file__).parent) as lies:
         check_attention(ALONE, tmp_path)
+        check_cache(ALONE, tmp_path)
     assert not lies
+    check_full_cache(ALONE, tmp_path)
+    check_answer(ALONE, tmp_path)
     try:
         check_sharded_gradients(ALONE, tmp_path)
         check_resume(ALONE, tmp_path)
@@ -342,7 +441,7 @@ def test_kernels_agree(dtype, bound, causal, S):
     assert worst(fast, [x.double() for x in slow]) <= 2 * bound
 
 
-def test_cuda_kernel_signatures():
+def test_cuda_kernel_signatures(monkeypatch):
     """Shapes and dtypes of the CUDA kernel without a GPU: only torch's own account of its operators is asked."""
     with FakeTensorMode():
         q, k = (torch.empty(2, 16, G, 32, device="cuda", dtype=torch.bfloat16) for G in (4, 2))
@@ -351,6 +450,9 @@ def test_cuda_kernel_signatures():
         q, o, lse = q.narrow(1, 8, 8), o.narrow(1, 8, 8), torch.empty(2, 4, 8, device="cuda")
         grads = ring.block_attention_backward(o, q, k, k, o, lse, False, "cuda")
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+        monkeypatch.setattr(ring, "best_kernel", lambda q_BTHK: "cuda")
+        part = ring.recall(q.narrow(1, 0, 1), k.narrow(1, 0, 9), k.narrow(1, 0, 9))  # a decode step
+        assert (part.shape, part.dtype) == ((2, 1, 4, 33), torch.float32)
 
 
 def test_math_is_right():
@@ -359,67 +461,6 @@ def test_math_is_right():
         attend = ring.zigzag_attend(ALONE, "math")
         got = with_gradients(partial(attend, 0), q, k, v, do)
         assert worst(got, oracle(q, k, v, do)) <= bound
-
-
-def flip(path, at=-1):
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
-    path.write_bytes(raw)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    model, optimizer = sharded(ALONE)
-    for step in (1, 2, 3):
-        train(model, optimizer, ALONE, [step])
-        ring.save_state(tmp_path, model, optimizer, step, ALONE)
-    return tmp_path
-
-
-def load(folder, model=None):
-    model, optimizer = model or sharded(ALONE)
-    return ring.load_state(folder, model, optimizer, ALONE)
-
-
-def test_last_two_are_kept_and_damage_is_seen(saved, capsys):
-    assert ring.saved_steps(saved) == [2, 3] and load(saved) == 3
-    assert capsys.readouterr().out == ""
-    body = saved / "step-3" / "rank-0.safetensors"
-    for name, spoil in [
-        ("rank-0.safetensors", lambda: flip(body)),
-        ("rank-0.safetensors", lambda: body.write_bytes(body.read_bytes()[:-7])),
-        ("rank-0.safetensors", body.unlink),
-        ("manifest.json", lambda: flip(saved / "step-3" / "manifest.json", 12)),
-        ("manifest.json", (saved / "step-3" / "manifest.sha256").unlink),
-    ]:
-        spoil()
-        assert load(saved) == 2
-        said = capsys.readouterr().out
-        assert said == f"{saved / 'step-3'} is not used: {name} is missing or damaged\n"
-    model, optimizer = sharded(ALONE)
-    assert ring.load_state(saved, model, optimizer, ALONE) == 2
-    ring.save_state(saved, model, optimizer, 3, ALONE)  # the damaged state is replaced
-    assert load(saved) == 3 and sorted(p.name for p in saved.iterdir()) == ["step-2", "step-3"]
-    for step in (2, 3):
-        flip(saved / f"step-{step}" / "rank-0.safetensors")
-    with pytest.raises(ValueError, match=r"every state in .* is damaged"):
-        load(saved)
-
-
-def test_a_torn_save_is_ignored_and_swept(saved):
-    (saved / "step-3").rename(saved / "step-4.tmp")  # killed just before the rename
-    assert load(saved) == 2 and ring.saved_steps(saved) == [2] and not (saved / "step-4.tmp").exists()
-
-
-def test_another_model_is_refused(saved):
-    class More(Tiny):
-        def __init__(self):
-            super().__init__()
-            self.extra = nn.Linear(1, 1)
-
-    for model, message in [(More(), "only one of the two has extra.bias"), (Tiny().double(), "was saved as")]:
-        with pytest.raises(ValueError, match=message):
-            load(saved, (model, torch.optim.AdamW(model.parameters())))
 
 
 def save_two_steps(world, out):

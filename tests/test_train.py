@@ -16,7 +16,7 @@ import data.flags
 import longva
 import train_text
 import train_vision
-from data import chat, synthetic, tokenizer
+from data import chat, parameters, synthetic, tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--device cpu --seq-len 64 --batch 4 --short-steps 0".split()
@@ -139,11 +139,11 @@ def test_align_changes_the_projector_alone(made):
     at = made[0]
     before, tower, after = weights_of(at / "base"), weights_of(at / "tower"), weights_of(at / "align")
     for name, tensor in after.items():
-        if name.startswith(longva.TOWER):
-            assert torch.equal(tensor, tower["vision_model." + name.removeprefix(longva.TOWER)]), name
+        if name.startswith(parameters.TOWER):
+            assert torch.equal(tensor, tower["vision_model." + name.removeprefix(parameters.TOWER)]), name
         elif "mm_projector" not in name:
             assert torch.equal(tensor, before[name]), name
-    fresh = dict(longva.fresh(longva.LongVA(longva.read_config(at / "align/model")), 42))
+    fresh = dict(parameters.fresh(longva.LongVA(longva.read_config(at / "align/model")), 42))
     projector = "model.mm_projector.0.weight"
     assert not torch.equal(after[projector], fresh[projector].bfloat16())
 

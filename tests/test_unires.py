@@ -124,18 +124,70 @@ def test_sizes_are_arguments():
 # ------------------------------------------------------------------------------------------ pictures to pixels
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("size", [(40, 30), (31, 57), (32, 32), (33, 200), (500, 40), (17, 5), (1, 3)])
-def test_crop_equals_transformers(size):
-    """Frames are cropped as by CLIP's own processor; the pixels differ by rounding in float32 alone."""
+def processor(name, **how):
+    """One of transformers' image processors, the kind that works with Pillow and numpy as the release's did."""
     transformers = pytest.importorskip("transformers")
-    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    theirs = kind(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    image = noise(*size)
-    want = theirs(image, return_tensors="pt")["pixel_values"][0]
-    assert_close(unires.frame(image, 32), want, atol=1e-6, rtol=0)
-    defaults = kind()
+    return getattr(transformers, f"{name}Pil", getattr(transformers, name))(**how)
+
+
+def clip_processor(side):
+    return processor("CLIPImageProcessor", size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+SIZES = [(40, 30), (30, 40), (31, 57), (32, 32), (33, 200), (500, 40), (17, 5), (1, 3), (1, 1), (97, 96), (1921, 1081)]
+
+
+@pytest.mark.oracle
+def test_normalise_equals_transformers():
+    """Bit for bit, for every value that a colour can have."""
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
+    want = clip_processor(256)(Image.fromarray(ramp.copy()), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(unires.normalise(Image.fromarray(ramp.copy())), want)
+    defaults = processor("CLIPImageProcessor")
     assert (*defaults.image_mean, *defaults.image_std) == (*unires.MEAN, *unires.STD)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("side", [32, 33])
+@pytest.mark.parametrize("size", SIZES)
+def test_crop_equals_transformers(size, side):
+    """Frames are cropped as by CLIP's own processor, bit for bit."""
+    image = noise(*size)
+    want = clip_processor(side)(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(unires.frame(image, side), want)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("side", [32, 33])
+@pytest.mark.parametrize("size", [*SIZES, (64, 700), (700, 513), (255, 257)])
+def test_letterbox_equals_transformers(size, side):
+    """Padded to a square by hand, then CLIP's own processor, bit for bit: strips change nothing."""
+    image, long = noise(*size), max(size)
+    square = np.empty((long, long, 3), np.uint8)
+    square[:] = unires.FILL
+    top, left = (long - size[1]) // 2, (long - size[0]) // 2
+    square[top : top + size[1], left : left + size[0]] = np.array(image)
+    want = clip_processor(side)(Image.fromarray(square), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(unires.frame(image, side, "pad"), want)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("rule", ["canvas", "anyres"])
+@pytest.mark.parametrize("size", [s for s in SIZES if max(s) < 1000])
+def test_cut_equals_transformers(size, rule):
+    """Bit for bit LLaVA-NeXT's grids, with its 5 canvases or the release's 200; its first is the base grid."""
+    side, image = 32, noise(*size)
+    shapes = unires.canvases() if rule == "canvas" else unires.ANYRES
+    theirs = processor(
+        "LlavaNextImageProcessor",
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=[[rows * side, cols * side] for rows, cols in shapes],
+    )
+    want = theirs(image, return_tensors="pt")["pixel_values"][0]
+    pixels, layout = unires.show(image, side, rule, scheme="anyres")
+    assert layout.grids == len(want) and torch.equal(pixels, want)
+    assert torch.equal(unires.cut(image, layout.rows, layout.cols, side, rule), want[1:])
 
 
 def test_constants_are_clip_s():
@@ -143,8 +195,9 @@ def test_constants_are_clip_s():
 
 
 def pixel(rgb):
-    """What an RGB colour becomes."""
-    return [(v / 255 - m) / s for v, m, s in zip(rgb, unires.MEAN, unires.STD)]
+    """What an RGB colour becomes, in float32 as in transformers."""
+    f = np.float32
+    return [(f(v / 255) - f(m)) / f(s) for v, m, s in zip(np.array(rgb, float), unires.MEAN, unires.STD)]
 
 
 def slow_canvas(image, width, height):
@@ -175,7 +228,7 @@ def test_cut_against_loops(rule, size):
             for y in range(side):
                 for x in range(side):
                     want[row * cols + col, :, y, x] = torch.tensor(pixel(canvas[row * side + y, col * side + x]))
-    assert_close(got, want, atol=1e-6, rtol=0)
+    assert torch.equal(got, want)
 
 
 def test_canvas_pads_with_black_and_floor_does_not():
@@ -188,7 +241,8 @@ def test_canvas_pads_with_black_and_floor_does_not():
 
 
 def test_letterbox():
-    """A 2:1 picture covers the middle half, apart from bicubic ringing; the rest is CLIP's mean colour."""
+    """A 2:1 picture covers the middle half, apart from bicubic ringing; the rest is CLIP's mean colour, (122, 116, 104)."""
+    assert unires.FILL == (122, 116, 104)
     got = unires.frame(Image.new("RGB", (64, 32), "white"), 32, "pad")
     for fill in (got[:, :6], got[:, 26:]):
         assert_close(fill, torch.tensor(pixel(unires.FILL))[:, None, None].expand_as(fill))
@@ -250,7 +304,7 @@ def test_animation_shows_its_first_picture():
     assert colour(Image.open(file)) == (255, 0, 0)
 
 
-def test_exif_rotation_is_ignored():
+def test_exif_rotation_is_left_to_read_picture():
     image = Image.new("RGB", (8, 4), "red")
     image.getexif()[0x0112] = 6
     assert unires.rgb(reread(image, "JPEG")).size == (8, 4)
@@ -259,7 +313,7 @@ def test_exif_rotation_is_ignored():
 class Undecoded(Image.Image):
     """A picture whose header claims a size, and which must not be decoded."""
 
-    size = (8000, 4001)
+    size = (9000, 4001)
 
     def load(self):
         raise AssertionError("decoded before its size was checked")
@@ -269,7 +323,7 @@ class Undecoded(Image.Image):
     (Image.new("L", (1, 201)), "1x201 pixels cannot be used"),
     (Image.new("L", (201, 1)), "at most 200 times"),
     (Image.new("L", (0, 5)), "0x5 pixels"),
-    (Undecoded(), "8000x4001 pixels cannot be used: at most 32 megapixels"),
+    (Undecoded(), "9000x4001 pixels cannot be used: at most 36 megapixels"),
     (Image.new("F", (4, 4)), "mode F has no known range"),
     (Image.new("I", (4, 4), 70000), "mode I has no known range"),
     (Image.new("I", (4, 4), -1), "mode I has no known range"),
@@ -286,10 +340,11 @@ def test_refused_pictures(image, message):
 
 
 def test_limits_are_just_passed():
-    unires.check_size(8000, 4000)
+    unires.check_size(9000, 4000)
+    unires.check_size(7680, 4320)  # 8K film
     unires.check_size(1, 200)
-    with pytest.raises(ValueError, match="8001x4000"):
-        choose_grids(8001, 4000, 336)
+    with pytest.raises(ValueError, match="9001x4000"):
+        choose_grids(9001, 4000, 336)
 
 
 def test_other_errors():

@@ -12,7 +12,7 @@ import clip
 import longva
 import unires
 import vniah
-from data import chat, needles, synthetic, tokenizer, video, weights
+from data import chat, needles, parameters, synthetic, tokenizer, video, weights
 
 torch.set_num_threads(1)
 EYE = clip.ClipConfig(16, 32, 2, 2, 8, synthetic.SIDE)
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
         "text": longva.LM(lm_config(words)),
         "sees": longva.LongVA(longva.LongVAConfig(lm_config(words), EYE, "unires", "floor")),
     }.items():
-        stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in longva.fresh(model, 0))
+        stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in parameters.fresh(model, 0))
         weights.copy_tokenizer(synthetic.TOKENIZER, at / name)
         weights.write(at / name, stream, longva.to_dict(model.config))
     return at

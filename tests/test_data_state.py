@@ -1,0 +1,141 @@
+"""Saved states as files: whole or not there, pruned, refused when a byte changed; ranks are threads here."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
+
+import pytest
+import torch
+from torch import nn
+
+from data import state
+
+
+def together(ranks, work):
+    """What work(rank, gather) returns on each rank; gather is a table that all threads lay their tensor on."""
+    table, barrier = [None] * ranks, Barrier(ranks, timeout=10)
+
+    def gather(rank, x):
+        table[rank] = x
+        barrier.wait()
+        everyone = list(table)
+        barrier.wait()
+        return everyone
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(lambda rank: work(rank, partial(gather, rank)), range(ranks)))
+
+
+def trained(steps):
+    """A small model and its AdamW after some steps, the same every time."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(folder, step, ranks=2):
+    """Save the model as ranks would that hold rows of each tensor, and the first of them what has no rows."""
+    found = {key: x.detach() for key, x in state.tensors(*trained(step)).items()}
+
+    def rows(x, rank):
+        return x.tensor_split(ranks)[rank]
+
+    def work(rank, gather):
+        mine = {key: rows(x, rank) if x.dim() else x for key, x in found.items() if x.dim() or rank == 0}
+        state.save(folder, step, mine, rank, gather)
+
+    together(ranks, work)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    return tmp_path
+
+
+def newest(folder, ranks=2):
+    (found,) = set(together(ranks, lambda rank, gather: state.newest(folder, rank, gather)))
+    return found
+
+
+def copy(parameter, tensor):
+    parameter.detach().copy_(tensor)
+
+
+def flip(path, at=-1):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def test_what_was_saved_is_restored(saved):
+    model, optimizer = trained(0)
+    assert state.restore(newest(saved), model, optimizer, copy) == 3
+    want, got = state.tensors(*trained(3)), state.tensors(model, optimizer)
+    assert got.keys() == want.keys() and len(want) == 2 + 2 * 3
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    said = json.loads((saved / "step-3" / "manifest.json").read_text())
+    assert (said["step"], said["ranks"], [*said["files"]]) == (3, 2, ["rank-0.safetensors", "rank-1.safetensors"])
+
+
+def test_nothing_was_saved(tmp_path):
+    assert newest(tmp_path) is None and newest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])  # the ranks that read need not be those that wrote
+@pytest.mark.parametrize("name, spoil", [
+    ("rank-1.safetensors", lambda part: flip(part)),
+    ("rank-1.safetensors", lambda part: part.write_bytes(part.read_bytes()[:-7])),
+    ("rank-1.safetensors", lambda part: part.unlink()),
+    ("manifest.json", lambda part: flip(part.parent / "manifest.json", 12)),
+    ("manifest.json", lambda part: (part.parent / "manifest.json").unlink()),
+    ("manifest.json", lambda part: (part.parent / "manifest.sha256").unlink()),
+])  # fmt: skip
+def test_damage_is_seen_and_said_once(saved, capsys, ranks, name, spoil):
+    assert newest(saved, ranks) == saved / "step-3" and capsys.readouterr().out == ""
+    spoil(saved / "step-3" / "rank-1.safetensors")
+    assert newest(saved, ranks) == saved / "step-2"
+    assert capsys.readouterr().out == f"{saved / 'step-3'} is not used: {name} is missing or damaged\n"
+
+
+def test_all_damaged(saved):
+    for step in (2, 3):
+        flip(saved / f"step-{step}" / "rank-0.safetensors")
+    with pytest.raises(ValueError, match=r"every state in .* is damaged"):
+        newest(saved)
+
+
+def test_the_last_two_are_kept_and_one_saved_again_is_replaced(saved):
+    assert state.saved_steps(saved) == [2, 3]
+    flip(saved / "step-3" / "rank-0.safetensors")
+    save(saved, 3)
+    assert newest(saved) == saved / "step-3" and sorted(p.name for p in saved.iterdir()) == ["step-2", "step-3"]
+
+
+def test_a_torn_save_is_ignored_and_swept(saved):
+    (saved / "step-3").rename(saved / "step-4.tmp")  # killed just before the rename
+    assert newest(saved) == saved / "step-2" and state.saved_steps(saved) == [2]
+    assert not (saved / "step-4.tmp").exists()
+
+
+def test_ranks_must_share_the_folder(saved, tmp_path):
+    folders = [saved, tmp_path / "another machine's"]
+    with pytest.raises(ValueError, match="ranks see different states"):
+        together(2, lambda rank, gather: state.newest(folders[rank], rank, gather))
+
+
+@pytest.mark.parametrize("model, message", [
+    (nn.Linear(3, 5, bias=False), "only one of the two has bias"),
+    (nn.Linear(3, 5).double(), "bias was saved as torch.float32"),
+    (nn.Linear(4, 5), r"saved as .* \[5, 3\], but the model has .* \[5, 4\]"),
+])  # fmt: skip
+def test_another_model_is_refused(saved, model, message):
+    with pytest.raises(ValueError, match=message):
+        state.restore(newest(saved), model, torch.optim.AdamW(model.parameters()), copy)
