@@ -543,7 +543,7 @@ def main(cfg: Config) -> None:
     if cfg.video and cfg.image:
         raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
     if cfg.plan:
-        print(plan.table(config, cfg))
+        plan.show(config, cfg)
         return
     if isinstance(config, LongVAConfig) != bool(cfg.video or cfg.image):
         blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"

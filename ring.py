@@ -125,12 +125,11 @@ def in_turn(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -
     T is at most `rows`; ranks may have different numbers of parts. `none_0D` tells width, dtype and device.
     """
     parts = iter(parts)
-    while True:
-        mine_TD = next(parts, none_0D)
-        counts = gather(torch.tensor(len(mine_TD), device=none_0D.device), world)
-        if not any(counts):
-            return
-        everyone = [mine_TD] if world.ranks == 1 else gather(F.pad(mine_TD, (0, 0, 0, rows - len(mine_TD))), world)
+    if world.ranks == 1:
+        yield from parts
+        return
+    while any(counts := gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
+        everyone = gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
         yield torch.cat([x_TD[:n] for x_TD, n in zip(everyone, counts)])
 
 

@@ -127,8 +127,8 @@ def memory(
 ) -> dict[str, int]:
     """Bytes on each rank for S tokens in all, by what they are for; b bytes per number, `device` cpu or cuda.
 
-    N frames are seen at once. Their tokens stay until the next have been seen: as they were made and joined
-    (ring.in_turn), with R ranks those of all. On a CPU their pixels stay, too, and 2 N frames wait (video.ahead);
+    N frames are seen at once. Their tokens stay until the next have been seen; with R ranks those of all, as they
+    were gathered and joined (ring.in_turn). On a CPU their pixels stay, too, and 2 N frames wait (video.ahead);
     reading needs most at the end of a film, when none waits.
     """
     lm, rows = language(config), S if ranks == 1 else -(-S // ranks) + max(128, 2 * ranks)  # ring.ShardedCache
@@ -139,7 +139,7 @@ def memory(
     frames = -(-S // M)
     N = min(batch, frames)
     pixels = 4 * 3 * config.vision.side**2 if device == "cpu" else 0  # of a frame, before it is seen
-    seen = N * M * lm.hidden_size * b * (2 if ranks == 1 else 2 * ranks + 1)
+    seen = N * M * lm.hidden_size * b * (1 if ranks == 1 else 2 * ranks + 1)
     reading = reading_bytes(lm, S, b, min(chunk, N * M * ranks), ranks, device)
     vision = vision_bytes(config, N, b) + pixels * min(2 * N, frames - N)
     return terms | {"reading": N * pixels + seen + reading, "vision": N * pixels + seen + vision}
@@ -171,6 +171,12 @@ def room_bytes(device: str, ranks: int) -> int:
         limit = Path("/sys/fs/cgroup", file)
         rooms += [int(text) for text in [limit.read_text().strip()] if text != "max"] if limit.is_file() else []
     return min(rooms) // ranks - PROCESS
+
+
+def show(config: Model, cfg: Any) -> None:
+    """Print the page, on the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(table(config, cfg))
 
 
 def table(config: Model, cfg: Any) -> str:

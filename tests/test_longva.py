@@ -748,7 +748,7 @@ def turns(folder, questions, frames=3):
 def chatting(folder, monkeypatch, capsys, typed, **settings):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     asking(folder, chat=True, video=folder / "frames", frames=3, **settings)
-    return capsys.readouterr().out.replace("> ", "")
+    return re.sub("(?m)^(> )+", "", capsys.readouterr().out)
 
 
 def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
@@ -774,10 +774,16 @@ def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsy
     words = ["how many?", "--weights", folder / "model", "--video", tmp_path, "--frames", 60, "--batch", 25]
     words = [str(word) for word in [*words, "--chunk", 150, "--chat", "--max-tokens", 12, "--device", "cpu"]]
     typed = "and then?\n/new\nwhy?\n"
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "longva.py"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "longva.py"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *torchrun, *words], input=typed, env=alone, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *torchrun, *words],
+        input=typed,
+        env=alone,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
