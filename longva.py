@@ -477,6 +477,7 @@ class Config:
     batch: int = knob(32, "frames that the tower sees at once (ours)")
     chunk: int = knob(CHUNK, "tokens read at once (ours)")
     plan: bool = knob(False, "print the memory that this would take, and the most frames that fit; load nothing (ours)")
+    dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "of weights and cache; auto: bf16 on a GPU, else fp32 (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
 
@@ -559,7 +560,7 @@ def main(cfg: Config) -> None:
     rate = {"fps": cfg.fps} if cfg.fps else {"count": cfg.frames}
     ours = lambda i: i // cfg.batch % world.ranks == world.rank  # noqa: E731  blocks of frames go round the ranks
     film = video.frames(cfg.video, **rate, keep=ours) if cfg.video else None
-    model = load(cfg.weights, world.device)
+    model = load(cfg.weights, world.device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype))
     if cfg.weights == TINY_MODEL:
         size = sum(p.numel() for p in model.parameters()) / 1e6
         ring.say(world, f"(a toy of {size:.1f} million parameters, trained on synthetic pictures of shapes and digits)")

@@ -186,7 +186,8 @@ def table(config: Model, cfg: Any) -> str:
     """
     sees, ranks = isinstance(config, LongVAConfig), int(os.environ.get("WORLD_SIZE", 1))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    b, dtype = (2, "bfloat16") if device == "cuda" else (4, "float32")
+    short = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device == "cuda")
+    b, dtype = (2, "bfloat16") if short else (4, "float32")
     asked, unit = cfg.frames if sees else 0, "frames" if sees else "tokens"
     if sees and cfg.video:
         asked = video.frames(cfg.video, **({"fps": cfg.fps} if cfg.fps else {"count": cfg.frames})).total

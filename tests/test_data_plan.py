@@ -157,7 +157,7 @@ def test_most_frames_fit_and_one_more_does_not(config, how):
 
 
 def settings(**changed):
-    asked = {"frames": 40, "fps": None, "video": None, "batch": 32, "chunk": 2048, "device": "cpu"}
+    asked = {"frames": 40, "fps": None, "video": None, "batch": 32, "chunk": 2048, "dtype": "auto", "device": "cpu"}
     talk = {"chat": False, "dialogue": 4096, "max_tokens": 256}
     return SimpleNamespace(**asked | talk | changed)
 
@@ -171,6 +171,7 @@ def test_page_shows_what_was_asked_and_what_fits(monkeypatch):
     assert asked[1:] == ["40", *(f"{size / 1e9:.3f}" for size in [*terms.values(), plan.peak(terms)])]
     most = plan.most_frames(REAL, 80 * 10**9, 256 + plan.PROMPT, b=4, device="cpu")
     assert f"at most {most:,} frames in 80.0 GB" in page and "float32, cpu" in page
+    assert "bfloat16, cpu" in plan.table(REAL, settings(dtype="bf16"))
     assert "4,416 tokens of text" in plan.table(REAL, settings(chat=True))
 
 

@@ -198,6 +198,15 @@ def test_run_tells_of_bad_numbers_and_full_disks(error, capsys, monkeypatch):
     assert stop.value.code == 2 and str(error) in said and said.count("\n") == 1
 
 
+def test_ctrl_c_ends_quietly(capsys):
+    def main(cfg):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        flags.run(main, Config, argv=[])
+    assert stop.value.code == 130 and capsys.readouterr().err == ""
+
+
 def test_no_torch():
     code = "import data.flags, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

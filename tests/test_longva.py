@@ -817,6 +817,18 @@ def test_a_language_model_is_asked_without_pictures(folder, capsys):
     assert capsys.readouterr().out == words.decode(said) + "\n"
 
 
+def test_answers_in_bfloat16(folder, monkeypatch, capsys):
+    """The dtype of weights and cache, and so of every answer's arithmetic."""
+    used = set()
+    monkeypatch.setattr(
+        KVCache, "__init__", (lambda old: lambda *a: (used.add(a[-1].dtype), old(*a))[1])(KVCache.__init__)
+    )
+    for dtype in ("bf16", "fp32", "auto"):
+        asking(folder, question="how many?", video=folder / "frames", frames=3, dtype=dtype)
+        assert used == {torch.bfloat16 if dtype == "bf16" else torch.float32} and capsys.readouterr().out
+        used.clear()
+
+
 def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys):
     shutil.copytree(folder / "model", tmp_path / "model")
     drawn = {"do_sample": True, "temperature": 5.0, "top_k": 0}
