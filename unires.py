@@ -32,12 +32,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.video import MAX_ASPECT, MAX_PIXELS
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour, of pixels in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILL = (122, 116, 104)  # int(255 * MEAN): what a letterbox is filled with, nearly zero to CLIP
 LIMIT = 49  # grids per picture, at most (Sec. 3.2)
 ANYRES = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]  # LLaVA-NeXT's canvases, (rows, cols), first of equals wins
-MAX_PIXELS, MAX_ASPECT = 36_000_000, 200  # a 10 kB file can unpack to gigabytes; 8K film has 33 million pixels
 
 Picture = Image.Image | np.ndarray  # an array is uint8[Y, X, 3]
 
