@@ -49,11 +49,17 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of the run: `rank` of `ranks`, computing on `device`."""
+    """This process's place among the processes of the run, or of one ring: `rank` of `ranks`, computing on `device`."""
 
     rank: int
     ranks: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # of a ring that is not the whole run
+
+    def peer(self, rank: int) -> int:
+        """The number in the whole run of the process that is `rank` here, counted round."""
+        rank %= self.ranks
+        return dist.get_global_rank(self.group, rank) if self.group else rank
 
 
 def start(device: str = "auto") -> World:
@@ -85,6 +91,21 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
+def rings(world: World, size: int) -> tuple[World, int, int]:
+    """Split the run into rings of `size` neighbours, each to share a sequence: (our ring, its number, how many).
+
+    All ranks must call it. Raises ValueError where the ranks do not divide.
+    """
+    if size < 1 or world.ranks % size:
+        legal = ", ".join(str(n) for n in range(1, world.ranks + 1) if world.ranks % n == 0)
+        raise ValueError(f"{world.ranks} rank(s) cannot form rings of {size}; choose one of {legal}")
+    many, number = world.ranks // size, world.rank // size
+    if many == 1:
+        return world, 0, 1
+    groups = [dist.new_group(range(i * size, (i + 1) * size), timeout=TIMEOUT) for i in range(many)]
+    return World(world.rank % size, size, world.device, groups[number]), number, many
+
+
 def say(world: World, text: str, end: str = "\n") -> None:
     """Print on rank 0 only."""
     if world.rank == 0:
@@ -98,7 +119,7 @@ def total(x: Tensor, world: World) -> Tensor:
     """Sum `x` over the ranks, for logging and for counts; carries no gradient. All ranks must call it."""
     x = x.detach().clone()
     if world.ranks > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=world.group)
     return x
 
 
@@ -107,7 +128,7 @@ def gather(x: Tensor, world: World) -> list[Tensor]:
     if world.ranks == 1:
         return [x.detach()]
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world.ranks)]
-    dist.all_gather(parts, x.detach().contiguous())
+    dist.all_gather(parts, x.detach().contiguous(), world.group)
     return parts
 
 
@@ -305,8 +326,8 @@ class Hop:
 
     def __init__(self, mine: Tensor, world: World):
         self.mine, self.coming = mine, torch.empty_like(mine)  # `mine` must live until it is sent
-        send = dist.P2POp(dist.isend, mine, (world.rank + 1) % world.ranks)
-        receive = dist.P2POp(dist.irecv, self.coming, (world.rank - 1) % world.ranks)
+        send = dist.P2POp(dist.isend, mine, world.peer(world.rank + 1), world.group)
+        receive = dist.P2POp(dist.irecv, self.coming, world.peer(world.rank - 1), world.group)
         self.works = dist.batch_isend_irecv([send, receive])
 
     def wait(self) -> Tensor:
@@ -466,7 +487,7 @@ class ShardedCache:
         part_BNHW = recall(torch.cat(gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
         asked_RBTHW = part_BNHW.unflatten(1, (R, -1)).movedim(1, 0).contiguous()
         told_RBTHW = torch.empty_like(asked_RBTHW)
-        dist.all_to_all_single(told_RBTHW, asked_RBTHW)
+        dist.all_to_all_single(told_RBTHW, asked_RBTHW, group=self.world.group)
         return [*told_RBTHW]
 
     def attend(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:

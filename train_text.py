@@ -6,7 +6,7 @@ Run       python train_text.py --preset tiny-base                      the tiny 
           torchrun --nproc-per-node 2 train_text.py                    its extension: two ranks, one sequence
           torchrun --nproc-per-node 8 train_text.py --preset longva --weights Qwen2-7B-Instruct --corpus TOKENS.npy
 Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
-Deviates  The loss is the mean over all targets of a step's part, not the mean of the ranks' means.
+Deviates  The loss is the mean over all targets of a step, not the mean of its parts' and ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
           Hidden states kept for backward stay on the GPU; the release moves them to the CPU.
           max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import parameters, runs, synthetic, text, tokenizer, weights
+from data import chat, parameters, runs, synthetic, text, tokenizer, weights
 from data.flags import knob, run
 
 
@@ -41,7 +41,8 @@ class Config:
     corpus: str = knob("synthetic", "packed token file (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)")
     seq_len: int = knob(224_000, "tokens per sequence (Sec. 3.1)")
     batch: int = knob(1, "sequences read at once (release: extend_qwen2.sh)")
-    accumulate: int = knob(4, "parts that make one step (release: extend_qwen2.sh)")
+    accumulate: int = knob(4, "parts that make one step, over all rings (release: extend_qwen2.sh)")
+    ring: int | None = knob(None, "ranks that share a sequence; none: all, fewer: rings side by side (Sec. 3.1: all)")
     steps: int = knob(1000, "optimizer steps (Sec. 3.1)")
     short_steps: int = knob(0, "of these, first steps on short sequences (ours)")
     short_len: int = knob(64, "tokens per sequence in those steps, as many tokens in all (ours)")
@@ -118,16 +119,36 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
     return batch
 
 
-def main(cfg: Config) -> None:
-    """Train, save, export; resumes where a killed run of the same settings stopped."""
-    # 1 processes
-    world = ring.start(cfg.device)
+def check(cfg: Config, circle: ring.World, number: int, circles: int) -> None:
+    """Raise ValueError for what contradicts itself or cannot be shared, before anything is loaded."""
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
     if cfg.corpus != "synthetic" and cfg.weights is None:
         raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
+    if cfg.accumulate % circles:
+        raise ValueError(f"--accumulate {cfg.accumulate} parts cannot be dealt evenly to {circles} rings; change one")
     for S in {cfg.seq_len, cfg.short_len if cfg.short_steps else cfg.seq_len}:
-        ring.zigzag_index(S, world)  # refuses a length that these ranks cannot share, before anything is loaded
+        ring.zigzag_index(S, circle)
+
+
+def share(batch, parts: range, circle: ring.World, number: int, circles: int) -> tuple[Tensor, list, Tensor]:  # noqa: ANN001
+    """This rank's share of a step: positions idx_T, (ids_BT, targets_BT) of each part, how many targets they have.
+
+    Parts go round the rings, each part's tokens round its ring in zigzag. Targets are counted before any loss is
+    computed, so that a step's loss is their mean however many rings and ranks there are.
+    """
+    whole = [batch(part) for part in parts[number::circles]]
+    idx_T = ring.zigzag_index(whole[0][0].shape[1], circle)
+    mine = [tuple(x_BS.to(idx_T.device)[:, idx_T] for x_BS in pair) for pair in whole]
+    return idx_T, mine, sum((targets_BT != chat.IGNORE).sum() for _, targets_BT in mine)
+
+
+def main(cfg: Config) -> None:
+    """Train, save, export; resumes where a killed run of the same settings stopped."""
+    # 1 processes
+    world = ring.start(cfg.device)
+    circle, *_ = place = ring.rings(world, cfg.ring or world.ranks)
+    check(cfg, *place)
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
     words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
@@ -161,26 +182,26 @@ def main(cfg: Config) -> None:
         runs.rewind(cfg.out, first)
 
     # 6 the loop
-    attend = ring.zigzag_attend(world)
+    attend = ring.zigzag_attend(circle)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
-        began, loss, count = time.perf_counter(), 0.0, 0
-        for part in range(step * cfg.accumulate, (step + 1) * cfg.accumulate):
-            ids_BS, targets_BS = (x.to(world.device) for x in batch(part))
-            idx_T = ring.zigzag_index(ids_BS.shape[1], world)
-            nll_B, count_B = model(ids_BS[:, idx_T], idx_T, targets_BS[:, idx_T], attend)
-            (ring.global_mean(nll_B.sum(), count_B.sum(), world) / cfg.accumulate).backward()
-            loss, count = loss + ring.total(nll_B.sum(), world).item(), count + ring.total(count_B.sum(), world).item()
+        began, loss = time.perf_counter(), torch.zeros((), device=world.device)
+        idx_T, parts, count = share(batch, range(step * cfg.accumulate, (step + 1) * cfg.accumulate), *place)
+        for ids_BT, targets_BT in parts:
+            nll_B, _ = model(ids_BT, idx_T, targets_BT, attend)
+            ring.global_mean(nll_B.sum(), count, world).backward()
+            loss += nll_B.detach().sum()
+        loss = (ring.total(loss, world) / ring.total(count, world)).item()
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
-            speed = ids_BS.numel() * cfg.accumulate / (time.perf_counter() - began)
-            line = {"step": step, "loss": loss / count, "norm": norm, "lr": learning_rate(cfg, step)}
+            speed = ids_BT.numel() * circle.ranks * cfg.accumulate / (time.perf_counter() - began)
+            line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
             runs.log(cfg.out, {**line, "tokens_per_s": round(speed)})
-            bar.set_postfix(loss=f"{loss / count:.3f}", tokens_per_s=f"{speed:,.0f}")
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 

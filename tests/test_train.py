@@ -85,6 +85,9 @@ def made(tmp_path_factory):
     base = [*SMALL, "--preset", "tiny-base", "--steps", 6, "--save-every", 1]
     assert here("train_text.py", *base, "--out", at / "base") == 0
     run("train_text.py", *base, "--out", at / "base-ranks", ranks=2)
+    twice = [*base, "--accumulate", 2]
+    assert here("train_text.py", *twice, "--out", at / "twice") == 0
+    run("train_text.py", *twice, "--ring", 2, "--out", at / "twice-rings", ranks=4)
     assert here("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower") == 0
     align = ["--stage", "align", "--weights", at / "base/model", "--tower", at / "tower/model", "--batch", 4]
     assert here("train_vision.py", *align, "--steps", 2, "--out", at / "align") == 0
@@ -95,9 +98,9 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("one, two", [("base", "base-ranks"), ("sft", "sft-ranks")])
+@pytest.mark.parametrize("one, two", [("base", "base-ranks"), ("twice", "twice-rings"), ("sft", "sft-ranks")])
 def test_ranks_agree(made, one, two):
-    """One process and two ranks: the same losses to float32's tolerance, step after step."""
+    """One process, two ranks, two rings of two: the same losses to float32's tolerance, step after step."""
     a, b = losses(made[0] / one), losses(made[0] / two)
     assert len(a) == len(b) > 4
     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-5, atol=0)
