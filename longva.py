@@ -18,6 +18,7 @@ machines are answers to it; the decoder knows of no mask, no cache and no rank.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -187,6 +189,16 @@ def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -
 # ------------------------------------------------------------------------------------------------ modules
 
 
+def direct(compute: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Compute, keeping for backward whatever backward wants."""
+    return compute(*x)
+
+
+def again(compute: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Compute, keeping the inputs alone; backward computes again from them what it wants."""
+    return checkpoint(compute, *x, use_reentrant=False) if torch.is_grad_enabled() else compute(*x)
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square, in float32, and scale."""
 
@@ -213,16 +225,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, attend: Attend) -> Tensor:
-        """Queries, keys and values, turned by position, answered by `attend`: x_BTD."""
+    def ask(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two turned by position: (q_BTHK, k_BTGK, v_BTGK)."""
         q_BTHK = rotate(self.q_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_TK, sin_TK)
         k_BTGK = rotate(self.k_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_TK, sin_TK)
-        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.K))
-        return self.o_proj(attend(self.layer, q_BTHK, k_BTGK, v_BTGK).flatten(-2))
+        return q_BTHK, k_BTGK, self.v_proj(x_BTD).unflatten(-1, (-1, self.K))
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU. Set `tile` to compute so many tokens at a time: its F-wide tensors of a long sequence outgrow all else."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -230,10 +241,17 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(D, F_, bias=False)
         self.up_proj = nn.Linear(D, F_, bias=False)
         self.down_proj = nn.Linear(F_, D, bias=False)
+        self.tile = 0  # tokens; 0 for all at once
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def swiglu(self, x_BTD: Tensor) -> Tensor:
         """down(silu(gate(x)) * up(x)): x_BTD."""
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """As `swiglu`, whose inner tensors then exist for one tile at a time, in backward too: x_BTD."""
+        if not self.tile or x_BTD.shape[1] <= self.tile:
+            return self.swiglu(x_BTD)
+        return torch.cat([again(self.swiglu, x_BUD) for x_BUD in x_BTD.split(self.tile, dim=1)], dim=1)
 
 
 class Block(nn.Module):
@@ -244,10 +262,18 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config, layer), MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.around = False  # compute again in backward what stands before and after attention, but not attention
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, attend: Attend) -> Tensor:
         """The residual stream after this layer, x_BTD."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, attend)
+        call = again if self.around else direct
+        q_BTHK, k_BTGK, v_BTGK = call(lambda x: self.self_attn.ask(self.input_layernorm(x), cos_TK, sin_TK), x_BTD)
+        o_BTHK = attend(self.self_attn.layer, q_BTHK, k_BTGK, v_BTGK)
+        return call(self.after, x_BTD, o_BTHK)
+
+    def after(self, x_BTD: Tensor, o_BTHK: Tensor) -> Tensor:
+        """Add what attention found, then the MLP's part."""
+        x_BTD = x_BTD + self.self_attn.o_proj(o_BTHK.flatten(-2))
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -261,15 +287,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.remat = False  # keep one hidden state per layer and compute the rest again in backward
+        self.offload = False  # keep in CPU memory what is kept for backward
 
     def forward(self, x_BTD: Tensor, pos_T: Tensor, attend: Attend = causal_attend) -> Tensor:
         """Hidden states h_BTD; `pos_T` is each token's place in the whole sequence, wherever it is held."""
         cos_TK, sin_TK = rope(pos_T, self.config.head_width, self.config.rope_theta)
+        call = again if self.remat else direct
+        away = save_on_cpu(pin_memory=x_BTD.is_cuda) if self.offload else nullcontext()
         for layer in self.layers:
-            if self.remat and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, cos_TK, sin_TK, attend, use_reentrant=False)
-            else:
-                x_BTD = layer(x_BTD, cos_TK, sin_TK, attend)
+            with away:  # positions come by closure, or each layer would send them away again
+                x_BTD = call(lambda x, layer=layer: layer(x, cos_TK, sin_TK, attend), x_BTD)
         return self.norm(x_BTD)
 
 

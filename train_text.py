@@ -8,7 +8,7 @@ Run       python train_text.py --preset tiny-base                      the tiny 
 Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
 Deviates  The loss is the mean over all targets of a step, not the mean of its parts' and ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
-          Hidden states kept for backward stay on the GPU; the release moves them to the CPU.
+          Hidden states go to the CPU and back on the stream that computes: simple, and not hidden behind it.
           max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
           The tiny model is made from nothing here, so that nothing need be downloaded; the paper starts from Qwen2.
 
@@ -55,6 +55,9 @@ class Config:
     max_norm: float = knob(1.0, "largest norm of the gradient (release: extend_qwen2.sh)")
     precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)")
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
+    around: bool = knob(False, "with remat: keep attention's answers too, so that the ring runs once forward (ours)")
+    hidden_offload: bool = knob(True, "what is kept for backward goes to CPU memory (release: train.py)")
+    mlp_tile: int = knob(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
     offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
@@ -63,6 +66,7 @@ class Config:
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
     "accumulate": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32", "remat": False, "offload": False,
+    "hidden_offload": False,
     "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "steps": 160, "rope_theta": 1e6, "lr": 7e-4, "warmup": 20, "cooldown": 0.4}
@@ -158,7 +162,9 @@ def main(cfg: Config) -> None:
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
-    model.model.remat = cfg.remat
+    model.model.remat, model.model.offload = cfg.remat and not cfg.around, cfg.hidden_offload
+    for block in model.model.layers:
+        block.around, block.mlp.tile = cfg.remat and cfg.around, cfg.mlp_tile
     param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
     ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
     source = weights.read(cfg.weights) if cfg.weights else parameters.fresh(model, cfg.seed)

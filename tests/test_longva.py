@@ -152,6 +152,81 @@ def test_rope_is_near_the_exact_angles_and_made_in_float32():
     assert_close(cos[:3].double(), angle[:3].cos(), atol=3e-5, rtol=0)
 
 
+class Sizes(TorchDispatchMode):
+    """The size of every tensor that an operation returns, and how many rows of logits were multiplied."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.largest, self.rows = V, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if func is torch.ops.aten.mm.default and tensor.shape[-1] == self.V:
+                    self.rows += len(tensor)
+        return out
+
+
+MEMORY = [{"remat": True}, {"around": True}, {"tile": 3}, {"remat": True, "tile": 4, "offload": True},
+          {"around": True, "tile": 2, "offload": True}, {"tile": 5, "around": True, "remat": True}]  # fmt: skip
+
+
+def with_memory(model, remat=False, around=False, tile=0, offload=False):
+    model.model.remat, model.model.offload = remat, offload
+    for block in model.model.layers:
+        block.around, block.mlp.tile = around, tile
+    return model
+
+
+@pytest.mark.parametrize("how", MEMORY, ids=str)
+def test_saving_memory_changes_nothing(how):
+    """Every way to keep less for backward gives the plain way's loss and gradients."""
+    ids = some_ids(lm().config, 2, 13)
+    grads = []
+    for settings in ({}, how):
+        model = with_memory(vary(lm(), seed=3).double(), **settings)
+        lost, count = model(ids[:, :-1], torch.arange(12), ids[:, 1:])
+        (lost.sum() / count.sum()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()} | {"loss": lost})
+    assert_close(*grads, atol=1e-14, rtol=1e-12)
+
+
+def what_is_kept(**how):
+    """Bytes kept for backward by 256 tokens in four layers, calls of attend in a step, the widest tensor made."""
+    model = with_memory(lm(num_hidden_layers=4, intermediate_size=200), **how)
+    kept, calls = {}, []
+
+    def attend(*asked):
+        calls.append(1)
+        return longva.causal_attend(*asked)
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = some_ids(model.config, 1, 257)
+    with Sizes(0) as seen:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            lost, _ = model(ids[:, :-1], torch.arange(256), ids[:, 1:], attend)
+        lost.sum().backward()
+    return sum(size for place, size in kept.items() if place not in own), len(calls), seen.largest
+
+
+def test_what_is_kept_for_backward():
+    """One hidden state per layer; or, around attention, its answers too, and attention is asked once, not twice."""
+    plain, once, wide = what_is_kept()
+    assert once == 4 and wide == 256 * 200
+    layered, twice, _ = what_is_kept(remat=True)
+    assert twice == 8 and layered < plain / 5
+    around, once, _ = what_is_kept(around=True)
+    assert once == 4 and layered < around < plain / 2
+    _, _, narrow = what_is_kept(remat=True, tile=8)
+    assert narrow < 256 * 200 / 2
+
+
 # ------------------------------------------------------------------------------------------- 2 the cache
 
 
@@ -259,23 +334,6 @@ def test_nll_of_nothing_is_zero():
     assert lost.tolist() == count.tolist() == [0, 0, 0]
     lost.sum().backward()
     assert not h.grad.any() and not head.grad.any()
-
-
-class Sizes(TorchDispatchMode):
-    """The size of every tensor that an operation returns, and how many rows of logits were multiplied."""
-
-    def __init__(self, V):
-        super().__init__()
-        self.V, self.largest, self.rows = V, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-                if func is torch.ops.aten.mm.default and tensor.shape[-1] == self.V:
-                    self.rows += len(tensor)
-        return out
 
 
 def test_nll_never_holds_all_logits_and_skips_what_is_ignored():
