@@ -13,7 +13,8 @@ Deviates  bfloat16, never float16: Qwen2's activations overflow float16 (the rel
           All 152,064 rows of the embedding are kept; the release cuts them to the tokenizer's length.
 
 The decoder asks one question of the outside, `attend(layer, q, k, v)`. Causal attention, a cache, a ring over many
-machines are answers to it; the decoder knows of no mask, no cache and no rank.
+machines are answers to it; the decoder knows of no mask, no cache and no rank. (Only the script at the end of this file
+does: `ring` is imported for it.)
 """
 
 import sys
@@ -42,7 +43,6 @@ from data.flags import knob, run
 from data.parameters import fill_from
 from data.sampling import choose
 
-GREEDY = Sampling()
 CHUNK = 2048  # tokens read at once; on a CPU their mask takes 5 bytes for each of them and each token before
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 
@@ -78,7 +78,8 @@ def causal_attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) ->
 class KVCache:
     """Keys and values of what was read so far; `attend` adds to them and sees them all.
 
-    Room for S tokens is taken once. ring.ShardedCache has the same face, its memory spread over many processes.
+    Room for S tokens is taken once. ring.ShardedCache, spread over many processes, answers to the same `length`,
+    `pieces`, `attend`, `mark` and `rewind`.
     """
 
     def __init__(self, config: LMConfig, B: int, S: int, like: Tensor):
@@ -102,7 +103,7 @@ class KVCache:
         self.length = mark
 
     def layers(self) -> Iterator[tuple[str, Tensor]]:
-        """What is known by now as (name, [2, B, S, G, K]) of each layer, to be kept on a disk."""
+        """What is known by now as (name, [2, B, length, G, K]) of each layer, to be kept on a disk."""
         return ((f"layers.{layer}", self.kv[:, layer, :, : self.length]) for layer in range(self.kv.shape[1]))
 
     def fill(self, layers: Iterable[tuple[str, Tensor]], length: int) -> None:
@@ -233,7 +234,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. Set `tile` to compute so many tokens at a time: its F-wide tensors of a long sequence outgrow all else."""
+    """SwiGLU. Set `tile` to compute so many tokens at a time: for a long sequence F-wide tensors outgrow all else."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -440,12 +441,17 @@ def read_prompt(model: LM, ids: list[int], shown: Iterable[Iterable[Tensor]], ca
     that are read as they come, so that a long video is never held as a whole.
     """
     for parts in shown:
-        place = ids.index(chat.IMAGE)
-        read(model, model.embed(torch.tensor([ids[:place]], device=model.device)), cache, chunk)
+        if place := ids.index(chat.IMAGE):
+            read(model, model.embed(torch.tensor([ids[:place]], device=model.device)), cache, chunk)
         for x_TD in parts:
             read(model, x_TD[None], cache, chunk)
         ids = ids[place + 1 :]
     return ids
+
+
+def greedy(logits_V: Tensor, said: list[int]) -> int:
+    """The likeliest id."""
+    return logits_V.argmax().item()
 
 
 def generate(
@@ -454,18 +460,17 @@ def generate(
     cache: KVCache,
     stop_ids: Iterable[int],
     max_tokens: int = 256,
-    how: Sampling = GREEDY,
-    dice: torch.Generator | None = None,
+    pick: Callable[[Tensor, list[int]], int] = greedy,
     chunk: int = CHUNK,
 ) -> Iterator[int]:
     """Answer embedded tokens that follow what `cache` holds, id by id as they are found.
 
     Ends after `max_tokens`, or before a stop id; when it has ended, the cache holds all that was said. Only the
-    last position is ever given logits. `dice` are thrown where `how` has a temperature.
+    last position is ever given logits; `pick` chooses by them and by the ids said so far (data/sampling.py).
     """
     stop, said = set(stop_ids), []
     while len(said) < max_tokens:
-        best = choose(model.logits(read(model, x_1TD, cache, chunk)[:, -1:])[0, 0], said, how, dice)
+        best = pick(model.logits(read(model, x_1TD, cache, chunk)[:, -1:])[0, 0], said)
         if best in stop:
             return
         said.append(best)
@@ -478,7 +483,7 @@ def generate(
 
 TINY_MODEL = runs.TINY / "longva"
 QUESTION = "What is in the picture?"
-NEW = "/new"  # typed in a chat: the dialogue is forgotten, the film is not
+NEW = "/new"  # typed in a chat: all that was read after the film is forgotten
 
 
 @dataclass(frozen=True)
@@ -507,6 +512,19 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "of weights and cache; auto: bf16 on a GPU, else fp32 (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
+    def __post_init__(self):
+        least = {"frames": 1, "dialogue": 0, "max_tokens": 1, "batch": 1, "chunk": 1, "seed": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)} makes no sense; give {smallest} or more")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"--fps {self.fps} makes no sense; give a positive number of frames per second")
+        if self.video and self.image:
+            raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
+        if self.cache and not self.video:
+            raise ValueError("--cache keeps what was read of a film; give --video FILE, or leave it out")
+
 
 def progress(parts: Iterable[Tensor], frames: int, M: int) -> Iterator[Tensor]:
     """A film's visual tokens as they come; the bar moves on when a part has been read."""
@@ -516,7 +534,7 @@ def progress(parts: Iterable[Tensor], frames: int, M: int) -> Iterator[Tensor]:
             yield x_TD
             tokens += len(x_TD)
             bar.update(len(x_TD) // M)
-            bar.set_postfix(tokens_per_s=f"{tokens / bar.format_dict['elapsed']:,.0f}")
+            bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f}")
 
 
 def look(
@@ -541,15 +559,15 @@ def new_cache(model: LM, S: int, world: ring.World) -> KVCache | ring.ShardedCac
     return ring.ShardedCache(world, lm.num_hidden_layers, 1, S, lm.num_key_value_heads, lm.head_width, like)
 
 
-def facts(cfg: Config, template: str, model: LM) -> dict:
-    """All that decides what a cache holds of a film: its bytes, the weights', and what lies between them."""
+def facts(cfg: Config, config: LongVAConfig, before: list[int]) -> dict:
+    """All that decides what a cache holds of a film: its bytes, the model, the ids before, and how it is shown."""
     files = video.picture_files(cfg.video) if cfg.video.is_dir() else [cfg.video]
-    how = {"frames": None if cfg.fps else cfg.frames, "fps": cfg.fps, "how": "crop", "template": template}
-    dtype = str(model.lm_head.weight.dtype)
-    return how | {"film": weights.sha_of(files), "weights": weights.sha(cfg.weights), "dtype": dtype}
+    shown = {"frames": None if cfg.fps else cfg.frames, "fps": cfg.fps, "how": "crop", "before": before}
+    model = {"config": to_dict(config), "weights": weights.sha(cfg.weights), "dtype": cfg.dtype, "device": cfg.device}
+    return {"film": weights.sha_of(files), **shown, **model}
 
 
-def ask(cfg: Config, world: ring.World) -> Iterator[str]:
+def questions(cfg: Config, world: ring.World) -> Iterator[str]:
     """The question of the command line; then, in a chat, each line that is typed until there are no more."""
     if cfg.question or not cfg.chat:
         yield cfg.question or QUESTION
@@ -568,8 +586,6 @@ def ask(cfg: Config, world: ring.World) -> Iterator[str]:
 def main(cfg: Config) -> None:
     """Look once, then answer each question as it comes."""
     config = read_config(cfg.weights)
-    if cfg.video and cfg.image:
-        raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
     if cfg.plan:
         plan.show(config, cfg)
         return
@@ -577,8 +593,8 @@ def main(cfg: Config) -> None:
         blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"
         raise ValueError(blind if cfg.video or cfg.image else "give either --image FILE ... or --video FILE to look at")
     world = ring.start(cfg.device)
-    if cfg.cache and (world.ranks > 1 or not cfg.video):
-        raise ValueError("--cache keeps what one process read of a --video; leave it out here")
+    if cfg.cache and world.ranks > 1:
+        raise ValueError(f"--cache keeps what one process read, and here are {world.ranks}; leave it out")
     words = tokenizer.load_tokenizer(cfg.weights)
     template = cfg.template or chat.family(words)
     wanted = {f.name: getattr(cfg, f.name) for f in fields(Sampling) if getattr(cfg, f.name) is not None}
@@ -594,20 +610,27 @@ def main(cfg: Config) -> None:
 
     # 1 look, once
     shown, tokens = look(cfg, model, pictures, film, world)
-    places = [1] * len(shown)
-    blank = chat.prompt(words, cfg.question or QUESTION, places, template)
-    room = tokens + len(blank) + cfg.max_tokens + (cfg.dialogue if cfg.chat else 0)
+    places = [1] * len(shown)  # one id stands for each picture or film, however many tokens it has
+    ids = chat.prompt(words, cfg.question or QUESTION, places, template)
+    room = tokens + len(ids) + cfg.max_tokens + (cfg.dialogue if cfg.chat else 0)
     cache = new_cache(model, room, world)
-    if not (cfg.cache and film_cache.recall(cfg.cache, facts(cfg, template, model), cache)):
-        read_prompt(model, blank, shown, cache, cfg.chunk)
-        if cfg.cache:
-            film_cache.keep(cfg.cache, facts(cfg, template, model), cache)
+    known = cfg.cache and facts(cfg, config, ids[: ids.index(chat.IMAGE)])
+    if not (known and film_cache.recall(cfg.cache, known, cache)):
+        read_prompt(model, ids, shown, cache, cfg.chunk)  # up to the last picture; chat.turn gives what follows it
+        if known:
+            film_cache.keep(cfg.cache, known, cache)
     begin = cache.mark()
+    del shown, pictures
 
     # 2 answer, as often as asked
     stop = {*words.stop_ids, *stop_ids(cfg.weights)}
-    dice = torch.Generator().manual_seed(cfg.seed)
-    for text in ask(cfg, world):
+    dice, typing = torch.Generator().manual_seed(cfg.seed), ring.patient(world)
+
+    def pick(logits_V: Tensor, said: list[int]) -> int:
+        """Rank 0's choice: ranks on unlike machines may differ in a last bit."""
+        return int(ring.from_first(str(choose(logits_V, said, how, dice)), typing))
+
+    for text in questions(cfg, typing):
         if text == NEW:
             cache.rewind(begin)
             continue
@@ -617,7 +640,7 @@ def main(cfg: Config) -> None:
             ring.say(world, f"({room} tokens are full; {NEW} begins again, a larger --dialogue gives more room)")
             continue
         x_1TD = model.embed(torch.tensor([ids], device=world.device))
-        for piece in words.stream(generate(model, x_1TD, cache, stop, left, how, dice, cfg.chunk)):
+        for piece in words.stream(generate(model, x_1TD, cache, stop, left, pick, cfg.chunk)):
             ring.say(world, piece, end="")
         ring.say(world, "")
     ring.stop(world)

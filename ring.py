@@ -132,9 +132,16 @@ def gather(x: Tensor, world: World) -> list[Tensor]:
     return parts
 
 
+def patient(world: World) -> World:
+    """The same ranks in a group of their own, on CPUs, that waits for days: for what a person types."""
+    if world.ranks == 1:
+        return world
+    return replace(world, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+
+
 def from_first(text: str, world: World) -> str:
     """Rank 0's text, on every rank."""
-    said = list(text.encode()) if world.rank == 0 else []
+    said = list(text.encode(errors="replace")) if world.rank == 0 else []
     size = gather(torch.tensor(len(said), device=world.device), world)[0].item()
     mine = torch.tensor(said or [0] * size, dtype=torch.uint8, device=world.device)
     return bytes(gather(mine, world)[0].tolist()).decode()
@@ -151,14 +158,17 @@ def in_turn(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -
         return
     while any(counts := gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
         everyone = gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
-        yield torch.cat([x_TD[:n] for x_TD, n in zip(everyone, counts)])
+        joined = torch.cat([x_TD[:n] for x_TD, n in zip(everyone, counts)])
+        del everyone, mine  # not to be held while the caller reads
+        yield joined
 
 
 def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
     """This rank's part of the mean loss per target over all ranks (Sec. 3.1).
 
-    `sum`: the local sum of losses; `count`: how many targets it has, 0 allowed. The value is sum * R / global
-    count, because sharded parameters *average* gradients over the R ranks; its mean over ranks is the loss.
+    `sum`: the local sum of losses; `count`: how many targets it has, or all parts of a step together have; 0
+    allowed. The value is sum * R / global count, because sharded parameters *average* gradients over the R ranks;
+    its mean over ranks is the loss.
     Raises ValueError, on all ranks alike, if no rank has a target.
     """
     everywhere = total(count, world)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, parameters, runs, synthetic, text, tokenizer, weights
+from data import chat, parameters, plan, runs, synthetic, text, tokenizer, weights
 from data.flags import knob, run
 
 
@@ -38,7 +38,9 @@ class Config:
     weights: Path | None = knob(
         None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)"
     )
-    corpus: str = knob("synthetic", "packed token file (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)")
+    corpus: str = knob(
+        "synthetic", "packed token file or folder (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)"
+    )
     seq_len: int = knob(224_000, "tokens per sequence (Sec. 3.1)")
     batch: int = knob(1, "sequences read at once (release: extend_qwen2.sh)")
     accumulate: int = knob(4, "parts that make one step, over all rings (release: extend_qwen2.sh)")
@@ -56,11 +58,12 @@ class Config:
     precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)")
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
     around: bool = knob(False, "with remat: keep attention's answers too, so that the ring runs once forward (ours)")
-    hidden_offload: bool = knob(True, "what is kept for backward goes to CPU memory (release: train.py)")
+    hidden_offload: bool = knob(True, "with remat: what is kept goes to CPU memory (release: train.py)")
     mlp_tile: int = knob(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
     offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
+    peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
 
@@ -108,7 +111,7 @@ def learning_rate(cfg: Config, step: int) -> float:
 def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
     """A function from the number of a part to its (ids_BS, targets_BS): nothing else decides what is read."""
     if cfg.corpus != "synthetic":
-        tokens = text.open_tokens(cfg.corpus)
+        tokens = text.open_tokens(cfg.corpus, words)
         if (largest := text.largest(tokens)) >= words.size:
             raise ValueError(
                 f"{cfg.corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again"
@@ -162,7 +165,7 @@ def main(cfg: Config) -> None:
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
-    model.model.remat, model.model.offload = cfg.remat and not cfg.around, cfg.hidden_offload
+    model.model.remat, model.model.offload = cfg.remat and not cfg.around, cfg.remat and cfg.hidden_offload
     for block in model.model.layers:
         block.around, block.mlp.tile = cfg.remat and cfg.around, cfg.mlp_tile
     param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
@@ -206,7 +209,11 @@ def main(cfg: Config) -> None:
         if world.rank == 0:
             speed = ids_BT.numel() * circle.ranks * cfg.accumulate / (time.perf_counter() - began)
             line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
-            runs.log(cfg.out, {**line, "tokens_per_s": round(speed)})
+            work = plan.train_flop(config, ids_BT.shape[1] * circle.ranks) * speed / world.ranks / 1e12
+            line |= {"tokens_per_s": round(speed), "tflop_per_s_and_rank": float(f"{work:.4g}")}
+            if world.device.type == "cuda":
+                line |= {"mfu": round(work / cfg.peak_tflop, 4), "gb": torch.cuda.max_memory_allocated() / 1e9}
+            runs.log(cfg.out, line)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)

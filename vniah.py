@@ -165,6 +165,7 @@ class Film:
         for i, sign_MD in enumerate(signs):
             self.hay_NMD[int((i + 0.5) * frames / len(signs))] = sign_MD
         x_1TD = torch.cat([self.pre_1TD, self.hay_NMD.flatten(0, 1)[None]], dim=1)
+        self.cache = None  # the old haystack goes before the new one is read
         self.cache = longva.KVCache(self.model.model.config, 1, x_1TD.shape[1], x_1TD)
         longva.read(self.model, x_1TD, self.cache)
 
@@ -176,7 +177,7 @@ class Film:
         before = self.pre_1TD.shape[1] + at * self.hay_NMD.shape[1]
         found = [False] * len(self.asks)
         sizes = [(len(ask), len(answer)) for ask, answer in zip(self.asks, self.answers)]
-        for group in alike(sizes, (frames - at) * self.hay_NMD.shape[1]):
+        for group in alike(sizes, frames * self.hay_NMD.shape[1]):
             rest_BTD = self.hay_NMD[at:].flatten(0, 1).expand(len(group), -1, -1)
             ask_BTD = self.model.embed(torch.tensor([self.asks[i] for i in group], device=rest_BTD.device))
             hidden_BMD = self.needle_NMD[group] if self.panel.needle else rest_BTD[:, :0]
@@ -185,6 +186,7 @@ class Film:
             cache = self.cache.branch(before, len(group), x_BTD.shape[1] + answer_BA.shape[1])
             for i, hit in zip(group, exact_match(self.model, x_BTD, answer_BA, cache)):
                 found[i] = hit
+            del cache  # before the next one is made: it may be the larger part of a GPU
         return found
 
 

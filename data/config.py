@@ -249,7 +249,7 @@ class Sampling:
     temperature: float = 0.0  # 0: greedy, the likeliest token always
     top_p: float = 1.0  # draw from the likeliest tokens that have this probability together; 1: from all
     top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
-    repetition_penalty: float = 1.0  # above 1, tokens that were read or said before get less likely (release: 1.05)
+    repetition_penalty: float = 1.0  # above 1, tokens said before in an answer get less likely (release: 1.05)
 
     def __post_init__(self):
         for name, expected, fits in (

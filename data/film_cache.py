@@ -1,8 +1,8 @@
 """What a model read of a film, kept on the disk for the next question.
 
 What      A cache's keys and values, layer by layer, in a folder whose name is a digest of all that decides them: the
-          film's bytes, the weights', the frames taken, the template. Anything else gets another folder.
-Paper     None; at 57,344 bytes per token of Qwen2-7B (Sec. 4), 3000 frames are 25 GB, read in seconds, made in minutes.
+          film's bytes, weights and config, the frames taken, the words before. Anything else gets another folder.
+Paper     None. Computed: at 57,344 bytes per token of Qwen2-7B, 3000 frames are 25 GB; nothing here is ever deleted.
 Run       python longva.py "And then?" --video FILM.mp4 --cache FOLDER
 """
 

@@ -139,6 +139,13 @@ def test_predicts_the_peak_of_a_process(measured, name):
     assert plan.peak(terms) == pytest.approx(measured[name], rel=0.05)
 
 
+def test_operations_of_training():
+    """Forward of Qwen2-7B: 14.14 GFLOP per token for its weights, 200,704 per token of length for attention."""
+    assert plan.train_flop(REAL.lm, 0) == pytest.approx(3 * 14.14e9, rel=1e-3)
+    assert plan.train_flop(REAL.lm, 224_000) - plan.train_flop(REAL.lm, 0) == 3 * 200_704 * 224_000
+    assert plan.train_flop(REAL.lm, 224_000) == pytest.approx(177.3e9, rel=1e-3)
+
+
 # ---- what fits ----
 
 

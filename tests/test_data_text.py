@@ -1,8 +1,11 @@
 """Token files: every sequence once per epoch, resuming by number alone, and documents packed or refused."""
 
+import fcntl
 import gzip
 import json
-from itertools import count
+import os
+import signal
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from data import flags, synthetic, text
+from data import documents, flags, synthetic, text
 from data.tokenizer import load_tokenizer
 
 ODD = "A caption with <|im_end|> and <|endoftext|> in it\u2028and a line separator"
@@ -27,6 +30,11 @@ def words():
 def packed(words):
     """What a token file of TEXTS must hold."""
     return [i for t in TEXTS for i in [words.special["<|endoftext|>"], *words.encode(t)]]
+
+
+def pack(files, words, out, keep_short=1.0, **settings):
+    """Without upsampling, unless it is asked for."""
+    return text.pack(text.Config(tuple(files), synthetic.TOKENIZER, out, keep_short=keep_short, **settings), words)
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_largest(tmp_path):
     (None, "No such file"),
     (b"", "is not a token file"),
     (b"not numpy at all, but long enough", "is not a token file"),
-    (np.arange(0, dtype=np.uint16), r"holds uint16\[0\]"),
+    (np.arange(0, dtype=np.uint16), "holds no tokens"),
     (np.zeros((2, 3), np.uint16), r"holds uint16\[2, 3\]"),
     (np.arange(3), r"holds int64\[3\]"),
     (np.arange(3, dtype=">u2"), "holds >u2"),
@@ -163,17 +171,19 @@ KINDS = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "ids.parquet",
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_every_kind_pack_alike(tmp_path, words, packed, kind):
     out = tmp_path / "new" / "tokens.npy"
-    assert text.pack(corpus(tmp_path, kind, words), words, out) == (len(TEXTS), len(packed), [])
+    told = pack(corpus(tmp_path, kind, words), words, out)
+    assert (told["documents"], told["kept"], told["tokens"], told["bad"]) == (5, 5, len(packed), {})
     assert text.open_tokens(out).tolist() == np.load(out).tolist() == packed
-    assert text.open_tokens(out).dtype == np.uint16 and [f.name for f in out.parent.iterdir()] == ["tokens.npy"]
+    assert text.open_tokens(out).dtype == np.uint16
+    assert {f.name for f in out.parent.iterdir()} == {"tokens.npy", "tokens.summary.json"}
     assert packed.count(words.bos_id) == len(TEXTS)  # <|endoftext|> in a text is text
 
 
 def test_a_large_vocabulary_needs_four_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     for size, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
-        top = SimpleNamespace(size=size, bos_id=0, encode=lambda _, size=size: [size - 1])
-        text.pack([tmp_path / "a.txt"], top, tmp_path / "t.npy")
+        top = SimpleNamespace(size=size, bos_id=0, pieces={}, encode=lambda _, size=size: [size - 1])
+        pack([tmp_path / "a.txt"], top, tmp_path / "t.npy")
         tokens = text.open_tokens(tmp_path / "t.npy")
         assert tokens.tolist() == [0, size - 1] and tokens.dtype == dtype
 
@@ -188,9 +198,10 @@ def test_a_bad_document_is_left_out_and_told(tmp_path, words, bad):
     file, out = tmp_path / "a.jsonl", tmp_path / "t.npy"
     good = [b'{"text": " star"}'] * 999
     file.write_bytes(b"\n".join([*good[:500], bad if isinstance(bad, bytes) else bad.encode(), *good[500:]]))
-    documents, tokens, left_out = text.pack([file], words, out)
-    assert (documents, tokens, len(left_out)) == (999, 2 * 999, 1) and len(text.open_tokens(out)) == tokens
-    assert left_out[0].startswith(f"{file}, document 501: ")
+    told = pack([file], words, out)
+    assert (told["documents"], told["tokens"]) == (999, 2 * 999) and len(text.open_tokens(out)) == 2 * 999
+    ((kind, number),) = told["bad"].items()
+    assert number == 1 and told["first_bad"][0].startswith(f"{file}, document 501: {kind}: ")
 
 
 def test_too_many_bad_documents_stop_it(tmp_path, words, monkeypatch):
@@ -198,14 +209,29 @@ def test_too_many_bad_documents_stop_it(tmp_path, words, monkeypatch):
     out.write_bytes(b"an older file")
     file.write_text('{"text": " star"}\n' * 1997 + "bad\n" * 3)
     with pytest.raises(
-        ValueError, match=r"^3 of 2,000 documents are bad, at most 0\.1%.*a\.jsonl, document 1998: Expecting"
+        ValueError, match=r"^3 of 2,000 documents are bad, at most 0\.1%.*a\.jsonl, document 1998: not JSON: Expecting"
     ):
-        text.pack([file], words, out)
+        pack([file], words, out)
     assert out.read_bytes() == b"an older file" and sorted(f.name for f in tmp_path.iterdir()) == ["a.jsonl", "t.npy"]
     file.write_text("bad\n" * 50)
     monkeypatch.setattr(text, "BAD_EARLY", 10)  # it does not read a wrong corpus to its end
-    with pytest.raises(ValueError, match="11 of 11 documents"):
-        text.pack([file], words, out)
+    monkeypatch.setattr(text, "SAVE_EVERY", 12)
+    with pytest.raises(ValueError, match="12 of 12 documents"):
+        pack([file], words, out)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.jsonl", "t.npy"]
+
+
+def test_a_giant_line_is_one_bad_document(tmp_path, words, monkeypatch):
+    """However it ends, the lines around it are read as they are."""
+    monkeypatch.setattr(documents, "LONGEST", 64)
+    for giant in (65, 128, 130, 195, 1000):
+        lines = ['{"text": " star"}'] * 999 + ["x" * giant] + ['{"text": " moon"}'] * 2
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        told = pack([tmp_path / "a.jsonl"], words, tmp_path / "t.npy", seed=giant)
+        assert told["bad"] == {"giant line": 1} and told["documents"] == 1001
+    (tmp_path / "a.jsonl").write_text("x" * 200)
+    with pytest.raises(ValueError, match=r"1 of 1 documents are bad.*giant line: more than 64 bytes"):
+        pack([tmp_path / "a.jsonl"], words, tmp_path / "t.npy")
 
 
 @pytest.mark.parametrize("kind", [".jsonl.zst", ".jsonl.gz", ".parquet"])
@@ -217,8 +243,11 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path, words, kind):
     for n in [*range(1, len(whole), 1 + len(whole) // 40), len(whole) - 1]:
         file.write_bytes(whole[:n])
         with pytest.raises(ValueError, match=rf"corpus{kind} cannot be read"):
-            text.pack([file], words, out)
-    assert not out.exists() and [f.name for f in tmp_path.iterdir()] == [file.name]
+            pack([file], words, out)
+    assert not out.exists()
+    file.write_bytes(whole)  # copied again: the draft goes on from where it was
+    assert pack([file], words, out)["documents"] == (20 if kind == ".jsonl.zst" else 5)
+    assert {f.name for f in tmp_path.iterdir()} == {file.name, "t.npy", "t.summary.json"}
 
 
 @pytest.mark.parametrize("name, content, complaint", [
@@ -228,44 +257,290 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path, words, kind):
     ("a.jsonl", b"\n \n", "hold no document"),
     ("a.txt", b"\xff\xfe", "cannot be read to its end"),
     ("a.jsonl.gz", b"no gzip", "cannot be read to its end"),
-    ("a.jsonl", b'{"text": "' + b"x" * 99 + b'"}', "a line of more than 64 bytes"),
-])  # fmt: skip
-def test_files_that_are_refused(tmp_path, words, monkeypatch, name, content, complaint):
-    monkeypatch.setattr(text, "LONGEST", 64)
+]
+)  # fmt: skip
+def test_files_that_are_refused(tmp_path, words, name, content, complaint):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
-        text.pack([tmp_path / name], words, tmp_path / "t.npy")
+        pack([tmp_path / name], words, tmp_path / "t.npy")
     assert not (tmp_path / "t.npy").exists()
 
 
 def test_parquet_without_text_is_refused(tmp_path, words):
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet has the columns \['body'\], expected 'text' or 'input_ids'"):
-        text.pack([tmp_path / "a.parquet"], words, tmp_path / "t.npy")
+        pack([tmp_path / "a.parquet"], words, tmp_path / "t.npy")
 
 
 def test_an_empty_cell_of_parquet_is_a_bad_document(tmp_path, words):
     for column, good in (("text", " star"), ("input_ids", [5])):
         rows = [good] * 1998 + [None, [None, 5] if column == "input_ids" else ""]
         parquet.write_table(pyarrow.table({column: rows}), tmp_path / "a.parquet")
-        documents, _, left_out = text.pack([tmp_path / "a.parquet"], words, tmp_path / "t.npy")
-        assert documents == 1998 and len(left_out) == 2
+        told = pack([tmp_path / "a.parquet"], words, tmp_path / "t.npy", seed=len(column))
+        assert told["documents"] == 1998 and sum(told["bad"].values()) == 2
 
 
 def test_one_document_at_a_time(tmp_path, words, monkeypatch):
     """Nothing is collected first: an endless file is read no further than where it must stop."""
 
     def endless(_path):
-        for n in count():
-            assert n < 3004
-            yield " star" if n < 3000 else b"bad"
+        for n in range(4001):
+            yield {"text": " star"} if n < 3000 else b"bad"
+        raise AssertionError
 
-    monkeypatch.setitem(text.READERS, ".txt", endless)
+    monkeypatch.setitem(documents.READERS, ".txt", endless)
     monkeypatch.setattr(text, "BAD_EARLY", 3)
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="4 of 3,004"):
-        text.pack([tmp_path / "a.txt"], words, tmp_path / "t.npy")
+    with pytest.raises(ValueError, match="1,000 of 4,000"):
+        pack([tmp_path / "a.txt"], words, tmp_path / "t.npy")
+
+
+# ---- upsampling ----
+
+SOURCES = {"Book": (0.05, 24_000), "Web": (0.67, 1500), "Code": (0.28, 5000)}  # share of documents, usual characters
+
+
+def sources_corpus(folder, count=3000, files=2, seed=0):
+    """Documents of three sources in JSONL files: (files, tokens of each (source, is it long) before)."""
+    rng, before, lines = np.random.default_rng(seed), Counter(), [[] for _ in range(files)]
+    for n in range(count):
+        source = rng.choice(list(SOURCES), p=[share for share, _ in SOURCES.values()])
+        length = max(1, int(SOURCES[source][1] * rng.lognormal(0, 0.7)) // 368)
+        fields = {"input_ids": [1 + n % 200] * length, "meta": {"redpajama_set_name": str(source)}}
+        before[str(source), length + 1 >= 16] += length + 1
+        lines[n % files].append(json.dumps(fields))
+    for n in range(files):
+        (folder / f"{n}.jsonl").write_text("\n".join(lines[n]))
+    return [folder / f"{n}.jsonl" for n in range(files)], before
+
+
+def shares(counts):
+    """Part of all tokens that each source has."""
+    of = {source: sum(n for (s, _), n in counts.items() if s == source) for source, _ in counts}
+    return {source: n / sum(of.values()) for source, n in of.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])  # 3: more than files, so they share out documents
+def test_long_documents_gain_and_sources_keep_their_shares(tmp_path, words, workers):
+    """Against counts made here, and what the summary says against what the token files hold."""
+    files, before = sources_corpus(tmp_path)
+    told = [
+        pack(files, words, tmp_path / "out", 0.1, long=16, workers=workers, worker=n) for n in reversed(range(workers))
+    ]
+    told = text.summarize(told)
+    tokens = text.open_tokens(tmp_path / "out", words)
+    assert len(tokens) == told["tokens"] and told["documents"] == 3000
+    assert int((tokens[:] == words.bos_id).sum()) == told["kept"]
+    counts = Counter()
+    for source, kinds in told["table"].items():
+        for length, row in kinds.items():
+            counts[source, int(length) >= 16] += row["tokens"]
+    for source, share in shares(before).items():
+        assert shares(counts)[source] == pytest.approx(share, abs=0.025)
+        assert told["sources"][source]["share_before"] == pytest.approx(share, abs=0.01)
+        assert told["sources"][source]["share_after"] == pytest.approx(shares(counts)[source], abs=1e-9)
+        expected = before[source, True] / (before[source, True] + 0.1 * before[source, False])
+        long_after = counts[source, True] / (counts[source, True] + counts[source, False])
+        assert long_after == pytest.approx(expected, abs=0.05)
+    assert counts["Web", True] == before["Web", True]  # the source with the fewest long ones keeps them all
+
+
+@pytest.mark.parametrize("kind", [".jsonl.zst", ".parquet"])
+def test_the_source_of_a_document(tmp_path, words, kind):
+    """As SlimPajama names it; anything else there is no name, and no reason to leave a document out."""
+    metas = [{"redpajama_set_name": "RedPajamaBook"}, {"redpajama_set_name": "RedPajamaC4"}, None]
+    rows, file = [{"text": " star", "meta": meta} for meta in metas], tmp_path / f"a{kind}"
+    if kind == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        rows += [{"text": " star", "meta": {"redpajama_set_name": [1]}}, {"text": " star", "meta": 3}]
+        zst(file, "\n".join(map(json.dumps, rows)).encode())
+    found = pack([file], words, tmp_path / "t.npy")["sources"]
+    unnamed = {documents.UNNAMED: len(rows) - 2}
+    assert {s: n["kept"] for s, n in found.items()} == {"RedPajamaBook": 1, "RedPajamaC4": 1} | unnamed
+
+
+def test_upsampling_leaves_each_source_the_same_part():
+    row = {"documents": 1, "estimate": 0, "kept": 0, "kept_estimate": 0, "tokens": 0}
+    table = {
+        "A": {"64": row | {"estimate": 900}, "4096": row | {"estimate": 100}},
+        "B": {"8192": row | {"estimate": 7}},
+    }
+    rates = text.upsampling(table, 4096, 0.1)
+    assert rates["A"] == pytest.approx((0.1, 1)) and rates["B"] == pytest.approx((0.019, 0.19))
+    assert rates[""] == pytest.approx((0.19, 0.19))
+    assert text.upsampling({}, 4096, 0.1) == {"": (1, 1)}
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.37, 1.0, 0.0123])
+def test_what_is_kept_is_spread_evenly(rate):
+    for start in (0.0, 0.5, 0.999):
+        for owed in (0, -9, 9):
+            row, most = {"documents": 0, "kept": 0}, 0
+            for n in range(2000):
+                row["kept"] += text.is_kept(row, rate, start, owed)
+                row["documents"] = n + 1
+                most = max(most, abs(row["kept"] - rate * (n + 1)))
+            assert most <= 1.5 + 1e-9
+
+
+def test_a_source_that_the_survey_missed_is_kept_in_proportion(tmp_path, words, monkeypatch):
+    files, _ = sources_corpus(tmp_path, 1500, 1)
+    other = {"input_ids": [9] * 10, "meta": {"redpajama_set_name": "Late"}}
+    with open(files[0], "a") as f:
+        f.write("\n" + "\n".join([json.dumps(other)] * 500))
+    monkeypatch.setattr(text, "SURVEY_DOCUMENTS", 1500)
+    told = pack(files, words, tmp_path / "t.npy", 0.1, long=16)
+    late = told["sources"]["Late"]
+    assert late["kept"] > 0 and late["share_after"] == pytest.approx(late["share_before"], abs=0.03)
+
+
+# ---- kills, workers ----
+
+
+def dies(action):
+    """Run `action` in a process of its own; whether it was killed on the way."""
+    if (child := os.fork()) == 0:
+        action()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def killer(function, call, after):
+    """`function`, but its call of this number is the last thing that the process does."""
+    calls = iter(range(10**9))
+
+    def wrapped(*arguments):
+        deadly = next(calls) == call
+        if deadly and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments)
+        if deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
+
+
+def everything(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, words, monkeypatch, workers):
+    files, _ = sources_corpus(tmp_path, 300, 2)
+    monkeypatch.setattr(text, "SAVE_EVERY", 20)
+    settings = {"long": 16, "workers": workers, "worker": workers - 1}
+    pack(files, words, tmp_path / "whole", 0.5, **settings)
+    whole, killed, resumed = everything(tmp_path / "whole"), 0, 0
+    assert len(whole) == 2
+    for name, after in (("encode", False), ("publish", False), ("publish", True), ("write_header", True)):
+        for call in (0, 1, 5, 40):
+            out = tmp_path / f"{name}{after}{call}"
+            with monkeypatch.context() as patch:
+                patch.setattr(text, name, killer(getattr(text, name), call, after))
+                for _ in range(2):  # and killed again, as far into what was left
+                    killed += dies(lambda out=out: pack(files, words, out, 0.5, **settings))
+            resumed += any(f.name.endswith(".journal") for f in out.iterdir())
+            pack(files, words, out, 0.5, **settings)
+            assert everything(out) == whole, (name, after, call)
+    assert killed > 12 and resumed > 3, (killed, resumed)
+
+
+def test_what_is_complete_is_not_made_again(tmp_path, words, monkeypatch):
+    files, _ = sources_corpus(tmp_path, 50, 1)
+    first = pack(files, words, tmp_path / "t.npy")
+    monkeypatch.setattr(text, "fill", None)
+    assert pack(files, words, tmp_path / "t.npy") == json.loads(json.dumps(first))
+    monkeypatch.undo()
+    assert pack(files, words, tmp_path / "t.npy", 0.1, long=16)["kept"] < first["kept"]  # other settings: anew
+
+
+def test_a_draft_of_other_settings_or_without_its_tokens_is_not_continued(tmp_path, words, monkeypatch):
+    files, _ = sources_corpus(tmp_path, 100, 1)
+    monkeypatch.setattr(text, "SAVE_EVERY", 10)
+    whole = pack(files, words, tmp_path / "whole.npy")
+    for n, spoil in enumerate((lambda draft: draft.unlink(), lambda draft: None)):
+        out = tmp_path / f"{n}.npy"
+        with monkeypatch.context() as patch:
+            patch.setattr(text, "encode", killer(text.encode, 55, False))
+            assert dies(lambda out=out, n=n: pack(files, words, out, seed=n))
+        spoil(tmp_path / f".{n}.npy.writing")
+        assert pack(files, words, out)["table"] == whole["table"]
+        assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_two_processes_do_not_write_one_part(tmp_path, words):
+    files, _ = sources_corpus(tmp_path, 10, 1)
+    with open(tmp_path / ".t.npy.writing", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"t\.npy is being written by another process"):
+            pack(files, words, tmp_path / "t.npy")
+
+
+@pytest.mark.parametrize("files, workers", [(5, 2), (1, 3), (2, 7)])
+def test_workers_share_the_documents_out(tmp_path, words, files, workers):
+    """Each document once, whatever is shared out; a folder of parts reads as one file."""
+    for n in range(files):
+        rows = [json.dumps({"input_ids": [i % 600, n + 1]}) for i in range(100 * n, 100 * n + 100)]
+        (tmp_path / "in" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "deep" / f"{n}.jsonl").write_text("\n".join(rows))
+    parts = [pack([tmp_path / "in"], words, tmp_path / "out", workers=workers, worker=n) for n in range(workers)]
+    assert min(part["kept"] for part in parts) >= 100 * files // workers - files - 100 * (files >= workers)
+    tokens, one = text.open_tokens(tmp_path / "out", words), tmp_path / "one.npy"
+    pack([tmp_path / "in"], words, one)
+    assert sorted(tokens[:].reshape(-1, 3).tolist()) == sorted(np.load(one).reshape(-1, 3).tolist())
+    assert len(tokens) == 300 * files and text.largest(tokens, 7) == words.bos_id
+    np.save(tmp_path / "joined.npy", tokens[:])
+    joined = text.open_tokens(tmp_path / "joined.npy")
+    for part in range(20):
+        both = [text.windows(t, 17, 2, 3, part) for t in (tokens, joined)]
+        assert all(torch.equal(a, b) for a, b in zip(*both))
+
+
+def test_folders_that_are_refused(tmp_path, words):
+    files, out = sources_corpus(tmp_path, 20, 2)[0], tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match="out holds no token files"):
+        text.open_tokens(out)
+    pack(files, words, out, workers=2, worker=1)
+    with pytest.raises(ValueError, match=r"out holds 1 files of a corpus in 2 parts, missing \[0\]"):
+        text.open_tokens(out)
+    pack(files, words, out, workers=2, worker=0, seed=1)
+    with pytest.raises(ValueError, match="out mixes parts that were packed with different seed"):
+        text.open_tokens(out)
+    pack(files, words, out, workers=2, worker=0)
+    text.open_tokens(out)
+    pack(files, words, out)
+    with pytest.raises(ValueError, match="out holds 3 files of a corpus in 1 parts"):
+        text.open_tokens(out)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, words):
+    files, out = sources_corpus(tmp_path, 20, 2)[0], tmp_path / "t.npy"
+    pack(files, words, out)
+    other = SimpleNamespace(size=words.size, pieces={**words.pieces, 5: b"other"})
+    text.open_tokens(out, words)
+    with pytest.raises(ValueError, match=r"t\.npy was packed with another tokenizer, of 657 ids, than the model's"):
+        text.open_tokens(out, other)
+    np.save(out, np.arange(9, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"t\.npy holds 9 tokens, but t\.summary\.json speaks of"):
+        text.open_tokens(out)
+
+
+@pytest.mark.parametrize("wrong, complaint", [
+    ({"worker": 2, "workers": 2}, "--worker is 2, expected 0 to 1"),
+    ({"workers": 2, "out": "t.npy"}, "2 workers write a file each; give a folder"),
+    ({"keep_short": 0.0}, "--keep-short is 0.0"),
+    ({"long": 5000}, "--long is 5000, expected a power of two"),
+])  # fmt: skip
+def test_settings_that_are_refused(tmp_path, wrong, complaint):
+    out = tmp_path / wrong.pop("out", "out")
+    with pytest.raises(ValueError, match=complaint):
+        text.Config((tmp_path,), tmp_path, out, **wrong)
 
 
 # ---- as it is used ----
@@ -274,14 +549,35 @@ def test_one_document_at_a_time(tmp_path, words, monkeypatch):
 def test_command_line(tmp_path, words, packed, capsys):
     out = tmp_path / "t.npy"
     (file,) = corpus(tmp_path, ".jsonl", words)
-    argv = ["--tokenizer", str(synthetic.TOKENIZER), "--out", str(out), str(file), str(file)]
+    argv = [str(file), str(file), "--tokenizer", str(synthetic.TOKENIZER), "--keep-short", "1", "--out", str(out)]
     flags.run(text.main, text.Config, argv=argv)
     said = capsys.readouterr().out
-    assert f"{out}: 10 documents, {2 * len(packed)} tokens\n" in said and f"--corpus {out}" in said
+    assert f"{out}: 10 documents, 10 kept, {2 * len(packed)} tokens\n" in said and f"--corpus {out}" in said
     assert text.open_tokens(out).tolist() == packed * 2
     with pytest.raises(SystemExit) as stopped:
-        flags.run(text.main, text.Config, argv=[*argv, str(tmp_path / "none.jsonl")])
+        flags.run(text.main, text.Config, argv=[str(tmp_path / "none.jsonl"), *argv])
     assert stopped.value.code == 2 and "none.jsonl is no file" in capsys.readouterr().err
+
+
+def test_command_line_of_workers(tmp_path, words, capsys):
+    """Each says what it did; the last adds them up, beside the parts."""
+    files, _ = sources_corpus(tmp_path, 300, 2)
+    for n in (1, 0):
+        argv = [
+            *map(str, files),
+            "--tokenizer",
+            str(synthetic.TOKENIZER),
+            "--out",
+            str(tmp_path / "out"),
+            "--long",
+            "16",
+        ]
+        flags.run(text.main, text.Config, argv=[*argv, "--worker", str(n), "--workers", "2"])
+        said = capsys.readouterr().out
+        assert ("1 of 2 parts are complete" in said) == (n == 1) and "Book " in said
+    whole = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert whole["documents"] == 300 and whole["tokens"] == len(text.open_tokens(tmp_path / "out", words))
+    assert f"{tmp_path / 'out'}: 300 documents" in said and f"--corpus {tmp_path / 'out'}\n" in said
 
 
 def test_the_training_script_reads_it(tmp_path):

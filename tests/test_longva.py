@@ -770,6 +770,12 @@ def test_the_commands_of_the_docstring_mean_what_they_say():
         assert len(cfg.image) + bool(cfg.video) == 1 and cfg.question in words
 
 
+def test_placeholders_may_touch(folder, capsys):
+    files = tuple(folder / "frames" / f"{i}.png" for i in (2, 0))
+    asking(folder, question="<image><image> What?", image=files)
+    assert capsys.readouterr().out.strip()
+
+
 def test_asks_about_pictures(folder, capsys):
     files = [folder / "frames" / f"{i}.png" for i in (2, 0)]
     asking(folder, question="what is\nthere?", image=tuple(files))
@@ -862,7 +868,15 @@ def test_a_film_is_remembered(folder, monkeypatch, capsys, tmp_path):
         asking(folder, question="how many?", **settings | {"frames": 4})
     with pytest.raises(pytest.fail.Exception, match="looked at again"):
         asking(folder, question="how many?", **settings | {"video": folder / "film.mp4"})
-    [file] = tmp_path.glob("*/model.safetensors")
+    with pytest.raises(pytest.fail.Exception, match="looked at again"):  # other words before the film
+        asking(folder, **settings | {"question": "Look: <image>"})
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = (tmp_path / "model/config.json").read_text()
+    (tmp_path / "model/config.json").write_text(config.replace('"rope_theta": 1000000000.0', '"rope_theta": 10000.0'))
+    assert (tmp_path / "model/config.json").read_text() != config
+    with pytest.raises(pytest.fail.Exception, match="looked at again"):
+        asking(folder, question="how many?", **settings | {"weights": tmp_path / "model"})
+    [file] = tmp_path.glob("????????????????/model.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match="cannot be read"):
         asking(folder, question="how many?", **settings)
@@ -908,7 +922,13 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
     pytest.param({"image": ("frames/0.png",), "device": "cuda"}, "need one GPU each, but torch sees 0",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
-    ({"image": ("frames/0.png",), "cache": Path("kept")}, "--cache keeps what one process read of a --video"),
+    ({"image": ("frames/0.png",), "cache": Path("kept")}, "--cache keeps what was read of a film"),
+    ({"video": "frames", "frames": 0}, "--frames 0 makes no sense; give 1 or more"),
+    ({"video": "frames", "max_tokens": 0}, "--max-tokens 0 makes no sense"),
+    ({"video": "frames", "batch": -1}, "--batch -1 makes no sense"),
+    ({"video": "frames", "chunk": 0}, "--chunk 0 makes no sense"),
+    ({"video": "frames", "chat": True, "dialogue": -5}, "--dialogue -5 makes no sense; give 0 or more"),
+    ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no sense"),
     ({"image": ("frames/0.png",), "top_p": 1.5}, "top_p 1.5 is impossible"),
     ({"image": ("frames/0.png",), "template": "qwen"}, "unknown template 'qwen'"),
     ({"video": "frames", "weights": "blind"}, "cannot see"),
