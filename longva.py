@@ -17,6 +17,7 @@ machines are answers to it; the decoder knows of no mask, no cache and no rank. 
 does: `ring` is imported for it.)
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -520,6 +521,10 @@ class Config:
                 raise ValueError(f"--{flag} {getattr(self, name)} makes no sense; give {smallest} or more")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"--fps {self.fps} makes no sense; give a positive number of frames per second")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed} is too large; give a number below 2**63")
+        if os.path.isfile(self.question or ""):
+            raise ValueError(f"{self.question} is a file where the question should stand; write --image before each")
         if self.video and self.image:
             raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
         if self.cache and not self.video:
@@ -554,6 +559,13 @@ def look(
 def new_cache(model: LM, S: int, world: ring.World) -> KVCache | ring.ShardedCache:
     """An empty cache for S tokens: here, or spread over the ranks."""
     lm, like = model.model.config, model.lm_head.weight
+    needed, free = (
+        plan.cache_bytes(lm, S, like.itemsize) // world.ranks,
+        plan.room_bytes(world.device.type, world.ranks),
+    )
+    if needed > free:
+        gb = f"{needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB are free"
+        raise ValueError(f"{S:,} tokens take {gb}; give fewer --frames, --max-tokens or --dialogue (see --plan)")
     if world.ranks == 1:
         return KVCache(lm, 1, S, like)
     return ring.ShardedCache(world, lm.num_hidden_layers, 1, S, lm.num_key_value_heads, lm.head_width, like)
@@ -567,17 +579,26 @@ def facts(cfg: Config, config: LongVAConfig, before: list[int]) -> dict:
     return {"film": weights.sha_of(files), **shown, **model}
 
 
+def note(world: ring.World, text: str) -> None:
+    """Tell what is no answer: on rank 0, beside the output."""
+    if world.rank == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
 def questions(cfg: Config, world: ring.World) -> Iterator[str]:
     """The question of the command line; then, in a chat, each line that is typed until there are no more."""
     if cfg.question or not cfg.chat:
         yield cfg.question or QUESTION
+    if cfg.chat:
+        note(world, f"(one line, one question; {NEW} begins again about the same film; Ctrl-D ends)")
     while cfg.chat:
-        ring.say(world, "> ", end="")
+        if world.rank == 0 and sys.stdin.isatty():
+            print("> ", end="", flush=True)
         line = ring.from_first(sys.stdin.readline() if world.rank == 0 else "", world)
         if not line:
             return
         if chat.PLACEHOLDER in line:
-            ring.say(world, f"({chat.PLACEHOLDER} cannot be asked for in a chat: what is shown was read before)")
+            note(world, f"({chat.PLACEHOLDER} cannot be asked for in a chat: what is shown was read before)")
         elif line.strip():
             yield line.strip()
 
@@ -593,20 +614,21 @@ def main(cfg: Config) -> None:
         blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"
         raise ValueError(blind if cfg.video or cfg.image else "give either --image FILE ... or --video FILE to look at")
     world = ring.start(cfg.device)
-    if cfg.cache and world.ranks > 1:
-        raise ValueError(f"--cache keeps what one process read, and here are {world.ranks}; leave it out")
     words = tokenizer.load_tokenizer(cfg.weights)
     template = cfg.template or chat.family(words)
+    chat.look_up(words, template)  # like all that follows, before the model: a mistake shows at once
+    if cfg.cache:
+        film_cache.check(cfg.cache, world.ranks)
     wanted = {f.name: getattr(cfg, f.name) for f in fields(Sampling) if getattr(cfg, f.name) is not None}
     how = replace(read_sampling(cfg.weights), **wanted)
-    pictures = [video.read_picture(file) for file in cfg.image]  # before the model: a wrong path fails at once
+    pictures = [video.read_picture(file) for file in cfg.image]
     rate = {"fps": cfg.fps} if cfg.fps else {"count": cfg.frames}
     ours = lambda i: i // cfg.batch % world.ranks == world.rank  # noqa: E731  blocks of frames go round the ranks
     film = video.frames(cfg.video, **rate, keep=ours) if cfg.video else None
     model = load(cfg.weights, world.device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype))
     if cfg.weights == TINY_MODEL:
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        ring.say(world, f"(a toy of {size:.1f} million parameters, trained on synthetic pictures of shapes and digits)")
+        note(world, f"(a toy of {size:.1f} million parameters, trained on synthetic pictures of shapes and digits)")
 
     # 1 look, once
     shown, tokens = look(cfg, model, pictures, film, world)
@@ -637,7 +659,11 @@ def main(cfg: Config) -> None:
         ids = chat.turn(words, text, places, template, first=cache.mark() == begin)
         left = min(cfg.max_tokens, room - cache.length - len(ids))
         if left < 1:
-            ring.say(world, f"({room} tokens are full; {NEW} begins again, a larger --dialogue gives more room)")
+            free = room - cache.length
+            note(
+                world,
+                f"({len(ids)} tokens do not fit in {free}; {NEW} begins again, a larger --dialogue gives more room)",
+            )
             continue
         x_1TD = model.embed(torch.tensor([ids], device=world.device))
         for piece in words.stream(generate(model, x_1TD, cache, stop, left, pick, cfg.chunk)):

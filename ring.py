@@ -75,7 +75,7 @@ def start(device: str = "auto") -> World:
         raise ValueError(f"device {device!r} is not known; choose auto, cpu or cuda")
     if kind == "cuda":
         if here > (found := torch.cuda.device_count()):
-            fix = f"start torchrun with --nproc-per-node {found}" if found else "choose device cpu"
+            fix = f"start torchrun with --nproc-per-node {found}" if found else "choose --device cpu"
             raise ValueError(f"{here} process(es) here need one GPU each, but torch sees {found}; {fix}")
         torch.cuda.set_device(local)
     if ranks > 1:

@@ -8,6 +8,8 @@ Run       python longva.py "And then?" --video FILM.mp4 --cache FOLDER
 
 import hashlib
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,31 @@ def place(root: Path, facts: dict) -> Path:
     return root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check(root: Path, ranks: int) -> None:
+    """Raise ValueError, before any work is done, for a folder that cannot be written to, or more than one rank."""
+    if ranks > 1:
+        raise ValueError(f"--cache keeps what one process read, and here are {ranks}; leave it out")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise ValueError(f"--cache {root} cannot be written to ({error.strerror}); name another folder") from error
+
+
 def keep(root: Path, facts: dict, cache: Any) -> None:
     """Write what the cache holds; complete or not at all, however it ends."""
     weights.write(place(root, facts), cache.layers(), facts | {"length": cache.length}, shard_bytes=1 << 30)
 
 
 def recall(root: Path, facts: dict, cache: Any) -> bool:
-    """Fill the cache from the disk; False where nothing is kept of this. Raises ValueError for damaged files."""
+    """Fill the cache from the disk; False where nothing is kept of this, or what is kept is damaged."""
     folder = place(root, facts)
     if not (folder / weights.CONFIG).is_file():
         return False
-    cache.fill(weights.read(folder), weights.read_config(folder)["length"])
+    try:
+        cache.fill(weights.read(folder), weights.read_config(folder)["length"])
+    except ValueError as error:
+        print(f"({error}: the film is read again)", file=sys.stderr)
+        return False
     return True

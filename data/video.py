@@ -307,7 +307,7 @@ def _on_screen_webp(path: Path, index: Index, times: list[float], resize: Callab
 def _evenly(path: Path, total: int, count: int | None) -> list[int]:
     """Choose `count` of `total` indices as the release does (rounded down); all of them without a count."""
     if count is not None and count > total:
-        raise ValueError(f"{path}: has {total} frames, but {count} were asked for; ask for at most {total}")
+        raise ValueError(f"{path}: has {total} frames, but {count} were asked for; ask for at most {total} (--frames)")
     return np.linspace(0, total - 1, count or total).astype(int).tolist()
 
 
