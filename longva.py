@@ -62,10 +62,9 @@ def rope(pos_T: Tensor, K: int, theta: float) -> tuple[Tensor, Tensor]:
     return angle_TK.cos(), angle_TK.sin()
 
 
-def rotate(x_BTHK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
     """Turn each pair of numbers (i, i + K/2) of every head by its position's angle (RoPE)."""
     first, second = x_BTHK.chunk(2, dim=-1)
-    cos_T1K, sin_T1K = cos_TK[:, None].to(x_BTHK.dtype), sin_TK[:, None].to(x_BTHK.dtype)
     return x_BTHK * cos_T1K + torch.cat([-second, first], dim=-1) * sin_T1K
 
 
@@ -227,10 +226,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
 
-    def ask(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def ask(self, x_BTD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two turned by position: (q_BTHK, k_BTGK, v_BTGK)."""
-        q_BTHK = rotate(self.q_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_TK, sin_TK)
-        k_BTGK = rotate(self.k_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_TK, sin_TK)
+        q_BTHK = rotate(self.q_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_T1K, sin_T1K)
+        k_BTGK = rotate(self.k_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_T1K, sin_T1K)
         return q_BTHK, k_BTGK, self.v_proj(x_BTD).unflatten(-1, (-1, self.K))
 
 
@@ -266,10 +265,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.around = False  # compute again in backward what stands before and after attention, but not attention
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor, attend: Attend) -> Tensor:
         """The residual stream after this layer, x_BTD."""
         call = again if self.around else direct
-        q_BTHK, k_BTGK, v_BTGK = call(lambda x: self.self_attn.ask(self.input_layernorm(x), cos_TK, sin_TK), x_BTD)
+        q_BTHK, k_BTGK, v_BTGK = call(lambda x: self.self_attn.ask(self.input_layernorm(x), cos_T1K, sin_T1K), x_BTD)
         o_BTHK = attend(self.self_attn.layer, q_BTHK, k_BTGK, v_BTGK)
         return call(self.after, x_BTD, o_BTHK)
 
@@ -293,12 +292,13 @@ class Decoder(nn.Module):
 
     def forward(self, x_BTD: Tensor, pos_T: Tensor, attend: Attend = causal_attend) -> Tensor:
         """Hidden states h_BTD; `pos_T` is each token's place in the whole sequence, wherever it is held."""
-        cos_TK, sin_TK = rope(pos_T, self.config.head_width, self.config.rope_theta)
+        turn = rope(pos_T, self.config.head_width, self.config.rope_theta)
+        cos_T1K, sin_T1K = (angle_TK[:, None].to(x_BTD.dtype) for angle_TK in turn)
         call = again if self.remat else direct
         away = save_on_cpu(pin_memory=x_BTD.is_cuda) if self.offload else nullcontext()
         for layer in self.layers:
             with away:  # positions come by closure, or each layer would send them away again
-                x_BTD = call(lambda x, layer=layer: layer(x, cos_TK, sin_TK, attend), x_BTD)
+                x_BTD = call(lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend), x_BTD)
         return self.norm(x_BTD)
 
 

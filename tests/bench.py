@@ -13,9 +13,9 @@ Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdp
 A ratio above 1 means that ours takes less time; a share below 1, that ours takes less memory.
 """
 
-import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +28,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,6 +39,7 @@ from data.config import ClipConfig
 
 NEW = 64  # tokens said in a decoding case
 PAGE = 4 / 1024  # MB; no growth is less than one
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors leave at once: the peak is of tensors, the same each time
 Run = Callable[[int], Tensor]  # n tokens or grids -> what was computed
 
 
@@ -91,9 +92,12 @@ def make_tower(folder: Path, sizes: dict) -> None:
     model.save_pretrained(folder)
 
 
-def their_lm(folder: Path) -> Qwen2ForCausalLM:
-    """Load it as people do."""
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+def their(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """Load a model as people do, then into memory of its own: pages of a mapped file come and go, and are counted."""
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    for p in model.parameters():
+        p.data = p.data.clone()
+    return model
 
 
 def their_words(model: Qwen2ForCausalLM, ids_1T: Tensor, count: int, **cache: DynamicCache) -> Tensor:
@@ -130,7 +134,7 @@ def our_prefill(folder: Path, n: int) -> Run:
 
 def their_prefill(folder: Path, n: int) -> Run:
     """The same, in one piece."""
-    model = their_lm(folder)
+    model = their(Qwen2ForCausalLM, folder)
 
     def prefill(T: int) -> Tensor:
         ids_1T = some_ids(model.config.vocab_size, T)
@@ -156,7 +160,7 @@ def our_decode(folder: Path, n: int) -> Run:
 
 def their_decode(folder: Path, n: int) -> Run:
     """The same by their `generate`."""
-    model, cache = their_lm(folder), DynamicCache()
+    model, cache = their(Qwen2ForCausalLM, folder), DynamicCache()
     ids_1T = some_ids(model.config.vocab_size, n)
     model(ids_1T[:, :-1], use_cache=True, past_key_values=cache, logits_to_keep=1)
 
@@ -178,7 +182,7 @@ def our_features(folder: Path, n: int) -> Run:
 
 def their_features(folder: Path, n: int) -> Run:
     """The same as LLaVA takes them: all layers, all hidden states, then a choice."""
-    model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = their(CLIPVisionModel, folder)
     return lambda N: model(some_pixels(model.config, N), output_hidden_states=True).hidden_states[-2][:, 1:]
 
 
@@ -196,7 +200,7 @@ def our_first_word(folder: Path, n: int) -> Run:
 
 def their_first_word(folder: Path, n: int) -> Run:
     """The same by their `generate`."""
-    model = their_lm(folder)
+    model = their(Qwen2ForCausalLM, folder)
     return lambda T: their_words(model, some_ids(model.config.vocab_size, T), 1)
 
 
@@ -249,12 +253,11 @@ def resident(field: str) -> float:
 def alone(case: Case, side: str, folder: Path, n: int) -> float:
     """One side of a memory case: by how many MB it grows at most; the result is left in the folder.
 
-    A short run comes first, so that late imports and weights mapped from a file are not taken for growth.
+    A short run comes first, so that late imports are not taken for growth.
     """
     run = getattr(case, side)(folder, n)
     run(1)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the short run left goes back
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = resident("VmRSS")
     save_file({"result": run(n).contiguous()}, folder / f"{side}.result")
@@ -269,7 +272,7 @@ def measure_memory(case: Case, folder: Path, quick: bool) -> tuple[float, float,
             grown.append(alone(case, side, folder, case.quick[1]))
         else:
             command = [sys.executable, __file__, "alone", case.name, side, str(folder)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC)
             grown.append(float(done.stdout.split()[-1]))
     return *grown, *(load_file(folder / f"{side}.result")["result"] for side in ("ours", "theirs"))
 
