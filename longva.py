@@ -40,7 +40,7 @@ import unires
 from clip import ClipVision
 from data import chat, film_cache, plan, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
-from data.flags import knob, run
+from data.flags import at_least, knob, run
 from data.parameters import fill_from
 from data.sampling import choose
 
@@ -514,11 +514,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
     def __post_init__(self):
-        least = {"frames": 1, "dialogue": 0, "max_tokens": 1, "batch": 1, "chunk": 1, "seed": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(self, name)} makes no sense; give {smallest} or more")
+        at_least(self, frames=1, dialogue=0, max_tokens=1, batch=1, chunk=1, seed=0)
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"--fps {self.fps} makes no sense; give a positive number of frames per second")
         if self.seed >= 2**63:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import longva
 import ring
 from data import chat, parameters, plan, runs, synthetic, text, tokenizer, weights
-from data.flags import knob, run
+from data.flags import at_least, knob, run
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Config:
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+
+    def __post_init__(self):
+        at_least(self, seq_len=2, short_len=2, batch=1, accumulate=1, ring=1, steps=1, save_every=1)
+        at_least(self, short_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, max_norm=0)
+        at_least(self, mlp_tile=0, seed=0, peak_tflop=1)
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect

@@ -35,7 +35,7 @@ import longva
 import ring
 import unires
 from data import chat, llava, parameters, runs, synthetic, tokenizer, weights
-from data.flags import knob, run
+from data.flags import at_least, knob, run
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Config:
     save_every: int = knob(500, "steps between saved states (ours)")
     seed: int = knob(42, "of new weights and of the order of data (release: finetune.sh)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+
+    def __post_init__(self):
+        at_least(self, max_len=1, grids=1, batch=1, steps=1, save_every=1, seed=0)
+        at_least(self, grow=0, lr=0, tower_lr=0, warmup=0, max_norm=0)
 
 
 STAGES = {  # (release: pretrain.sh, finetune.sh)

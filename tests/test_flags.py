@@ -207,6 +207,15 @@ def test_ctrl_c_ends_quietly(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == ""
 
 
+def test_at_least():
+    cfg = dataclasses.make_dataclass("Cls", ["steps", "lengths", "rate"])(3, (4, 0), None)
+    flags.at_least(cfg, steps=3, lengths=0, rate=1)
+    with pytest.raises(ValueError, match="--steps 3 makes no sense; give 4 or more"):
+        flags.at_least(cfg, steps=4)
+    with pytest.raises(ValueError, match="--lengths 0 makes no sense; give 1 or more"):
+        flags.at_least(cfg, lengths=1)
+
+
 def test_no_torch():
     code = "import data.flags, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

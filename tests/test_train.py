@@ -167,6 +167,12 @@ def test_sft_changes_everything(made):
     (["train_text.py", "--weights", "{sft}"], "sees already"),
     (["train_vision.py", "--stage", "sft", "--weights", "nowhere"], "--stage align first"),
     (["train_text.py", "--preset", "longva"], "--corpus"),
+    (["train_text.py", "--save-every", "0"], "--save-every 0 makes no sense; give 1 or more"),
+    (["train_text.py", "--accumulate", "0"], "--accumulate 0 makes no sense"),
+    (["train_text.py", "--ring", "2"], "1 rank(s) cannot form rings of 2; choose one of 1"),
+    (["train_text.py", "--lr", "-1"], "--lr -1.0 makes no sense"),
+    (["train_vision.py", "--stage", "sft", "--grids", "0"], "--grids 0 makes no sense"),
+    (["train_vision.py", "--stage", "sft", "--steps", "0"], "--steps 0 makes no sense"),
     (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
 ])  # fmt: skip
 def test_mistakes_get_one_sentence(made, tmp_path, capsys, flags, complaint):
