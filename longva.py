@@ -538,6 +538,12 @@ def progress(parts: Iterable[Tensor], frames: int, M: int) -> Iterator[Tensor]:
             bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f}")
 
 
+def open_film(cfg: Config, world: ring.World) -> video.Frames:
+    """This rank's frames of the film: blocks of --batch go round the ranks."""
+    rate = {"fps": cfg.fps} if cfg.fps else {"count": cfg.frames}
+    return video.frames(cfg.video, **rate, keep=lambda i: i // cfg.batch % world.ranks == world.rank)
+
+
 def look(
     cfg: Config, model: LongVA, pictures: list[Image], film: video.Frames | None, world: ring.World
 ) -> tuple[list[Iterable[Tensor]], int]:
@@ -560,19 +566,11 @@ def new_cache(model: LM, S: int, world: ring.World) -> KVCache | ring.ShardedCac
         plan.room_bytes(world.device.type, world.ranks),
     )
     if needed > free:
-        gb = f"{needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB are free"
+        gb = f"{needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB can be had"
         raise ValueError(f"{S:,} tokens take {gb}; give fewer --frames, --max-tokens or --dialogue (see --plan)")
     if world.ranks == 1:
         return KVCache(lm, 1, S, like)
     return ring.ShardedCache(world, lm.num_hidden_layers, 1, S, lm.num_key_value_heads, lm.head_width, like)
-
-
-def facts(cfg: Config, config: LongVAConfig, before: list[int]) -> dict:
-    """All that decides what a cache holds of a film: its bytes, the model, the ids before, and how it is shown."""
-    files = video.picture_files(cfg.video) if cfg.video.is_dir() else [cfg.video]
-    shown = {"frames": None if cfg.fps else cfg.frames, "fps": cfg.fps, "how": "crop", "before": before}
-    model = {"config": to_dict(config), "weights": weights.sha(cfg.weights), "dtype": cfg.dtype, "device": cfg.device}
-    return {"film": weights.sha_of(files), **shown, **model}
 
 
 def note(world: ring.World, text: str) -> None:
@@ -618,9 +616,7 @@ def main(cfg: Config) -> None:
     wanted = {f.name: getattr(cfg, f.name) for f in fields(Sampling) if getattr(cfg, f.name) is not None}
     how = replace(read_sampling(cfg.weights), **wanted)
     pictures = [video.read_picture(file) for file in cfg.image]
-    rate = {"fps": cfg.fps} if cfg.fps else {"count": cfg.frames}
-    ours = lambda i: i // cfg.batch % world.ranks == world.rank  # noqa: E731  blocks of frames go round the ranks
-    film = video.frames(cfg.video, **rate, keep=ours) if cfg.video else None
+    film = open_film(cfg, world) if cfg.video else None
     model = load(cfg.weights, world.device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype))
     if cfg.weights == TINY_MODEL:
         size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -632,7 +628,7 @@ def main(cfg: Config) -> None:
     ids = chat.prompt(words, cfg.question or QUESTION, places, template)
     room = tokens + len(ids) + cfg.max_tokens + (cfg.dialogue if cfg.chat else 0)
     cache = new_cache(model, room, world)
-    known = cfg.cache and facts(cfg, config, ids[: ids.index(chat.IMAGE)])
+    known = cfg.cache and film_cache.facts(cfg, config, model.lm_head.weight.dtype, ids[: ids.index(chat.IMAGE)])
     if not (known and film_cache.recall(cfg.cache, known, cache)):
         read_prompt(model, ids, shown, cache, cfg.chunk)  # up to the last picture; chat.turn gives what follows it
         if known:

@@ -131,7 +131,7 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
     return batch
 
 
-def check(cfg: Config, circle: ring.World, number: int, circles: int) -> None:
+def check(cfg: Config, circle: ring.World, circles: int) -> None:
     """Raise ValueError for what contradicts itself or cannot be shared, before anything is loaded."""
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
@@ -143,13 +143,13 @@ def check(cfg: Config, circle: ring.World, number: int, circles: int) -> None:
         ring.zigzag_index(S, circle)
 
 
-def share(batch, parts: range, circle: ring.World, number: int, circles: int) -> tuple[Tensor, list, Tensor]:  # noqa: ANN001
+def share(batch, parts: range, circle: ring.World) -> tuple[Tensor, list, Tensor]:  # noqa: ANN001
     """This rank's share of a step: positions idx_T, (ids_BT, targets_BT) of each part, how many targets they have.
 
-    Parts go round the rings, each part's tokens round its ring in zigzag. Targets are counted before any loss is
+    `parts` are this ring's; each part's tokens go round it in zigzag. Targets are counted before any loss is
     computed, so that a step's loss is their mean however many rings and ranks there are.
     """
-    whole = [batch(part) for part in parts[number::circles]]
+    whole = [batch(part) for part in parts]
     idx_T = ring.zigzag_index(whole[0][0].shape[1], circle)
     mine = [tuple(x_BS.to(idx_T.device)[:, idx_T] for x_BS in pair) for pair in whole]
     return idx_T, mine, sum((targets_BT != chat.IGNORE).sum() for _, targets_BT in mine)
@@ -159,8 +159,8 @@ def main(cfg: Config) -> None:
     """Train, save, export; resumes where a killed run of the same settings stopped."""
     # 1 processes
     world = ring.start(cfg.device)
-    circle, *_ = place = ring.rings(world, cfg.ring or world.ranks)
-    check(cfg, *place)
+    circle, number, circles = ring.rings(world, cfg.ring or world.ranks)  # parts of a step go round the rings
+    check(cfg, circle, circles)
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
     words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
@@ -200,7 +200,8 @@ def main(cfg: Config) -> None:
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         began, loss = time.perf_counter(), torch.zeros((), device=world.device)
-        idx_T, parts, count = share(batch, range(step * cfg.accumulate, (step + 1) * cfg.accumulate), *place)
+        mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
+        idx_T, parts, count = share(batch, mine, circle)
         for ids_BT, targets_BT in parts:
             nll_B, _ = model(ids_BT, idx_T, targets_BT, attend)
             ring.global_mean(nll_B.sum(), count, world).backward()

@@ -13,7 +13,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data import weights
+import torch
+from safetensors import SafetensorError
+
+from data import video, weights
+from data.config import LongVAConfig, to_dict
+
+
+def facts(cfg: Any, config: LongVAConfig, dtype: torch.dtype, before: list[int]) -> dict:
+    """All that decides what a cache holds of a film: its bytes, the model, the ids before, and how it is shown."""
+    files = video.picture_files(cfg.video) if cfg.video.is_dir() else [cfg.video]
+    shown = {"frames": None if cfg.fps else cfg.frames, "fps": cfg.fps, "how": "crop", "before": before}
+    model = {"config": to_dict(config), "weights": weights.sha(cfg.weights), "dtype": str(dtype)}
+    return {"film": weights.sha_of(files), **shown, **model}
 
 
 def place(root: Path, facts: dict) -> Path:
@@ -34,8 +46,14 @@ def check(root: Path, ranks: int) -> None:
 
 
 def keep(root: Path, facts: dict, cache: Any) -> None:
-    """Write what the cache holds; complete or not at all, however it ends."""
-    weights.write(place(root, facts), cache.layers(), facts | {"length": cache.length}, shard_bytes=1 << 30)
+    """Write what the cache holds; complete or not at all, however it ends.
+
+    A full disk costs the memory of the film, told in one sentence, not the answer for which it was read.
+    """
+    try:
+        weights.write(place(root, facts), cache.layers(), facts | {"length": cache.length}, shard_bytes=1 << 30)
+    except (OSError, SafetensorError) as error:
+        print(f"(--cache {root} keeps nothing of this film: {error})", file=sys.stderr)
 
 
 def recall(root: Path, facts: dict, cache: Any) -> bool:

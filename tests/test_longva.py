@@ -868,6 +868,8 @@ def test_a_film_is_remembered(folder, monkeypatch, capsys, tmp_path):
         asking(folder, question="how many?", **settings | {"frames": 4})
     with pytest.raises(pytest.fail.Exception, match="looked at again"):
         asking(folder, question="how many?", **settings | {"video": folder / "film.mp4"})
+    with pytest.raises(pytest.fail.Exception, match="looked at again"):
+        asking(folder, question="how many?", **settings | {"dtype": "bf16"})
     with pytest.raises(pytest.fail.Exception, match="looked at again"):  # other words before the film
         asking(folder, **settings | {"question": "Look: <image>"})
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -881,6 +883,16 @@ def test_a_film_is_remembered(folder, monkeypatch, capsys, tmp_path):
     with pytest.raises(pytest.fail.Exception, match="looked at again"):
         asking(folder, question="how many?", **settings)
     assert "the film is read again" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_cost_the_answer(folder, monkeypatch, capsys, tmp_path):
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "write", full)
+    asking(folder, question="how many?", video=folder / "frames", frames=3, cache=tmp_path)
+    out, err = capsys.readouterr()
+    assert out == turns(folder, ["how many?"]) and "keeps nothing of this film" in err and "No space left" in err
 
 
 def test_a_language_model_is_asked_without_pictures(folder, capsys):
@@ -934,7 +946,7 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"image": ("frames/0.png",), "template": "qwen"}, "unknown template 'qwen'"),
     ({"video": "frames", "weights": "blind"}, "cannot see"),
     ({"image": ("frames/0.png",), "question": __file__}, "is a file where the question should stand"),
-    ({"image": ("frames/0.png",), "max_tokens": 10**12}, "tokens take .* GB are free; give fewer"),
+    ({"image": ("frames/0.png",), "max_tokens": 10**12}, "tokens take .* GB can be had; give fewer"),
     ({"video": "frames", "cache": Path(__file__)}, "cannot be written to .*name another folder"),
     ({"video": "frames", "seed": 2**70}, "too large"),
     ({"image": ("frames/0.png",), "question": "<image> or <image>?"}, "2 placeholder.* for 1 picture"),
