@@ -13,7 +13,7 @@ Departures from the release, with reasons:
     - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
     - Partial results are merged and gradients summed in fp32 (fp64 for fp64), so errors do not grow with R.
     - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
-    - No flash-attn package: torch ships the same FlashAttention-2 kernel and returns its log-sum-exp.
+    - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2, log-sum-exp included.
 """
 
 import ctypes
@@ -21,11 +21,14 @@ import math
 import os
 import signal
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +41,7 @@ from torch.distributed.tensor import DTensor
 from data import state
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
+Starts = list[list[int]]  # where documents begin in each row of a batch
 Partial = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys
 
 # 1. Processes -----------------------------------------------------------------------------------------------
@@ -274,15 +278,53 @@ def cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # 
     return backward(*given, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal, *dice)
 
 
+def cudnn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
+    """Attention of cuDNN, made for Hopper: bf16 or fp16. Its lse has a fourth axis of length 1."""
+    heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    o_BHTK, lse_BHT1 = forward(*heads_first, None, True, 0.0, causal)[:2]
+    return o_BHTK.transpose(1, 2), lse_BHT1.squeeze(-1).contiguous()
+
+
+def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of cudnn_forward."""
+    heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
+    dice = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]  # there is no dropout
+    rest = None, None, None, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    return tuple(x.transpose(1, 2) for x in backward(*heads_first, lse_BHT.unsqueeze(-1).contiguous(), *dice, *rest))
+
+
+def flash_attn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
+    """The flash-attn package, 2.7 or newer: FlashAttention-2 in bf16 or fp16, K at most 256."""
+    from flash_attn import flash_attn_func  # builds on CUDA machines only
+
+    return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, causal=causal, return_attn_probs=True)[:2]
+
+
+def flash_attn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of flash_attn_forward, by the package's inner function: the public one knows no other o and lse."""
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    given = [x.contiguous() for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT)]
+    grads = tuple(torch.empty_like(x) for x in given[1:4])  # filled in place
+    plain = {"dropout_p": 0.0, "softmax_scale": q_BTHK.shape[-1] ** -0.5, "softcap": 0.0, "alibi_slopes": None}
+    window = {"causal": causal, "window_size_left": -1, "window_size_right": -1}
+    _flash_attn_backward(*given, *grads, **plain, **window, deterministic=torch.are_deterministic_algorithms_enabled())
+    return grads
+
+
 KERNELS = {
     "math": (math_forward, math_backward),
     "cpu": (cpu_forward, cpu_backward),
     "cuda": (cuda_forward, cuda_backward),
+    "cudnn": (cudnn_forward, cudnn_backward),
+    "flash_attn": (flash_attn_forward, flash_attn_backward),
 }
 
 
 def best_kernel(q_BTHK: Tensor) -> str:
-    """The fastest of KERNELS that takes these queries."""
+    """The one of KERNELS that takes these queries and needs nothing but torch."""
     if q_BTHK.device.type != "cuda":
         return "cpu" if q_BTHK.device.type == "cpu" else "math"
     K, half = q_BTHK.shape[-1], q_BTHK.dtype in (torch.bfloat16, torch.float16)
@@ -320,15 +362,55 @@ def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tens
 
 
 # 5. The ring ------------------------------------------------------------------------------------------------
-# After `hop` hops a rank holds the keys of rank - hop (mod R). The chunks of the lower of two ranks enclose
-# the other's: front < front' < back' < back. So there are two cases, each half a square without a mask.
+# A rank's two chunks are numbers r and 2R - 1 - r of the sequence. After `hop` hops it holds the keys of rank
+# r - hop (mod R). A chunk sees earlier ones whole, itself causally, later ones not at all.
 
 
-def meeting(hop: int, world: World, U: int) -> tuple[slice, slice]:
-    """Which of our queries see which of the keys that arrived with this hop."""
-    if hop <= world.rank:  # a lower rank's: the front chunk precedes all of ours, the back chunk none
-        return slice(None), slice(0, U)
-    return slice(U, None), slice(None)  # a higher rank's: all precede our back chunk, none our front chunk
+class Area(NamedTuple):
+    """Queries that see keys: rows b of the batch, our places t, places s of the keys that came, masked or whole."""
+
+    b: slice
+    t: slice
+    s: slice
+    causal: bool
+
+
+def areas(hop: int, world: World, T: int, starts: Starts | None = None) -> Iterator[Area]:
+    """Who sees whom when the keys have made `hop` hops, each query's own square first.
+
+    Of two ranks, the lower one's chunks enclose the other's: front < front' < back' < back. So there are two cases,
+    each half of a square T x T, and all ranks do the same work. With `starts` it is what is left of each document.
+    """
+    whole, U = slice(None), T // 2
+    if starts is not None:
+        for b, begun in enumerate(starts):
+            yield from (Area(slice(b, b + 1), *area) for area in document_areas(hop, world, T, begun))
+    elif hop == 0:
+        yield Area(whole, whole, whole, True)
+    elif hop <= world.rank:  # a lower rank's keys: the front chunk precedes all of ours, the back chunk none
+        yield Area(whole, whole, slice(0, U), False)
+    else:  # a higher rank's: all precede our back chunk, none our front chunk
+        yield Area(whole, slice(U, None), whole, False)
+
+
+def document_areas(hop: int, world: World, T: int, starts: list[int]) -> Iterator[tuple[slice, slice, bool]]:
+    """(t, s, causal) of one sequence whose documents begin at `starts` (the first at 0) and see only themselves.
+
+    A chunk sees itself document by document. Of an earlier chunk it can see one document at most: that which lasts
+    from there until here.
+    """
+    R, U = world.ranks, T // 2 if world.ranks > 1 else T
+    ours, theirs = ([r, 2 * R - 1 - r] if R > 1 else [0] for r in (world.rank, (world.rank - hop) % R))
+    pairs = sorted(product(enumerate(ours), enumerate(theirs)), key=lambda pair: pair[0][1] != pair[1][1])
+    for (i, c), (j, before) in pairs:
+        first, last = bisect_right(starts, c * U) - 1, bisect_left(starts, (c + 1) * U)
+        ends = [*starts[first + 1 : last], (c + 1) * U]
+        if c == before:
+            for a, z in zip([c * U, *ends], ends):
+                here = slice(a - c * U + i * U, z - c * U + i * U)
+                yield here, here, True
+        elif before < c and (begun := max(starts[first] - before * U, 0)) < U:
+            yield slice(i * U, i * U + ends[0] - c * U), slice(j * U + begun, (j + 1) * U), False
 
 
 class Hop:
@@ -356,37 +438,44 @@ def circulate(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[in
         kv = on.wait() if on else kv
 
 
-def ring_forward(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, world: World, kernel: str | None = None) -> Partial:
+def ring_forward(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    world: World,
+    kernel: str | None = None,
+    starts: Starts | None = None,
+) -> Partial:
     """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT) in fp32, with R - 1 messages of K and V."""
+    o_BTHK = torch.empty_like(q_BTHK, dtype=wide(q_BTHK))
+    lse_BHT = o_BTHK.new_empty(*o_BTHK.shape[:3]).transpose(1, 2).contiguous()
     for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
-        if hop == 0:
-            o_BTHK, lse_BHT = block_attention(q_BTHK, k_BSGK, v_BSGK, True, kernel)
-            o_BTHK = o_BTHK.to(wide(q_BTHK))
-        else:
-            t, s = meeting(hop, world, q_BTHK.shape[1] // 2)
-            new = block_attention(q_BTHK[:, t], k_BSGK[:, s], v_BSGK[:, s], False, kernel)
-            o_BTHK[:, t], lse_BHT[:, :, t] = merge(o_BTHK[:, t], lse_BHT[:, :, t], *new)
+        for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
+            part = block_attention(q_BTHK[b, t], k_BSGK[b, s], v_BSGK[b, s], causal, kernel)
+            if not causal:  # a query's own square comes first, and there is nothing yet to merge with
+                part = merge(o_BTHK[b, t], lse_BHT[b, :, t], *part)
+            o_BTHK[b, t], lse_BHT[b, :, t] = part
     return o_BTHK, lse_BHT
 
 
-def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kernel=None):  # noqa: ANN001, ANN201
+def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kernel=None, starts=None):  # noqa: ANN001, ANN201
     """(dq_BTHK, dk_BTGK, dv_BTGK), with R - 1 messages of K and V and R - 1 of fp32 sums of their gradients.
 
     A sum starts at the first neighbour that the keys visit and follows them one hop behind. Its last hop
     brings it to their owner, who adds the share that stayed at home.
     """
-    follower = None
+    dq_BTHK, follower = torch.zeros_like(q_BTHK, dtype=wide(q_BTHK)), None
+    home = dq_BTHK.new_zeros(2, *k_BTGK.shape)
     for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
-        if hop == 0:
-            own = block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, True, kernel)
-            dq_BTHK, home = own[0].to(wide(q_BTHK)), torch.stack(own[1:]).to(wide(q_BTHK))
-        else:
-            t, s = meeting(hop, world, q_BTHK.shape[1] // 2)
-            keys, known = (k_BSGK[:, s], v_BSGK[:, s]), (o_BTHK[:, t], lse_BHT[:, :, t])
-            part = block_attention_backward(do_BTHK[:, t], q_BTHK[:, t], *keys, *known, False, kernel)
-            dq_BTHK[:, t] += part[0]
-            dkv = follower.wait() if follower else torch.zeros_like(home)
-            dkv[:, :, s] += torch.stack(part[1:])
+        dkv = home if hop == 0 else follower.wait() if follower else torch.zeros_like(home)
+        for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
+            asked = (x[b, t] for x in (do_BTHK, q_BTHK))
+            known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
+            dq, *dk_dv = block_attention_backward(*asked, *known, causal, kernel)
+            dq_BTHK[b, t] += dq
+            for sum_BSGK, new in zip(dkv, dk_dv):
+                sum_BSGK[b, s] += new
+        if hop > 0:
             follower = Hop(dkv, world)
     dk_BTGK, dv_BTGK = home + follower.wait() if follower else home
     return dq_BTHK.to(q_BTHK.dtype), dk_BTGK.to(k_BTGK.dtype), dv_BTGK.to(v_BTGK.dtype)
@@ -396,28 +485,29 @@ class Ring(torch.autograd.Function):
     """ring_forward, with ring_backward as its gradient; all ranks must run both in the same order."""
 
     @staticmethod
-    def forward(ctx, q_BTHK, k_BTGK, v_BTGK, world, kernel):  # noqa: ANN001, D102
+    def forward(ctx, q_BTHK, k_BTGK, v_BTGK, *rest):  # noqa: ANN001, D102
         q_BTHK, k_BTGK, v_BTGK = (x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK))
-        o_BTHK, lse_BHT = ring_forward(q_BTHK, k_BTGK, v_BTGK, world, kernel)
+        o_BTHK, lse_BHT = ring_forward(q_BTHK, k_BTGK, v_BTGK, *rest)
         o_BTHK = o_BTHK.to(q_BTHK.dtype)
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT)
-        ctx.rest = (world, kernel)
+        ctx.rest = rest
         return o_BTHK
 
     @staticmethod
     def backward(ctx, do_BTHK):  # noqa: ANN001, D102
-        return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None
+        return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-def zigzag_attend(world: World, kernel: str | None = None) -> Attend:
+def zigzag_attend(world: World, kernel: str | None = None, starts: Starts | None = None) -> Attend:
     """The model's `attend` for a sequence dealt out by `zigzag_index` (Sec. 3.1); one process: plain causal.
 
-    Every rank must hold equally many tokens and ask in the same order. `kernel` forces one of KERNELS.
+    Every rank must hold equally many tokens and ask in the same order. `kernel` forces one of KERNELS. `starts`:
+    where documents begin in each row of the whole batch, the first at 0, if they are not to see each other (ours).
     """
 
     def attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         assert world.ranks == 1 or q_BTHK.shape[1] % 2 == 0, "a rank holds two chunks of one length"
-        return Ring.apply(q_BTHK, k_BTGK, v_BTGK, world, kernel)
+        return Ring.apply(q_BTHK, k_BTGK, v_BTGK, world, kernel, starts)
 
     return attend
 

@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,12 +32,18 @@ def noise(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def dense(q, k, v):
-    """The oracle: causal attention with every logit, in fp64, keys repeated for each of their queries."""
+def dense(q, k, v, starts=None):
+    """The oracle: causal attention with every logit, in fp64, keys repeated for each of their queries.
+
+    starts: where documents begin in each row; none sees another.
+    """
     q, k, v = q.double(), k.double(), v.double()
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     logits = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[3])
     logits = logits + torch.full(logits.shape[-2:], -math.inf, dtype=torch.float64).triu(1)
+    if starts:
+        of_BS = torch.tensor([[sum(a <= t for a in begun) for t in range(q.shape[1])] for begun in starts])
+        logits = logits.masked_fill((of_BS[:, :, None] != of_BS[:, None])[:, None], -math.inf)
     return torch.einsum("bhts,bshk->bthk", logits.softmax(-1), v)
 
 
@@ -81,6 +90,38 @@ def check_attention(world, out):
                 # fp32 cannot hold logits of hundreds to 1e-5; there, torch's own attention is the measure
                 rounding = worst(with_gradients(sdpa, q, k, v, do), want) if dtype == torch.float32 else 0
                 assert error <= max(bound, 2 * rounding), (dtype, kernel, shape, error)
+
+
+def check_documents(world, out):
+    """Documents of one token, of many chunks, ending where chunks end and elsewhere, other ones in each row."""
+    S = 48
+    cases = [
+        [[0], [0, 1, 2, 47]],
+        [[0, 24], [0, 6, 12, 18, 24, 30, 36, 42]],
+        [[0, 5, 40, 44], [0, 23, 25]],
+        [[0, 8, 16, 32, 40], [0, 11, 13, 14, 37]],
+    ]
+    for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
+        for kernel in ["math", "cpu"]:
+            for starts in cases:
+                q, k, v, do = case(S, 4, 2, 13, 1, dtype)
+                idx_T = ring.zigzag_index(S, world)
+                local = (x[:, idx_T] for x in (q, k, v, do))
+                mine = with_gradients(partial(ring.zigzag_attend(world, kernel, starts), 0), *local)
+                want = with_gradients(partial(dense, starts=starts), *(x.double() for x in (q, k, v, do)))
+                assert worst([ring.unshard(x, world) for x in mine], want) <= bound, (dtype, kernel, starts)
+
+
+def check_documents_cost_what_they_see(world, out):
+    """No pair of a query and a key is computed twice, and none that is masked but for the squares' upper halves."""
+    S, starts = 48, [[0, 5, 40, 44]]
+    T, pairs = S // world.ranks, 0
+    for hop in range(world.ranks):
+        for _, t, s, causal in ring.areas(hop, world, T, starts):
+            n, m = t.stop - t.start, s.stop - s.start
+            pairs += n * (n + 1) // 2 if causal else n * m
+    want = sum(n * (n + 1) // 2 for n in (5, 35, 4, 4))
+    assert ring.total(torch.tensor(pairs), world) == want
 
 
 def check_bf16(world, out):
@@ -354,6 +395,8 @@ CHECKS = [
     check_index,
     check_mean,
     check_attention,
+    check_documents,
+    check_documents_cost_what_they_see,
     check_bf16,
     check_traffic,
     check_cache,
@@ -374,6 +417,7 @@ def test_one_process(tmp_path):
     assert ring.start("cpu") == ALONE
     with shapes.watched(Path(ring.__file__).parent) as lies:
         check_attention(ALONE, tmp_path)
+        check_documents(ALONE, tmp_path)
         check_cache(ALONE, tmp_path)
     assert not lies
     check_full_cache(ALONE, tmp_path)
@@ -441,18 +485,76 @@ def test_kernels_agree(dtype, bound, causal, S):
     assert worst(fast, [x.double() for x in slow]) <= 2 * bound
 
 
-def test_cuda_kernel_signatures(monkeypatch):
-    """Shapes and dtypes of the CUDA kernel without a GPU: only torch's own account of its operators is asked."""
+@pytest.mark.parametrize("kernel", ["cuda", "cudnn"])
+def test_cuda_kernel_signatures(monkeypatch, kernel):
+    """Shapes and dtypes of the CUDA kernels without a GPU: only torch's own account of its operators is asked."""
     with FakeTensorMode():
         q, k = (torch.empty(2, 16, G, 32, device="cuda", dtype=torch.bfloat16) for G in (4, 2))
-        o, lse = ring.block_attention(q, k, k, True, "cuda")
+        o, lse = ring.block_attention(q, k, k, True, kernel)
         assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 16), torch.float32)
         q, o, lse = q.narrow(1, 8, 8), o.narrow(1, 8, 8), torch.empty(2, 4, 8, device="cuda")
-        grads = ring.block_attention_backward(o, q, k, k, o, lse, False, "cuda")
+        grads = ring.block_attention_backward(o, q, k, k, o, lse, False, kernel)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         monkeypatch.setattr(ring, "best_kernel", lambda q_BTHK: "cuda")
         part = ring.recall(q.narrow(1, 0, 1), k.narrow(1, 0, 9), k.narrow(1, 0, 9))  # a decode step
         assert (part.shape, part.dtype) == ((2, 1, 4, 33), torch.float32)
+
+
+def missing(kernel):
+    """Why a GPU kernel cannot be tried here; an empty text if it can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if kernel == "flash_attn" and not find_spec("flash_attn"):
+        return "needs flash-attn: pip install flash-attn --no-build-isolation"
+    if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        return "needs a Hopper GPU"
+    return ""
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize("causal, S", [(True, 128), (False, 128), (False, 64)])
+@pytest.mark.parametrize("kernel", ["cuda", "cudnn", "flash_attn"])
+def test_gpu_kernels_agree(kernel, causal, S, dtype, bound):
+    """On a GPU: each kernel equals math in fp64, also backward from the o and lse of more keys than the block's."""
+    if why := missing(kernel):
+        pytest.skip(why)
+    shape = (noise(2, 128, 8, 64), noise(2, S, 2, 64, seed=1), noise(2, S, 2, 64, seed=2), noise(2, 128, 8, 64, seed=3))
+    q, k, v, do = (x.to("cuda", dtype) for x in shape)
+    o, lse = ring.block_attention(*(x.double() for x in (q, k, v)), causal, "math")
+    fast_o, fast_lse = ring.block_attention(q, k, v, causal, kernel)
+    assert worst([fast_o, fast_lse], [o, lse]) <= bound
+    if not causal:
+        o, lse = o + 0.1, lse + 0.5
+    slow = ring.block_attention_backward(*(x.double() for x in (do, q, k, v, o, lse)), causal, "math")
+    fast = ring.block_attention_backward(do, q, k, v, o.to(dtype), lse.float(), causal, kernel)
+    assert worst(fast, slow) <= 2 * bound
+
+
+def test_flash_attn_is_called_as_its_package_wants(monkeypatch):
+    """A stand-in with the package's signatures (2.7 to 2.8, all arguments given by name) that computes by math."""
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                        alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip
+        assert return_attn_probs
+        return *ring.math_forward(q, k, v, causal), None
+
+    def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+                             window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+                             rng_state=None):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
+        assert softmax_scale == q.shape[-1] ** -0.5 and all(
+            x.is_contiguous() for x in (dout, q, k, v, out, softmax_lse)
+        )
+        for to, x in zip((dq, dk, dv), ring.math_backward(dout, q, k, v, out, softmax_lse, causal)):
+            to.copy_(x)
+
+    package, inner = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    package.flash_attn_func, inner._flash_attn_backward = flash_attn_func, _flash_attn_backward
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", inner)
+    q, k, v, do = case(20, 6, 3, 5, 1, torch.float64)
+    got = with_gradients(partial(ring.zigzag_attend(ALONE, "flash_attn"), 0), q, k, v, do)
+    assert worst(got, oracle(q, k, v, do)) <= 1e-12
 
 
 def test_math_is_right():
