@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -41,6 +40,7 @@ from clip import ClipVision
 from data import chat, film_cache, plan, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
 from data.flags import at_least, knob, run
+from data.offload import away
 from data.parameters import fill_from
 from data.sampling import choose
 
@@ -187,6 +187,16 @@ def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -
     return nll_B, wanted_BT.sum(1).float()
 
 
+@torch.no_grad()
+def hits(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """How many targets of each row are the likeliest token of their place, and how many there are, float32[B] both."""
+    wanted_BT = targets_BT != chat.IGNORE
+    likeliest_N = [(h @ head_VD.T).argmax(-1) for h in h_BTD[wanted_BT].split(chunk)]
+    hit_BT = torch.zeros_like(wanted_BT)
+    hit_BT[wanted_BT] = torch.cat([targets_BT[:0, 0], *likeliest_N]) == targets_BT[wanted_BT]
+    return hit_BT.sum(1).float(), wanted_BT.sum(1).float()
+
+
 # ------------------------------------------------------------------------------------------------ modules
 
 
@@ -295,9 +305,9 @@ class Decoder(nn.Module):
         turn = rope(pos_T, self.config.head_width, self.config.rope_theta)
         cos_T1K, sin_T1K = (angle_TK[:, None].to(x_BTD.dtype) for angle_TK in turn)
         call = again if self.remat else direct
-        away = save_on_cpu(pin_memory=x_BTD.is_cuda) if self.offload else nullcontext()
+        kept = away(x_BTD.device) if self.offload else nullcontext()
         for layer in self.layers:
-            with away:  # positions come by closure, or each layer would send them away again
+            with kept:  # positions come by closure, or each layer would send them away again
                 x_BTD = call(lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend), x_BTD)
         return self.norm(x_BTD)
 
@@ -334,10 +344,17 @@ class LM(nn.Module):
         """Scores of every token of the vocabulary, float32[B, T, V]; ask for few positions only."""
         return self.lm_head(h_BTD).float()
 
-    def forward(self, ids_BT: Tensor, pos_T: Tensor, targets_BT: Tensor, attend: Attend = causal_attend) -> tuple:
-        """The training question: (nll_B, count_B), summed over this call's positions with a target."""
+    def forward(
+        self,
+        ids_BT: Tensor,
+        pos_T: Tensor,
+        targets_BT: Tensor,
+        attend: Attend = causal_attend,
+        score: Callable[[Tensor, Tensor, Tensor], tuple] = nll,
+    ) -> tuple:
+        """The training question: (nll_B, count_B), summed over this call's places with a target; or another `score`."""
         h_BTD = self.model(self.embed(ids_BT), pos_T, attend)
-        return nll(h_BTD, self.lm_head.weight, targets_BT)
+        return score(h_BTD, self.lm_head.weight, targets_BT)
 
 
 class LongVA(LM):

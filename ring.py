@@ -23,6 +23,7 @@ import signal
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -35,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data import state
@@ -642,6 +643,15 @@ def shard_parameters(
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=home)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Ask a model that is being trained, without gradients; what was gathered for it is put away afterwards."""
+    with torch.no_grad():
+        yield
+    if isinstance(model, FSDPModule):  # its root waits, gathered, for a backward that does not come
+        model.reshard()
 
 
 def my_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -8,25 +8,27 @@ Run       python train_text.py --preset tiny-base                      the tiny 
 Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
 Deviates  The loss is the mean over all targets of a step, not the mean of its parts' and ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
-          Hidden states go to the CPU and back on the stream that computes: simple, and not hidden behind it.
           max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
           The tiny model is made from nothing here, so that nothing need be downloaded; the paper starts from Qwen2.
 
 Kill it at any moment and run the same command again: it goes on, and on a CPU ends with the same weights to the bit.
 """
 
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, parameters, plan, runs, synthetic, text, tokenizer, weights
+from data import chat, needles, parameters, plan, runs, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -61,6 +63,11 @@ class Config:
     hidden_offload: bool = knob(True, "with remat: what is kept goes to CPU memory (release: train.py)")
     mlp_tile: int = knob(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
     offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
+    separate_documents: bool = knob(False, "packed documents do not see each other (Sec. 3.1: they do)")
+    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn"] = knob("auto", "of attention (ours)")
+    held_out: str | None = knob(None, "to evaluate on when state is saved: a token file, or synthetic (ours)")
+    eval_windows: int = knob(8, "windows for its perplexity, half a sequence apart (ours)")
+    eval_needles: int = knob(1, "magic numbers to be found at each of five depths (App. A)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
@@ -69,7 +76,7 @@ class Config:
     def __post_init__(self):
         at_least(self, seq_len=2, short_len=2, batch=1, accumulate=1, ring=1, steps=1, save_every=1)
         at_least(self, short_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, max_norm=0)
-        at_least(self, mlp_tile=0, seed=0, peak_tflop=1)
+        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1)
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
@@ -113,22 +120,35 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * up * max(0.1, min(1.0, left))
 
 
-def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
-    """A function from the number of a part to its (ids_BS, targets_BS): nothing else decides what is read."""
-    if cfg.corpus != "synthetic":
-        tokens = text.open_tokens(cfg.corpus, words)
-        if (largest := text.largest(tokens)) >= words.size:
-            raise ValueError(
-                f"{cfg.corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again"
-            )
-        return lambda part: text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, part)
+def open_tokens(corpus: str, words: tokenizer.Tokenizer) -> np.memmap | text.Parts:
+    """A packed corpus; ValueError if it is not of this model's tokenizer."""
+    tokens = text.open_tokens(corpus, words)
+    if (largest := text.largest(tokens)) >= words.size:
+        raise ValueError(f"{corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again")
+    return tokens
 
-    def batch(part: int) -> tuple[Tensor, Tensor]:
+
+def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
+    """A function from the number of a part to its (ids_BS, targets_BS, starts): nothing else decides what is read.
+
+    `starts`: where the documents of each row begin, if they are not to see each other.
+    """
+    if cfg.corpus != "synthetic":
+        tokens = open_tokens(cfg.corpus, words)
+
+        def packed(part: int) -> tuple[Tensor, Tensor, list | None]:
+            ids_BS, targets_BS = text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, part)
+            apart = cfg.separate_documents
+            return ids_BS, targets_BS, text.document_starts(ids_BS, words.bos_id) if apart else None
+
+        return packed
+
+    def story(part: int) -> tuple[Tensor, Tensor, None]:
         step = part // cfg.accumulate
         S = cfg.short_len if step < cfg.short_steps else cfg.seq_len
-        return synthetic.text_batch(words, cfg.seed, part, cfg.batch * cfg.seq_len // S, S)
+        return *synthetic.text_batch(words, cfg.seed, part, cfg.batch * cfg.seq_len // S, S), None
 
-    return batch
+    return story
 
 
 def check(cfg: Config, circle: ring.World, circles: int) -> None:
@@ -137,6 +157,10 @@ def check(cfg: Config, circle: ring.World, circles: int) -> None:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
     if cfg.corpus != "synthetic" and cfg.weights is None:
         raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
+    if cfg.separate_documents and cfg.corpus == "synthetic":
+        raise ValueError("synthetic texts are not packed, so there is nothing to separate; give a --corpus")
+    if cfg.kernel not in ("auto", "math", circle.device.type) and circle.device.type == "cpu":
+        raise ValueError(f"--kernel {cfg.kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
     if cfg.accumulate % circles:
         raise ValueError(f"--accumulate {cfg.accumulate} parts cannot be dealt evenly to {circles} rings; change one")
     for S in {cfg.seq_len, cfg.short_len if cfg.short_steps else cfg.seq_len}:
@@ -144,15 +168,87 @@ def check(cfg: Config, circle: ring.World, circles: int) -> None:
 
 
 def share(batch, parts: range, circle: ring.World) -> tuple[Tensor, list, Tensor]:  # noqa: ANN001
-    """This rank's share of a step: positions idx_T, (ids_BT, targets_BT) of each part, how many targets they have.
+    """This rank's share of a step: places idx_T, (ids_BT, targets_BT, starts) of each part, how many targets they have.
 
     `parts` are this ring's; each part's tokens go round it in zigzag. Targets are counted before any loss is
     computed, so that a step's loss is their mean however many rings and ranks there are.
     """
     whole = [batch(part) for part in parts]
     idx_T = ring.zigzag_index(whole[0][0].shape[1], circle)
-    mine = [tuple(x_BS.to(idx_T.device)[:, idx_T] for x_BS in pair) for pair in whole]
-    return idx_T, mine, sum((targets_BT != chat.IGNORE).sum() for _, targets_BT in mine)
+    mine = [(*deal(pair, idx_T), starts) for *pair, starts in whole]
+    return idx_T, mine, sum((targets_BT != chat.IGNORE).sum() for _, targets_BT, _ in mine)
+
+
+def deal(pair: tuple[Tensor, Tensor], idx_T: Tensor) -> list[Tensor]:
+    """What this rank holds of (ids_BS, targets_BS)."""
+    return [x_BS.to(idx_T.device)[:, idx_T] for x_BS in pair]
+
+
+# ------------------------------------------------------------------------------------- evaluation at saved steps
+
+EVALUATED, DEPTHS = "eval.jsonl", (0, 0.25, 0.5, 0.75, 1)
+
+
+def slide(cfg: Config, words: tokenizer.Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids_1S, targets_1S) of windows half a sequence apart: each token is a target once, late in its window."""
+    S = cfg.seq_len
+    if cfg.held_out is None:
+        return
+    if cfg.held_out == "synthetic":
+        yield from (synthetic.text_batch(words, cfg.seed + 1, 10**6 + i, 1, S) for i in range(cfg.eval_windows))
+        return
+    tokens = open_tokens(cfg.held_out, words)
+    if len(tokens) <= S:
+        raise ValueError(f"{cfg.held_out} holds {len(tokens):,} tokens, expected more than {S:,}; pack more text")
+    for start in range(0, len(tokens) - S, S // 2)[: cfg.eval_windows]:
+        read = torch.from_numpy(tokens[start : start + S + 1].astype(np.int64))[None]
+        targets_1S = read[:, 1:].clone()
+        targets_1S[:, : S - S // 2 if start else 0] = chat.IGNORE
+        yield read[:, :-1], targets_1S
+
+
+def hide(cfg: Config, words: tokenizer.Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids_1S, targets_1S) of magic numbers hidden in held-out text (App. A); the numbers alone are targets."""
+    if cfg.held_out is None:
+        return
+    S, stops, digits, count = cfg.seq_len, needles.period_ids(words.encode), 7, cfg.eval_needles * len(DEPTHS)
+    if cfg.held_out == "synthetic":
+        book, digits = words.encode(synthetic.story(cfg.seed + 1, S)), 3
+    else:
+        book = [i for i in open_tokens(cfg.held_out, words)[:S].tolist() if i != words.bos_id]
+    for i, number in enumerate(needles.numbers(np.random.RandomState(cfg.seed), count, digits)):
+        context, rng = 1, np.random.RandomState(0)  # there are no distractors, so that nothing is drawn
+        for _ in range(2):  # once for the length of all but the book
+            probe = (words.encode, book, context, DEPTHS[i % len(DEPTHS)], number, (), rng, stops)
+            ids, answer = needles.text_probe(*probe)
+            context += S + 1 - len(ids) - len(answer)
+            if context < 1:
+                raise ValueError(f"--seq-len {S} is too short to ask for a hidden number; leave out --held-out")
+        whole = torch.tensor([ids + answer])
+        targets_1S = whole[:, 1:].clone()
+        targets_1S[:, : -len(answer)] = chat.IGNORE
+        yield whole[:, :-1], targets_1S
+
+
+def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle: ring.World, step: int) -> None:
+    """Write perplexity over `slide`'s windows and the share of `hide`'s numbers found to eval.jsonl."""
+    kernel = None if cfg.kernel == "auto" else cfg.kernel
+    loss, count, found = torch.zeros((), device=circle.device), torch.zeros((), device=circle.device), []
+    idx_T, attend = ring.zigzag_index(cfg.seq_len, circle), ring.zigzag_attend(circle, kernel)
+    with ring.inference(model):
+        for pair in windows:
+            ids_BT, targets_BT = deal(pair, idx_T)
+            nll_B, count_B = model(ids_BT, idx_T, targets_BT, attend)
+            loss, count = loss + nll_B.sum(), count + count_B.sum()
+        for pair in hidden:
+            ids_BT, targets_BT = deal(pair, idx_T)
+            hits_B, of_B = model(ids_BT, idx_T, targets_BT, attend, longva.hits)
+            found.append(ring.total(of_B - hits_B, circle).item() == 0)
+    mean = (ring.total(loss, circle) / ring.total(count, circle)).item()
+    scores = {"perplexity": math.exp(min(mean, 700)), "needles_found": sum(found) / len(found)}
+    if circle.peer(circle.rank) == 0:
+        runs.log(cfg.out, {"step": step, "held_out_loss": mean} | scores, EVALUATED)
+        tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
 
 
 def main(cfg: Config) -> None:
@@ -182,6 +278,7 @@ def main(cfg: Config) -> None:
 
     # 3 data
     batch = make_batches(cfg, words)
+    exam = [*slide(cfg, words)], [*hide(cfg, words)]
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(
@@ -194,16 +291,17 @@ def main(cfg: Config) -> None:
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
+        runs.rewind(cfg.out, first + 1, EVALUATED)
 
     # 6 the loop
-    attend = ring.zigzag_attend(circle)
+    kernel = None if cfg.kernel == "auto" else cfg.kernel
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         began, loss = time.perf_counter(), torch.zeros((), device=world.device)
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
-        for ids_BT, targets_BT in parts:
-            nll_B, _ = model(ids_BT, idx_T, targets_BT, attend)
+        for ids_BT, targets_BT, starts in parts:
+            nll_B, _ = model(ids_BT, idx_T, targets_BT, ring.zigzag_attend(circle, kernel, starts))
             ring.global_mean(nll_B.sum(), count, world).backward()
             loss += nll_B.detach().sum()
         loss = (ring.total(loss, world) / ring.total(count, world)).item()
@@ -222,6 +320,8 @@ def main(cfg: Config) -> None:
             runs.log(cfg.out, line)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            if cfg.held_out:
+                evaluate(cfg, model, *exam, circle, step + 1)
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7 export

@@ -197,6 +197,11 @@ def windows(tokens: np.memmap | Parts, seq_len: int, rows: int, seed: int, part:
     return read[:, :-1].clone(), read[:, 1:].clone()
 
 
+def document_starts(ids_BS: Tensor, separator: int) -> list[list[int]]:
+    """Where documents begin in each packed row; the first at 0, which may be the middle of one."""
+    return [sorted({0, *(ids_S == separator).nonzero()[:, 0].tolist()}) for ids_S in ids_BS]
+
+
 def shuffled(count: int, seed: int, first: int, number: int) -> list[int]:
     """Entries first ... first + number - 1 of an endless series: epoch after epoch of 0 ... count - 1, shuffled."""
     places = (divmod(n, count) for n in range(first, first + number))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import longva
 import ring
-from data import state
+from data import state, text
 from data.config import LMConfig
 from tests import ranks, shapes
 
@@ -122,6 +122,30 @@ def check_documents_cost_what_they_see(world, out):
             pairs += n * (n + 1) // 2 if causal else n * m
     want = sum(n * (n + 1) // 2 for n in (5, 35, 4, 4))
     assert ring.total(torch.tensor(pairs), world) == want
+
+
+def check_packed_documents(world, out):
+    """A packed row's loss and gradients are those of its documents run alone, each from its own place 0."""
+    torch.manual_seed(0)
+    config = LMConfig(vocab_size=31, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)  # fmt: skip
+    model, ids, starts = longva.LM(config).double(), torch.randint(1, 31, (2, 49)), [[0, 7, 8, 30], [0, 24, 41]]
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 0, 1 if "embed" in name else 0.4)
+    for row, begun in zip(ids, starts):
+        row[begun] = 0  # the separator
+    assert text.document_starts(ids[:, :-1], 0) == starts
+    alone = torch.zeros(())
+    for row, begun in zip(ids, starts):
+        for a, z in zip(begun, [*begun[1:], 48]):
+            alone = alone + model(row[None, a:z], torch.arange(z - a), row[None, a + 1 : z + 1])[0].sum()
+    want = torch.autograd.grad(alone, model.parameters())
+    idx_T = ring.zigzag_index(48, world)
+    loss = model(ids[:, :-1][:, idx_T], idx_T, ids[:, 1:][:, idx_T], ring.zigzag_attend(world, starts=starts))[0].sum()
+    got = [ring.total(g, world) for g in torch.autograd.grad(loss, model.parameters())]
+    assert_close(ring.total(loss, world), alone.detach(), rtol=1e-5, atol=0)  # angles and losses are fp32
+    assert worst(got, want) <= 1e-5
+    blind = model(ids[:, :-1], torch.arange(48), ids[:, 1:])[0].sum()
+    assert abs(blind - alone) > 1e-3 * alone  # to see other documents makes a difference
 
 
 def check_bf16(world, out):
@@ -397,6 +421,7 @@ CHECKS = [
     check_attention,
     check_documents,
     check_documents_cost_what_they_see,
+    check_packed_documents,
     check_bf16,
     check_traffic,
     check_cache,
@@ -418,6 +443,7 @@ def test_one_process(tmp_path):
     with shapes.watched(Path(ring.__file__).parent) as lies:
         check_attention(ALONE, tmp_path)
         check_documents(ALONE, tmp_path)
+        check_packed_documents(ALONE, tmp_path)
         check_cache(ALONE, tmp_path)
     assert not lies
     check_full_cache(ALONE, tmp_path)

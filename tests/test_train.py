@@ -6,17 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import data.flags
 import longva
+import ring
 import train_text
 import train_vision
-from data import chat, parameters, synthetic, tokenizer
+from data import chat, parameters, synthetic, text, tokenizer
+from data.runs import TINY
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--device cpu --seq-len 64 --batch 4 --short-steps 0".split()
@@ -121,6 +125,62 @@ def test_killed_runs_resume_to_the_bit(made, tmp_path, script, name, ranks):
         assert torch.equal(tensor, weights_of(tmp_path / "run")[key]), key
 
 
+def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path):
+    """Packed documents kept apart: two ranks agree with one; evaluation too; together the loss is another one."""
+    (tmp_path / "docs").mkdir()
+    for i in range(30):
+        (tmp_path / "docs" / f"{i:02}.txt").write_text(synthetic.story(i, 30 + 11 * i))
+    text.main(text.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
+    flags = [*SMALL, "--weights", made[0] / "base/model", "--corpus", tmp_path / "tokens.npy", "--steps", 4]
+    flags += ["--held-out", tmp_path / "tokens.npy", "--save-every", 2, "--seq-len", 128, "--rope-theta", 1e4]
+    apart = [*flags, "--separate-documents"]
+    assert here("train_text.py", *apart, "--out", tmp_path / "one") == 0
+    run("train_text.py", *apart, "--out", tmp_path / "two", ranks=2)
+    assert here("train_text.py", *flags, "--out", tmp_path / "together") == 0
+    one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=2e-5, atol=0)
+    assert (one - torch.tensor(losses(tmp_path / "together"))).abs().min() > 1e-4
+    lines = [[json.loads(line) for line in (tmp_path / name / "eval.jsonl").open()] for name in ("one", "two")]
+    assert [line["step"] for line in lines[0]] == [2, 4]
+    assert [line["needles_found"] for line in lines[0]] == [line["needles_found"] for line in lines[1]]
+    assert lines[0][1]["perplexity"] == pytest.approx(lines[1][1]["perplexity"], rel=1e-4)
+
+
+def plainly(model, tokens, S, count):
+    """Sliding perplexity, slowly: every token predicted once, from the window in which it stands late."""
+    logs = []
+    for start in [i * (S // 2) for i in range(count)]:
+        ids = torch.tensor(tokens[start : start + S + 1].astype(int))[None]
+        logp = model.logits(model.model(model.embed(ids[:, :-1]), torch.arange(S))).log_softmax(-1)
+        each = logp.gather(-1, ids[:, 1:, None])[0, :, 0]
+        logs.append(each[S // 2 if start else 0 :])
+    return torch.cat(logs).neg().mean().exp().item()
+
+
+def test_evaluation_measures_perplexity_and_finds_what_a_good_model_finds(tmp_path, capsys):
+    """The shipped extended model finds all numbers in 1024 tokens, its control none; perplexity as by a plain loop."""
+    found = {}
+    for name, theta in [("extended", 1e6), ("control", 1e4)]:
+        cfg = train_text.Config(
+            out=tmp_path / name, seq_len=1024, rope_theta=theta, held_out="synthetic", precision="fp32"
+        )
+        tmp_path.joinpath(name).mkdir()
+        model, words = longva.load(TINY / name), tokenizer.load_tokenizer(TINY / name)
+        exam = [*train_text.slide(cfg, words)], [*train_text.hide(cfg, words)]
+        train_text.evaluate(cfg, model, *exam, ring.World(0, 1, torch.device("cpu")), 7)
+        (line,) = map(json.loads, (tmp_path / name / "eval.jsonl").open())
+        found[name] = line["needles_found"]
+        assert line["step"] == 7
+    assert found["extended"] == 1 and found["control"] < 0.5
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(5, words.size, 301).astype(np.uint16))
+    cfg = replace(cfg, held_out=str(tmp_path / "t.npy"), seq_len=64, eval_windows=3)
+    pairs = list(train_text.slide(cfg, words))
+    nll = sum(model(ids, torch.arange(64), targets)[0].sum() for ids, targets in pairs)
+    count = sum((targets != chat.IGNORE).sum() for _, targets in pairs)
+    assert count == 64 + 32 + 32
+    assert (nll / count).exp().item() == pytest.approx(plainly(model, np.load(tmp_path / "t.npy"), 64, 3), rel=1e-4)
+
+
 def test_finished_runs_are_left_alone(made, capsys):
     """The same command once more changes nothing and says again what comes next."""
     at, base, _ = made
@@ -174,6 +234,10 @@ def test_sft_changes_everything(made):
     (["train_vision.py", "--stage", "sft", "--grids", "0"], "--grids 0 makes no sense"),
     (["train_vision.py", "--stage", "sft", "--steps", "0"], "--steps 0 makes no sense"),
     (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
+    (["train_text.py", "--separate-documents"], "nothing to separate; give a --corpus"),
+    (["train_text.py", "--kernel", "flash_attn", "--device", "cpu"], "--kernel flash_attn needs a CUDA GPU"),
+    (["train_text.py", "--preset", "tiny-base", "--held-out", "README.md"], "README.md is not a token file"),
+    (["train_text.py", "--preset", "tiny-base", "--held-out", "synthetic", "--seq-len", "32"], "too short to ask"),
 ])  # fmt: skip
 def test_mistakes_get_one_sentence(made, tmp_path, capsys, flags, complaint):
     folders = {name: made[0] / name / "model" for name in ("base", "sft", "tower")}
