@@ -145,17 +145,24 @@ class ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
+    def chunks(h_ND: Tensor, head_VD: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk and its logits, float32, to be overwritten: fresh memory would cost as much time as a softmax."""
+        room = h_ND.new_empty(min(chunk, len(h_ND)), len(head_VD))
+        for i in range(0, len(h_ND), chunk):
+            h_UD = h_ND[i : i + chunk]
+            yield slice(i, i + chunk), torch.mm(h_UD, head_VD.T, out=room[: len(h_UD)]).float()
+
+    @staticmethod
     def forward(ctx, h_ND, head_VD, targets_N, chunk):  # noqa: ANN001
         """Negative log-likelihood of every position, float32[N]."""
-        nll, lse = [], []
-        for h, target in zip(h_ND.split(chunk), targets_N.split(chunk)):
-            logits = (h @ head_VD.T).float()
-            lse.append(logits.logsumexp(-1))
-            nll.append(lse[-1] - logits.gather(-1, target[:, None])[:, 0])
-        none = h_ND.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(h_ND, head_VD, targets_N, torch.cat([none, *lse]))
+        nll_N, lse_N = (h_ND.new_empty(len(h_ND), dtype=torch.float32) for _ in range(2))
+        for here, logits_UV in ChunkedNLL.chunks(h_ND, head_VD, chunk):
+            said_U, top_U = logits_UV.gather(-1, targets_N[here, None])[:, 0], logits_UV.amax(-1)
+            lse_N[here] = logits_UV.sub_(top_U[:, None]).exp_().sum(-1).log_().add_(top_U)
+            nll_N[here] = lse_N[here] - said_U
+        ctx.save_for_backward(h_ND, head_VD, targets_N, lse_N)
         ctx.chunk = chunk
-        return torch.cat([none, *nll])
+        return nll_N
 
     @staticmethod
     def backward(ctx, grad_N):  # noqa: ANN001
@@ -163,19 +170,19 @@ class ChunkedNLL(torch.autograd.Function):
         h_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]  # a frozen head needs no gradient: 2.2 GB at Qwen2-7B's size
         dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
-        for i in range(0, len(h_ND), ctx.chunk):
-            here = slice(i, i + ctx.chunk)
-            p_UV = ((h_ND[here] @ head_VD.T).float() - lse_N[here, None]).exp_()
+        for here, logits_UV in ChunkedNLL.chunks(h_ND, head_VD, ctx.chunk):
+            p_UV = logits_UV.sub_(lse_N[here, None]).exp_()
             p_UV.scatter_add_(1, targets_N[here, None], torch.full_like(lse_N[here, None], -1.0))
-            p_UV.mul_(grad_N[here, None])
-            p_UV = p_UV.to(h_ND.dtype)
-            dh_ND[here] = p_UV @ head_VD
-            if learns:
-                dhead_VD += (p_UV.T @ h_ND[here]).float()
+            p_UV = p_UV.mul_(grad_N[here, None]).to(h_ND.dtype)
+            torch.mm(p_UV, head_VD, out=dh_ND[here])
+            if learns and p_UV.dtype == torch.float32:
+                dhead_VD.addmm_(p_UV.T, h_ND[here])
+            elif learns:
+                dhead_VD += p_UV.T @ h_ND[here]
         return dh_ND, dhead_VD.to(head_VD.dtype) if learns else None, None, None
 
 
-def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood and number of targets of each row, float32 (nll_B, count_B).
 
     A target of -100 counts nothing and costs nothing: its logits are never computed.

@@ -164,7 +164,7 @@ class Sizes(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
-                if func is torch.ops.aten.mm.default and tensor.shape[-1] == self.V:
+                if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) and tensor.shape[-1] == self.V:
                     self.rows += len(tensor)
         return out
 
