@@ -246,8 +246,9 @@ def our_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
 def their_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
     """The same with `labels`, which they shift themselves."""
     model = their(Qwen2ForCausalLM, folder).train()
-    if remat:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if remat:  # renamed in transformers 5
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def step(T: int) -> Found:
         ids_1T, targets_1T = some_lesson(model.config.vocab_size, T, eighths)
