@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, parameters, plan, runs, synthetic, text, tokenizer, weights
+from data import chat, parameters, plan, runs, state, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -62,6 +62,7 @@ class Config:
     mlp_tile: int = knob(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
     offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
+    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
@@ -196,9 +197,11 @@ def main(cfg: Config) -> None:
         runs.rewind(cfg.out, first)
 
     # 6 the loop
+    saver = state.Saver(cfg.async_save)
     attend = ring.zigzag_attend(circle)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
+        saver.check()
         began, loss = time.perf_counter(), torch.zeros((), device=world.device)
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
@@ -222,7 +225,8 @@ def main(cfg: Config) -> None:
             runs.log(cfg.out, line)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
+    saver.wait()
 
     # 7 export
     export(cfg, config, model, world)
