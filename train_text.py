@@ -5,7 +5,7 @@ Paper     Sec. 3.1: Qwen2-7B-Instruct, 224,000 tokens, RoPE base 1e9, 1000 steps
 Run       python train_text.py --preset tiny-base                      the tiny base model, its context short
           torchrun --nproc-per-node 2 train_text.py                    its extension: two ranks, one sequence
           torchrun --nproc-per-node 8 train_text.py --preset longva --weights Qwen2-7B-Instruct --corpus TOKENS.npy
-Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
+Key       B sequences   S tokens of the whole sequence   T tokens held by this rank   P parts
 Deviates  The loss is the mean over all targets of a step, not the mean of its parts' and ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
           Hidden states go to the CPU and back on the stream that computes: simple, and not hidden behind it.
@@ -202,14 +202,14 @@ def main(cfg: Config) -> None:
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         saver.check()
-        began, loss = time.perf_counter(), torch.zeros((), device=world.device)
+        began, loss_P = time.perf_counter(), torch.zeros(cfg.accumulate, device=world.device)
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
-        for ids_BT, targets_BT in parts:
+        for part, (ids_BT, targets_BT) in zip(mine, parts):
             nll_B, _ = model(ids_BT, idx_T, targets_BT, attend)
             ring.global_mean(nll_B.sum(), count, world).backward()
-            loss += nll_B.detach().sum()
-        loss = (ring.total(loss, world) / ring.total(count, world)).item()
+            loss_P[part % cfg.accumulate] += nll_B.detach().sum()
+        loss = runs.finite(step, (ring.total(loss_P, world) / ring.total(count, world)).tolist())
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)

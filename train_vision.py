@@ -335,7 +335,7 @@ def main(cfg: Config) -> None:
         began = time.perf_counter()
         nll_B, count_B = model(*batch(step))
         ring.global_mean(nll_B.sum(), count_B.sum(), world).backward()
-        loss = (ring.total(nll_B.sum(), world) / ring.total(count_B.sum(), world)).item()
+        loss = runs.finite(step, [(ring.total(nll_B.sum(), world) / ring.total(count_B.sum(), world)).item()])
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
