@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data import state
+from data import rollcall, state
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 Starts = list[list[int]]  # where documents begin in each row of a batch
@@ -86,12 +86,15 @@ def start(device: str = "auto") -> World:
     if ranks > 1:
         if sys.platform == "linux":  # else ranks outlive a killed torchrun, hold the GPUs and write on
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        dist.init_process_group(BACKENDS[kind], timeout=TIMEOUT)
+        table, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(BACKENDS[kind], store=table, rank=rank, world_size=ranks, timeout=TIMEOUT)
+        rollcall.join(dist.PrefixStore("roll", table.clone()), rank, ranks)  # a connection of its own
     return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
 
 
 def stop(world: World) -> None:
     """Leave the process group. Ranks need not arrive together, so it may stand in a `finally`."""
+    rollcall.note(rollcall.DONE)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -708,15 +711,31 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
 # 8. Saved state ---------------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    world: World,
+    saver: state.Saver | None = None,
+) -> None:
     """Save parameters and optimizer moments as `folder`/step-N; the last two states are kept.
 
     All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
-    step, and random numbers, of which the model draws none.
+    step, and random numbers, of which the model draws none. A `saver` that saves apart writes from a copy in CPU
+    memory while training goes on; from a GPU each save makes that copy, else it is extra.
     """
+    apart = saver is not None and saver.apart
+    if apart:
+        saver.wait()  # for the state before, and its copy's memory
     tensors = state.tensors(model, optimizer).items()
-    ours = {key: my_rows(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
-    state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
+    mine = {key: my_rows(x)[0] for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
+    ours = {key: x.detach().to("cpu", copy=apart) for key, x in mine.items()}
+    if apart:
+        crew = world.rank, world.ranks, TIMEOUT.total_seconds()
+        saver.start(partial(state.save_apart, Path(folder), step, ours, *crew))
+    else:
+        state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
@@ -726,5 +745,6 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
     state is damaged, if ranks see different folders, or if the state is of another model.
     """
+    rollcall.resumable(partial(state.saved_steps, Path(folder)))
     newest = state.newest(Path(folder), world.rank, partial(gather, world=world))
     return state.restore(newest, model, optimizer, fill) if newest else 0

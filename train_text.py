@@ -5,7 +5,7 @@ Paper     Sec. 3.1: Qwen2-7B-Instruct, 224,000 tokens, RoPE base 1e9, 1000 steps
 Run       python train_text.py --preset tiny-base                      the tiny base model, its context short
           torchrun --nproc-per-node 2 train_text.py                    its extension: two ranks, one sequence
           torchrun --nproc-per-node 8 train_text.py --preset longva --weights Qwen2-7B-Instruct --corpus TOKENS.npy
-Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
+Key       B sequences   S tokens of the whole sequence   T tokens held by this rank   P parts
 Deviates  The loss is the mean over all targets of a step, not the mean of its parts' and ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
           max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, needles, parameters, plan, runs, synthetic, text, tokenizer, weights
+from data import chat, needles, parameters, plan, runs, state, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -69,6 +69,7 @@ class Config:
     eval_windows: int = knob(8, "windows for its perplexity, half a sequence apart (ours)")
     eval_needles: int = knob(1, "magic numbers to be found at each of five depths (App. A)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
+    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
@@ -294,17 +295,19 @@ def main(cfg: Config) -> None:
         runs.rewind(cfg.out, first + 1, EVALUATED)
 
     # 6 the loop
+    saver = state.Saver(cfg.async_save)
     kernel = None if cfg.kernel == "auto" else cfg.kernel
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
-        began, loss = time.perf_counter(), torch.zeros((), device=world.device)
+        saver.check()
+        began, loss_P = time.perf_counter(), torch.zeros(cfg.accumulate, device=world.device)
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
-        for ids_BT, targets_BT, starts in parts:
+        for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
             nll_B, _ = model(ids_BT, idx_T, targets_BT, ring.zigzag_attend(circle, kernel, starts))
             ring.global_mean(nll_B.sum(), count, world).backward()
-            loss += nll_B.detach().sum()
-        loss = (ring.total(loss, world) / ring.total(count, world)).item()
+            loss_P[part % cfg.accumulate] += nll_B.detach().sum()
+        loss = runs.finite(step, (ring.total(loss_P, world) / ring.total(count, world)).tolist())
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
@@ -322,7 +325,8 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if cfg.held_out:
                 evaluate(cfg, model, *exam, circle, step + 1)
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
+    saver.wait()
 
     # 7 export
     export(cfg, config, model, world)

@@ -34,7 +34,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, runs, synthetic, tokenizer, weights
+from data import chat, llava, parameters, runs, state, synthetic, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -65,6 +65,7 @@ class Config:
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
     offload: bool = knob(False, "parameters and optimizer in CPU memory (release: zero3.json)")
     save_every: int = knob(500, "steps between saved states (ours)")
+    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(42, "of new weights and of the order of data (release: finetune.sh)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
@@ -327,12 +328,14 @@ def main(cfg: Config) -> None:
         runs.rewind(cfg.out, first)
 
     # 6 the loop
+    saver = state.Saver(cfg.async_save)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
+        saver.check()
         began = time.perf_counter()
         nll_B, count_B = model(*batch(step))
         ring.global_mean(nll_B.sum(), count_B.sum(), world).backward()
-        loss = (ring.total(nll_B.sum(), world) / ring.total(count_B.sum(), world)).item()
+        loss = runs.finite(step, [(ring.total(nll_B.sum(), world) / ring.total(count_B.sum(), world)).item()])
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
@@ -344,7 +347,8 @@ def main(cfg: Config) -> None:
             runs.log(cfg.out, {**line, "samples_per_s": round(cfg.batch / seconds, 2)})
             bar.set_postfix(loss=f"{loss:.3f}", samples_per_s=f"{cfg.batch / seconds:.1f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
+    saver.wait()
 
     # 7 export
     export(cfg, model, world)
