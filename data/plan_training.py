@@ -193,11 +193,13 @@ def norm_backward(step: Step) -> int:
 def attention_backward(step: Step) -> int:
     """The same in ring.ring_backward; all that follows attention is gone, its gradient (D) waits at the sum.
 
-    With the answer's gradient (Q), the wider of
+    With the answer's gradient (Q), the widest of
       own keys       K and V stacked, and the next, if any, under way; dq, dk, dv; what the kernel takes for itself
       another's keys the sum of dq in float32, that of home's dk, dv, and own ones as they came (in float32, dq is its
                      sum); K and V, and the sum of dk, dv that follows them, both coming and going from three ranks on;
-                     a block's dq, its dk, dv of half the keys, these two stacked; what the kernel takes.
+                     a block's dq, its dk, dv of half the keys, these two stacked; what the kernel takes
+      the end        these sums, the last block's dq, dk, dv and K, V; dk, dv as sent, as received, and added to home's;
+                     in bfloat16 also all three as they are returned.
     The CUDA kernel adds dq up in float32 and makes dk and dv for each query head: 4 Q per query and 2 b Q per key.
     Without it (float32 on a GPU) five matrices of scores are there (ring.math_backward).
     """
@@ -210,7 +212,8 @@ def attention_backward(step: Step) -> int:
     summed = 4 * Q + 4 * 2 * GK + (b * (Q + 2 * GK) if b == 2 else b * 2 * GK)
     travelling = (b * 2 * GK + 4 * 2 * GK) * (2 if R > 2 else 1)
     block = b * (Q + 2 * GK) + scores // 2 + (4 * Q + b * Q if fast else 0)
-    widest = max(own, summed + travelling + block if R > 1 else 0)
+    last = summed + b * 2 * GK + 3 * 4 * 2 * GK + b * (Q + GK) + (b * (Q + 2 * GK) if b == 2 else 0)
+    widest = max(own, max(summed + travelling + block, last) if R > 1 else 0)
     return step.T * (stream(step) + b * Q + widest - gone)
 
 
@@ -286,13 +289,14 @@ def moments(step: Step) -> dict[str, dict[str, int]]:
     """Bytes on a device at each moment of a step that may be its widest, the last one's parts all made.
 
     Forward holds less than the loss, which comes when all layers are kept, and a layer's own forward less than its
-    backward, which holds as much again beside the gradients.
+    backward, which holds as much again beside the gradients. From the second layer to the last but one all grows or
+    shrinks evenly, so that the widest is one of these or of their neighbours.
     """
     D, b, V, L = step.widths[0], step.b, step.lm.vocab_size, step.lm.num_hidden_layers
     layer, root, n = numbers(layer_shapes(step.lm)), numbers(root_shapes(step.lm)), sum(all_shards(step))
     gathered = b * (root + layer * (step.ranks > 1)) if step.sharded else 0
     found = {"loss": terms(step, 0, 0, gathered, L * step.T * kept_on_device(step), loss_backward(step))}
-    for i in range(1, L + 1):
+    for i in sorted({1, min(2, L), max(L - 1, 1), L}):
         found |= layer_moments(step, i)
     if step.sharded:
         rest = n - sum(shards(step, root_shapes(step.lm)))

@@ -23,7 +23,7 @@ GB = 10**9
 
 
 def lm(**sizes):
-    small = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 4096, "num_hidden_layers": 3}
+    small = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 4096, "num_hidden_layers": 3}
     return LMConfig(**small | {"num_attention_heads": 4, "num_key_value_heads": 2} | sizes)
 
 
@@ -45,14 +45,15 @@ def test_shapes_are_those_of_the_model(config):
 
 # ---- processes, measured ----
 
-WIDE = lm(hidden_size=512, intermediate_size=512, num_attention_heads=16, head_dim=32, num_hidden_layers=2)
+WIDE = lm(hidden_size=1024, intermediate_size=256, num_hidden_layers=2)
+HEADS = lm(hidden_size=512, intermediate_size=512, num_attention_heads=16, head_dim=32, num_hidden_layers=2)
 CASES = {  # ranks, language model, tokens, flags
     "all kept": (1, lm(), 1536, ()),
     "recomputed": (1, lm(), 1536, ("--remat", "--accumulate", "2")),
-    "tiles": (1, WIDE, 3072, ("--remat", "--mlp-tile", "128")),
-    "two ranks, all kept": (2, lm(), 2048, ()),
-    "two ranks, recomputed around attention": (2, lm(), 2560, ("--remat", "--around")),
-    "two ranks, tiles": (2, WIDE, 3072, ("--remat", "--mlp-tile", "128", "--offload")),
+    "tiles": (1, WIDE, 3072, ("--remat", "--mlp-tile", "256")),
+    "two ranks, recomputed around attention": (2, lm(), 3072, ("--remat", "--around")),
+    "two ranks, tiles": (2, HEADS, 2560, ("--remat", "--mlp-tile", "256", "--offload")),
+    "two ranks, all kept, bf16": (2, lm(hidden_size=32, num_hidden_layers=2), 8192, ("--precision", "bf16")),
 }
 PROBE = """
 import gc, json, multiprocessing, os, socket, sys
