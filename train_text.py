@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, needles, parameters, plan, runs, state, synthetic, text, tokenizer, weights
+from data import chat, needles, parameters, plan, plan_training, runs, state, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -72,12 +72,14 @@ class Config:
     async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
+    plan: bool = knob(False, "print the memory that a step would take, and the longest sequence; load nothing (ours)")
+    host_gb: float | None = knob(None, "with plan: CPU memory of a machine, 10^9 bytes; none: this one's (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
     def __post_init__(self):
         at_least(self, seq_len=2, short_len=2, batch=1, accumulate=1, ring=1, steps=1, save_every=1)
         at_least(self, short_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, max_norm=0)
-        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1)
+        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1, host_gb=1)
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
@@ -103,6 +105,7 @@ PRESETS = {
     },
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
+PLANNING = ("plan", "host_gb")  # settings that are no part of a run
 NEXT = {
     "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
     "tiny-extended": "python train_text.py --preset tiny-control",
@@ -150,6 +153,16 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
         return *synthetic.text_batch(words, cfg.seed, part, cfg.batch * cfg.seq_len // S, S), None
 
     return story
+
+
+def language_model(cfg: Config) -> longva.LMConfig:
+    """The sizes of the model to train. Raises ValueError for one that sees."""
+    if not cfg.weights:
+        return replace(TINY_LM, vocab_size=tokenizer.load_tokenizer(synthetic.TOKENIZER).size)
+    config = longva.read_config(cfg.weights)
+    if not isinstance(config, longva.LMConfig):
+        raise ValueError(f"{cfg.weights} sees already; long text trains a language model before it learns to see")
+    return config
 
 
 def check(cfg: Config, circle: ring.World, circles: int) -> None:
@@ -254,16 +267,16 @@ def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle:
 
 def main(cfg: Config) -> None:
     """Train, save, export; resumes where a killed run of the same settings stopped."""
+    if cfg.plan:
+        plan_training.show(language_model(cfg), cfg)
+        return
     # 1 processes
     world = ring.start(cfg.device)
     circle, number, circles = ring.rings(world, cfg.ring or world.ranks)  # parts of a step go round the rings
     check(cfg, circle, circles)
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
-    words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
-    config = longva.read_config(cfg.weights) if cfg.weights else replace(TINY_LM, vocab_size=words.size)
-    if not isinstance(config, longva.LMConfig):
-        raise ValueError(f"{cfg.weights} sees already; long text trains a language model before it learns to see")
+    words, config = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER), language_model(cfg)
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
@@ -288,7 +301,7 @@ def main(cfg: Config) -> None:
 
     # 5 resume
     if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
+        runs.open_run(cfg.out, {name: value for name, value in asdict(cfg).items() if name not in PLANNING})
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
