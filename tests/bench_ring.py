@@ -1,12 +1,13 @@
 """How much a ring costs: ring.zigzag_attend beside one process, and beside the ring that torch keeps private.
 
 What      Three tables. Time: forward and backward of causal attention to one sequence, CPU seconds added over the
-          ranks, each on one thread; all sides run in turns, three times, and the best sum counts. A rank that waits
-          for a message sleeps, so waiting is not counted; what gloo's own threads do is.
+          ranks, each on one thread; all sides run in turns, three times, and the best sum counts. The work of one
+          process is done by both ranks at once, and halved, so that all sides share the machine alike. A rank that
+          waits for a message sleeps: waiting is not counted; what gloo's own threads do is.
           Error: o, dq, dk, dv against attention written out in fp64, as a share of the largest entry of each.
           Traffic: what one rank sends for one layer, as counted, and as the formula says.
 Paper     arXiv 2406.16852, Sec. 3.1; ring attention, arXiv 2310.01889.
-Run       python tests/bench.py ring            about 3 minutes on two idle cores
+Run       python tests/bench.py ring            about 2 minutes on two idle cores
           python tests/bench.py ring --quick    toy sizes: only shows that every side still runs and agrees
 Key       that of ring.py
 Deviates  Theirs is not public: torch's context_parallel has no CPU kernel, but the loop inside takes one.
