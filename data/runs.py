@@ -98,8 +98,11 @@ def rewind(folder: Path, step: int | None = None, name: str = "log.jsonl") -> No
 
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
     """Append one line for programs to read."""
-    with open(folder / name, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        with open(folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"{folder / name} cannot be written ({error.strerror})") from error
 
 
 def finite(step: int, losses: list[float]) -> float:

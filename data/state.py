@@ -67,7 +67,10 @@ def write_part(folder: Path, step: int, tensors: dict[str, Tensor], rank: int) -
     """Write one rank's part of the draft `folder`/step-N.tmp; its checksum, when all of it is on the disk."""
     part = folder / f"step-{step}.tmp" / PART.format(rank)
     part.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, part)
+    try:
+        save_file({key: x.contiguous() for key, x in tensors.items()}, part)
+    except SafetensorError as error:
+        raise OSError(f"{part} cannot be written ({error})") from error
     flush(part)
     return sha256(part)
 
@@ -116,14 +119,14 @@ class Saver:
         def attempt() -> None:
             try:
                 work()
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 self.error = error
 
         self.thread = Thread(target=attempt, daemon=True)  # a run that fails does not wait for it
         self.thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, as soon as it is known: OSError or SafetensorError."""
+        """Raise what went wrong in the thread, as soon as it is known: OSError."""
         if self.error:
             raise self.error
 
