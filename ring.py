@@ -459,6 +459,7 @@ def ring_forward(
             if not causal:  # a query's own square comes first, and there is nothing yet to merge with
                 part = merge(o_BTHK[b, t], lse_BHT[b, :, t], *part)
             o_BTHK[b, t], lse_BHT[b, :, t] = part
+            del part
     return o_BTHK, lse_BHT
 
 
@@ -475,10 +476,10 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
         for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
             asked = (x[b, t] for x in (do_BTHK, q_BTHK))
             known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
-            dq, *dk_dv = block_attention_backward(*asked, *known, causal, kernel)
-            dq_BTHK[b, t] += dq
-            for sum_BSGK, new in zip(dkv, dk_dv):
-                sum_BSGK[b, s] += new
+            part = block_attention_backward(*asked, *known, causal, kernel)
+            for sum, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
+                sum += new
+            del part, new  # not to be held while the next is computed
         if hop > 0:
             follower = Hop(dkv, world)
     dk_BTGK, dv_BTGK = home + follower.wait() if follower else home

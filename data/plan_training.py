@@ -25,7 +25,7 @@ from data import plan
 from data.config import LMConfig
 from data.plan import CARDS, GB
 
-CHUNK = 1024  # positions whose logits longva.nll holds at once
+CHUNK = 512  # positions whose logits longva.nll holds at once
 MOST = 10**9  # tokens: nobody asks for more
 TERMS = ("shards", "gradients", "AdamW", "gathered", "kept", "work")
 HEAD = "  {:26}" + "".join(f"{name:>10}" for name in (*TERMS, "peak", "host")) + "   widest moment"
@@ -194,12 +194,12 @@ def attention_backward(step: Step) -> int:
     """The same in ring.ring_backward; all that follows attention is gone, its gradient (D) waits at the sum.
 
     With the answer's gradient (Q), the widest of
-      own keys       K and V stacked, and the next, if any, under way; dq, dk, dv; what the kernel takes for itself
-      another's keys the sum of dq in float32, that of home's dk, dv, and own ones as they came (in float32, dq is its
-                     sum); K and V, and the sum of dk, dv that follows them, both coming and going from three ranks on;
-                     a block's dq, its dk, dv of half the keys, these two stacked; what the kernel takes
-      the end        these sums, the last block's dq, dk, dv and K, V; dk, dv as sent, as received, and added to home's;
-                     in bfloat16 also all three as they are returned.
+      own keys       the sums of dq and of home's dk, dv in float32; K and V stacked, and the next, if any, under way;
+                     dq, dk, dv; what the kernel takes for itself
+      another's keys these sums; K and V, and the sum of dk, dv that follows them, both coming and going from three ranks
+                     on; a block's dq, its dk, dv of half the keys; what the kernel takes
+      the end        these sums and the last K, V; dk, dv as sent, as received, and added to home's; in bfloat16 also all
+                     three as they are returned.
     The CUDA kernel adds dq up in float32 and makes dk and dv for each query head: 4 Q per query and 2 b Q per key.
     Without it (float32 on a GPU) five matrices of scores are there (ring.math_backward).
     """
@@ -209,11 +209,11 @@ def attention_backward(step: Step) -> int:
     scores = 5 * 4 * step.lm.num_attention_heads * -(-step.S // R) if cuda and b == 4 else 0
     fast = cuda and b == 2
     own = b * (Q + 2 * GK) + b * 2 * GK * min(R, 2) + scores + (4 * Q + 2 * b * Q if fast else 0)
-    summed = 4 * Q + 4 * 2 * GK + (b * (Q + 2 * GK) if b == 2 else b * 2 * GK)
+    summed = 4 * Q + 4 * 2 * GK
     travelling = (b * 2 * GK + 4 * 2 * GK) * (2 if R > 2 else 1)
-    block = b * (Q + 2 * GK) + scores // 2 + (4 * Q + b * Q if fast else 0)
-    last = summed + b * 2 * GK + 3 * 4 * 2 * GK + b * (Q + GK) + (b * (Q + 2 * GK) if b == 2 else 0)
-    widest = max(own, max(summed + travelling + block, last) if R > 1 else 0)
+    block = b * (Q + GK) + scores // 2 + (4 * Q + b * Q if fast else 0)
+    last = b * 2 * GK + 3 * 4 * 2 * GK + (b * (Q + 2 * GK) if b == 2 else 0)
+    widest = summed + max(own, max(travelling + block, last) if R > 1 else 0)
     return step.T * (stream(step) + b * Q + widest - gone)
 
 
@@ -221,18 +221,17 @@ WIDEST = {"MLP": mlp_backward, "norm": norm_backward, "attention": attention_bac
 
 
 def loss_backward(step: Step) -> int:
-    """Bytes at the widest moment of longva.ChunkedNLL's backward, the kept layers left aside.
+    """Bytes at the widest moment of longva.ChunkedNLL, whose forward makes the gradients; the kept layers left aside.
 
     Per token: what the last norm saved (in float32 its input and output, in bfloat16 its input in float32 and its
-    output), the hidden states that have a target, all of them, and their gradient; indices, targets, log-normaliser,
-    loss and its gradient. Then the head's gradient in float32 (4 V D), with the larger of a chunk's logits (before
-    and after the log-normaliser is taken off, in float32, and the chunk before's) and its part of that gradient.
+    output), the hidden states that have a target, all of them, and their gradient; indices, targets, weights and
+    losses. Then the head's gradient in float32 (4 V D) and a chunk's logits; in bfloat16 these in float32 too, their
+    part of the head's gradient, and the probabilities: those of the chunk before, while its successor's are made.
     """
     D, V, b, U = step.widths[0], step.lm.vocab_size, step.b, min(CHUNK, step.T)
-    per_token = (8 if b == 4 else 6) * D + 2 * stream(step) + 2 * 8 + 8 + 8 + 4 + 4 + 4
-    logits = U * V * (2 * 4 + (b if step.T > CHUNK else 0))
-    product = b * U * V + V * D * (4 if b == 4 else 4 + b)
-    return step.T * per_token + 4 * V * D + max(logits, product)
+    per_token = (8 if b == 4 else 6) * D + 2 * stream(step) + 2 * 8 + 8 + 8 + 4 + 4
+    chunk = U * V * b if b == 4 else U * V * (b + 4 + b) + b * V * D
+    return step.T * per_token + 4 * V * D + chunk
 
 
 def tables(step: Step) -> int:

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -41,6 +42,10 @@ def test_shapes_are_those_of_the_model(config):
     assert layer == sorted(layers)
     everything = config.num_hidden_layers * plan_training.numbers(layers) + plan_training.numbers(root)
     assert everything == sum(p.numel() for p in model.parameters()) == plan.lm_parameters(config)
+
+
+def test_the_loss_takes_as_many_at_once():
+    assert inspect.signature(longva.nll).parameters["chunk"].default == plan_training.CHUNK
 
 
 # ---- processes, measured ----
