@@ -41,6 +41,7 @@ from clip import ClipVision
 from data import chat, parameters
 from data.config import ClipConfig
 
+# parameters of which 512 rows of the gradient are compared
 LOOKED_AT = ["h", "head", "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
              "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]  # fmt: skip
 NEW = 64  # tokens said in a decoding case
@@ -436,7 +437,7 @@ def measure(case: Case, quick: bool) -> bool:
     agree = error <= case.error
     verdict = "WRONG" if not agree else "agrees" if quick else "ok" if fits else "short"
     print(
-        f"{case.name:<28}{ours:>9.3f} {unit}{theirs:>9.3f} {unit}{ratio:>7.2f}  {sign} {case.wanted:<6}"
+        f"{case.name:<28}{ours:>10.3f} {unit}{theirs:>10.3f} {unit}{ratio:>7.2f}  {sign} {case.wanted:<6}"
         f"{verdict:<7}{error:<9.1e}{case.bound}",
         flush=True,
     )
@@ -460,7 +461,7 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "ring":  # a process that its ranks can be made from without importing transformers
         return subprocess.run([sys.executable, Path(__file__).with_name("bench_ring.py"), *arguments[1:]]).returncode
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32, one thread")
-    print(f"{'case':<28}{'ours':>9}   {'theirs':>9}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
+    print(f"{'case':<28}{'ours':>10}   {'theirs':>10}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
     agree = [measure(case, quick="--quick" in arguments) for case in CASES[arguments[0]]]
     return 0 if all(agree) else 1
 
