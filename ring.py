@@ -13,7 +13,7 @@ Departures from the release, with reasons:
     - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
     - Partial results are merged and gradients summed in fp32 (fp64 for fp64), so errors do not grow with R.
     - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
-    - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2, log-sum-exp included.
+    - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2 with its log-sum-exp.
 """
 
 import ctypes
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from data import rollcall, state
 
@@ -366,8 +367,8 @@ def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tens
 
 
 # 5. The ring ------------------------------------------------------------------------------------------------
-# A rank's two chunks are numbers r and 2R - 1 - r of the sequence. After `hop` hops it holds the keys of rank
-# r - hop (mod R). A chunk sees earlier ones whole, itself causally, later ones not at all.
+# A rank's chunks are numbers r and 2R - 1 - r. After `hop` hops it holds the keys of rank r - hop (mod R). A chunk
+# sees earlier ones whole, itself causally, later ones not at all.
 
 
 class Area(NamedTuple):
@@ -477,8 +478,8 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
             asked = (x[b, t] for x in (do_BTHK, q_BTHK))
             known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
             part = block_attention_backward(*asked, *known, causal, kernel)
-            for sum, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
-                sum += new
+            for so_far, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
+                so_far += new
             del part, new  # not to be held while the next is computed
         if hop > 0:
             follower = Hop(dkv, world)
@@ -713,12 +714,7 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
 
 
 def save_state(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    world: World,
-    saver: state.Saver | None = None,
+    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, world: World, saver: state.Saver | None = None
 ) -> None:
     """Save parameters and optimizer moments as `folder`/step-N; the last two states are kept.
 
@@ -739,7 +735,7 @@ def save_state(
         state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
+def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> int:
     """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
 
     The number of ranks may differ from that of the save; the same number continues bit for bit. All ranks

@@ -106,6 +106,7 @@ PRESETS = {
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
 PLANNING = ("plan", "host_gb")  # settings that are no part of a run
+SHOWN = ("loss", "norm", "tokens_per_s", "mfu", "gb")  # in the bar, of a line of the log
 NEXT = {
     "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
     "tiny-extended": "python train_text.py --preset tiny-control",
@@ -331,10 +332,11 @@ def main(cfg: Config) -> None:
             line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
             work = plan.train_flop(config, ids_BT.shape[1] * circle.ranks) * speed / world.ranks / 1e12
             line |= {"tokens_per_s": round(speed), "tflop_per_s_and_rank": float(f"{work:.4g}")}
+            line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
             if world.device.type == "cuda":
-                line |= {"mfu": round(work / cfg.peak_tflop, 4), "gb": torch.cuda.max_memory_allocated() / 1e9}
+                line |= {"mfu": round(work / cfg.peak_tflop, 4)}
             runs.log(cfg.out, line)
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
+            bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if cfg.held_out:
                 evaluate(cfg, model, *exam, circle, step + 1)

@@ -196,10 +196,10 @@ def attention_backward(step: Step) -> int:
     With the answer's gradient (Q), the widest of
       own keys       the sums of dq and of home's dk, dv in float32; K and V stacked, and the next, if any, under way;
                      dq, dk, dv; what the kernel takes for itself
-      another's keys these sums; K and V, and the sum of dk, dv that follows them, both coming and going from three ranks
-                     on; a block's dq, its dk, dv of half the keys; what the kernel takes
-      the end        these sums and the last K, V; dk, dv as sent, as received, and added to home's; in bfloat16 also all
-                     three as they are returned.
+      another's keys these sums; K and V, and the sum of dk, dv that follows them, both coming and going from three
+                     ranks on; a block's dq, its dk, dv of half the keys; what the kernel takes
+      the end        these sums and the last K, V; dk, dv as sent, as received, and added to home's; in bfloat16 also
+                     all three as they are returned.
     The CUDA kernel adds dq up in float32 and makes dk and dv for each query head: 4 Q per query and 2 b Q per key.
     Without it (float32 on a GPU) five matrices of scores are there (ring.math_backward).
     """
