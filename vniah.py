@@ -1,95 +1,137 @@
 """V-NIAH: find one frame in a haystack of thousands (Sec. 4), and its twin for text (App. A).
 
 What      `vision` hides a picture among the frames of a film and asks about it, at every length and depth;
-          `text` hides a number in a story. One score: every token of the answer must be the likeliest.
+          `text` hides a number in a story. The score: every token of the answer must be the likeliest, the answer fed
+          as given; beside it, what the model says by itself.
 Paper     Sec. 4 and Fig. 4 (V-NIAH), App. A and Fig. 7 (needles in text).
 Run       python vniah.py                                       the four systems of the miniature Figure 4
           python vniah.py text                                  the language models alone
           python vniah.py --haystack FILM.mp4 --needles FOLDER  your film (1 frame per second), your needles
-          python vniah.py --weights LongVA-7B --frames 200 400 800 --haystack FILM.mp4 --needles FOLDER
-Key       B probes read together   T tokens   D LM width   M tokens per frame   A tokens of the answer
-Deviates  A few distractors (frames with other things and other numbers) lie in the haystack, else the only
+          python vniah.py --protocol paper --weights LongVA-7B --haystack FILM.mp4 --needles FOLDER
+          torchrun --nproc-per-node 8 vniah.py ...              probes spread over ranks; or --engine ring: the paper's
+          python vniah.py --plot-only --merge runs/A runs/B     figures again, of several runs together
+Key       B probes read together   T tokens   S tokens of a whole probe   D LM width   M tokens per frame   A tokens of
+          the answer   N frames
+Deviates  Needles with one place in the same haystack are read once for all lengths, into a cache that grows with the
+          frames, is branched off at the needle, and cropped back behind each question. --engine ring is the paper's way:
+          each probe is read by all ranks at once, nothing is kept. Both give the same scores.
+          A few distractors (frames with other things and other numbers) lie in the miniature's haystack, else the only
           number would be the answer; --distractors 0 is the paper's test.
-          The paper reads each probe on 8 GPUs through the ring; here one process does, in pieces (chunked prefill).
-          Numbers in text are drawn anew for each cell. With your own --needles there are no distractors.
-          The part of a haystack before the needle is read once for all needles, into a cache; nothing is padded.
+          Numbers in text are drawn anew for each cell; --protocol paper has the same five everywhere.
           Intervals are Wilson's at 95 %, over all probes; the same needles come at every length and depth, so that
           probes are not independent, and other needles may differ by more. The same questions without the needle
-          show what guessing gives.
+          show what guessing gives; with the options in another order, whether a letter is preferred.
 
 Killed and started again it goes on where it was; the same numbers come out.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL.Image import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import longva
 import ring
 import unires
-from data import chat, needles, runs, synthetic, tokenizer, video, weights
+from data import chat, figures, needles, runs, synthetic, tokenizer, video, weights
+from data.config import stop_ids
 from data.flags import at_least, knob, run
 
 
 @dataclass(frozen=True)
 class Config:
-    """Needle in a haystack, of frames or of text (Sec. 4, App. A)."""
+    """Needle in a haystack, of frames or of text (Sec. 4, App. A). What is left out is the protocol's."""
 
     task: Literal["vision", "text"] = knob("vision", "what the haystack is made of (Sec. 4, App. A)", positional=True)
+    protocol: Literal["paper", "tiny"] = knob(
+        "paper", "the paper's grid and draws, or the miniature's (Sec. 4, App. A)"
+    )
     weights: Path | None = knob(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
     own: bool = knob(False, "test what the training commands left in runs/, not the shipped models (ours)")
+    template: str | None = knob(None, "of the question; none: the tokenizer's family (release: qwen2, mistral, ...)")
     out: Path | None = knob(None, "folder of results (ours: runs/vniah-TASK-MODEL)")
     haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4)")
     needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4)")
-    needle_count: int = knob(5, "needles drawn from the seed (Sec. 4)")
-    number_count: int = knob(5, "magic numbers asked for in each cell of a story (App. A)")
-    frames: tuple[int, ...] = knob(tuple(range(200, 3001, 200)), "frames of the haystack (Sec. 4)")
-    context: tuple[int, ...] = knob(tuple(range(32_000, 512_001, 32_000)), "tokens of the story (App. A)")
-    depths: tuple[float, ...] = knob((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "where the needle lies, 0 first (Sec. 4)")
-    distractors: int = knob(0, "look-alikes in a haystack of frames (ours)")
+    needle_count: int | None = knob(None, "needles drawn from the seed (Sec. 4: 5)")
+    number_count: int | None = knob(None, "magic numbers asked for in each cell of a story (App. A: 5)")
+    frames: tuple[int, ...] | None = knob(None, "frames of the haystack (Sec. 4: 200 to 3000)")
+    context: tuple[int, ...] | None = knob(None, "tokens of the story (App. A: 32K to 512K)")
+    depths: tuple[float, ...] | None = knob(None, "where the needle lies, 0 first (Sec. 4: by 0.2; App. A: by 0.1)")
+    distractors: int | None = knob(None, "look-alikes in a haystack of frames (Sec. 4: 0)")
     distractor_counts: tuple[int, ...] = knob((0, 3, 5), "other cities' numbers in a story (App. A)")
-    digits: int = knob(7, "digits of a magic number (release: eval_needle.py)")
-    rope_theta: tuple[float, ...] = knob((3e6, 1e7, 1e8, 1e9), "RoPE bases to try on the baseline, untrained (Fig. 4)")
+    digits: int | None = knob(None, "digits of a magic number (release: 7)")
+    legacy_periods: bool = knob(False, "look for Llama-2's full stops in every tokenizer's text (release)")
+    rope_theta: tuple[float, ...] = knob((), "RoPE bases to test untrained: of --weights, or of (iii) (Fig. 4)")
+    controls: bool = knob(True, "also ask without the needle, and with options in another order (ours)")
+    speak: int = knob(8, "tokens that the model says by itself to each question, 0: none (ours)")
+    engine: Literal["cache", "ring"] = knob(
+        "cache", "what is read once is kept, or the paper's way: see above (Sec. 4)"
+    )
+    keep: bool = knob(True, "keep the encoded film in --out, for the next run (ours)")
+    merge: tuple[Path, ...] = knob((), "folders of other runs whose probes count as well (ours)")
+    plot_only: bool = knob(False, "no probes: tables and pictures of what is known (ours)")
+    colours: Literal["safe", "paper"] = knob("safe", "legible to the colour-blind, or the paper's (Fig. 4)")
     trained_on: int | None = knob(
         None, "tokens the model was trained at, for the dotted line; none: its config's (ours)"
     )
-    seed: int = knob(7, "of needles, film and story; training never uses it (ours)")
+    seed: int | None = knob(None, "of needles, film and story; training never uses it (release: 24242424)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
     def __post_init__(self):
-        at_least(self, digits=1, rope_theta=1, trained_on=1, needle_count=1, number_count=1, seed=0)
+        at_least(self, digits=1, rope_theta=1, trained_on=1, needle_count=1, number_count=1, seed=0, speak=0)
         most = len(needles.DISTRACTORS)
         for name in ("frames", "context"):
-            if list(getattr(self, name)) != sorted({n for n in getattr(self, name) if n > 0}):
-                raise ValueError(f"--{name} {getattr(self, name)}: name each length once, from short to long, above 0")
+            given = getattr(self, name)
+            if given is not None and list(given) != sorted({n for n in given if n > 0}):
+                raise ValueError(f"--{name} {given}: name each length once, from short to long, above 0")
         if min(self.distractor_counts) < 0 or max(self.distractor_counts) > most:
             raise ValueError(
                 f"--distractor-counts {self.distractor_counts}: there are {most} other cities, 0 to {most} go"
             )
-        if not 0 <= self.distractors < len(synthetic.THINGS):
+        if not 0 <= (self.distractors or 0) < len(synthetic.THINGS):
             raise ValueError(f"--distractors {self.distractors}: 0 to {len(synthetic.THINGS) - 1} go, one a thing")
-        for depth in self.depths:
+        for depth in self.depths or ():
             needles.place(1, depth)  # refuses what is outside 0..1
 
 
-PRESETS = {  # 90 seconds on two CPU cores; the paper's, by estimate: 2 hours on 8 A100s for pictures, 5 for text
+PRESETS = {"tiny": {"protocol": "tiny"}, "paper": {"protocol": "paper"}}
+PROTOCOLS = {  # the tiny: 90 seconds on two CPU cores; the paper's, by estimate: 2 hours on 8 A100s, for text 5
     "tiny": {
         "needle_count": 20, "frames": (8, 32, 56, 128, 256, 512),
         "number_count": 8, "context": (128, 256, 512, 1024, 2048, 3072),
-        "depths": (0.0, 0.25, 0.5, 0.75, 1.0), "distractors": 3, "digits": 3, "rope_theta": (3e4, 1e5, 1e6),
+        "depths": (0.0, 0.25, 0.5, 0.75, 1.0), "distractors": 3, "digits": 3, "seed": 7,
     },
-    "longva": {},
+    "paper": {
+        "needle_count": 5, "frames": tuple(range(200, 3001, 200)),
+        "number_count": 5, "context": tuple(range(32_000, 512_001, 32_000)),
+        "distractors": 0, "digits": 7, "seed": needles.SEED,
+    },
 }  # fmt: skip
+PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i / 10 for i in range(11))}
+TRIALS = (3e4, 1e5, 1e6)  # RoPE bases tried on the miniature's baseline
 AT_ONCE = 2**17  # tokens read together, over all probes of a batch; longer haystacks are read one by one
+
+
+def settle(cfg: Config) -> Config:
+    """Fill what was left to the protocol."""
+    values = {"depths": PAPER_DEPTHS[cfg.task]} | PROTOCOLS[cfg.protocol]
+    model = cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"
+    values |= {"out": Path(f"runs/vniah-{cfg.task}-{model}")}
+    return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
 @dataclass(frozen=True)
@@ -100,100 +142,274 @@ class Panel:
     folder: Path
     rope_theta: float | None = None  # in place of the one it was trained with
     distractors: int = 3
-    needle: bool = True  # False: the control, the same questions with the needle left out
+    control: Literal["", "no needle", "shuffled"] = ""  # the same questions, the needle left out, or options moved
     trial: bool = False  # True: other needles and another haystack, to choose a RoPE base by
 
 
-Cells = dict[tuple[str, int, float], list[bool]]  # (panel, length, depth) -> was each needle found?
+class Job(NamedTuple):
+    """Probes that are read together: needles (by number) with one place in one haystack, at some lengths."""
+
+    at: int  # frames before the needle; of a story's cell, 0
+    spread: int  # frames over which the distractors are spread; 0: there are none, and haystacks begin alike
+    needles: tuple[int, ...]
+    cells: tuple[tuple[int, float], ...]  # (length, depth), from short to long
+
+
+Known = dict[tuple[str, int, float], dict[str, dict]]  # (panel, length, depth) -> needle -> what a probe found
 
 
 # -------------------------------------------------------------------------------------------------- scoring
 
 
 @torch.no_grad()
-def exact_match(model: longva.LM, x_BTD: Tensor, answer_BA: Tensor, cache: longva.KVCache) -> list[bool]:
-    """Read prompts behind what `cache` holds: is each token of the answer the likeliest one? (Sec. 4)
+def judge(
+    model: longva.LM, ask_BTD: Tensor, answer_BA: Tensor, cache: longva.KVCache, speak: int, stops: list[int]
+) -> tuple[list[bool], list[list[int]]]:
+    """Ask behind what `cache` holds: (is each token of the answer the likeliest one? (Sec. 4), ids said unaided).
 
-    The answer is fed as given, not as generated, so that all of its tokens are judged in one pass.
+    The answer is fed as given, so that all of its tokens are judged in one pass. Then the model speaks, greedily, at
+    most `speak` tokens. `cache` is cropped back to where it was.
     """
-    A = answer_BA.shape[1]
-    x_BTD = torch.cat([x_BTD, model.embed(answer_BA[:, :-1])], dim=1)
-    longva.read(model, x_BTD[:, :-A], cache)
-    h_BAD = longva.read(model, x_BTD[:, -A:], cache)
-    return (model.logits(h_BAD).argmax(-1) == answer_BA).all(1).tolist()
+    begin, A = cache.mark(), answer_BA.shape[1]
+    longva.read(model, ask_BTD[:, :-1], cache)
+    asked = cache.mark()
+    x_BAD = torch.cat([ask_BTD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
+    best_BA = model.logits(longva.read(model, x_BAD, cache)).argmax(-1)
+    hits, said_B1 = (best_BA == answer_BA).all(1).tolist(), [best_BA[:, :1]]
+    cache.rewind(asked + 1)
+    stop = torch.tensor(stops, device=answer_BA.device)
+    ended_B = torch.isin(said_B1[0][:, 0], stop)
+    while len(said_B1) < speak and not ended_B.all():
+        h_B1D = longva.read(model, model.embed(said_B1[-1]), cache)
+        said_B1.append(model.logits(h_B1D).argmax(-1))
+        ended_B |= torch.isin(said_B1[-1][:, 0], stop)
+    cache.rewind(begin)
+    rows = torch.cat(said_B1, dim=1).tolist() if speak else [[]] * len(hits)
+    return hits, [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
 
-def alike(sizes: list, tokens: int) -> list[list[int]]:
+def says(text: str, answer: str) -> bool:
+    """Whether a sentence gives the answer: as whole words somewhere; an option's letter must come first."""
+    text, answer = text.strip().lower(), answer.strip().lower()
+    if re.fullmatch("[a-e]", answer):
+        return bool(re.match(rf"\(?{answer}\b", text))
+    return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
+
+
+@torch.no_grad()
+def through_the_ring(model: longva.LM, x_1SD: Tensor, answer: list[int], world: ring.World) -> bool:
+    """Read a probe, the answer but for its last token included, on all ranks at once: is each token likeliest?"""
+    S, A = x_1SD.shape[1], len(answer)
+    room = 2 * world.ranks if world.ranks > 1 else 1
+    x_1SD = torch.nn.functional.pad(x_1SD, (0, 0, 0, -S % room))  # behind all that counts
+    targets_1S = torch.full(x_1SD.shape[:2], chat.IGNORE, device=x_1SD.device)
+    targets_1S[0, S - A : S] = torch.tensor(answer, device=x_1SD.device)
+    idx_T = ring.zigzag_index(x_1SD.shape[1], world)
+    h_1TD = model.model(x_1SD[:, idx_T], idx_T, ring.zigzag_attend(world))
+    hits_1, of_1 = longva.hits(h_1TD, model.lm_head.weight, targets_1S[:, idx_T])
+    return ring.total(of_1 - hits_1, world).item() == 0
+
+
+def alike(sizes: list, tokens: int) -> list[tuple[int, ...]]:
     """Indices of probes of one size each, which can be read together; not too many of `tokens` tokens at once."""
     most = max(1, AT_ONCE // max(1, tokens))
     groups = [[i for i, found in enumerate(sizes) if found == size] for size in sorted(set(sizes))]
-    return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
+    return [tuple(group[i : i + most]) for group in groups for i in range(0, len(group), most)]
 
 
 class Film:
-    """V-NIAH: the film and the needles as one model sees them, and every cell of its panel (Sec. 4)."""
+    """V-NIAH: the film and the needles as one model sees them (Sec. 4)."""
 
-    def __init__(self, cfg: Config, panel: Panel, model: longva.LongVA, words: tokenizer.Tokenizer):
-        self.panel, self.model, self.frames = panel, model, 0
-        hidden, signs = pick_needles(cfg, panel)
-        pre, post = chat.template_ids(words)
+    def __init__(self, cfg: Config, panel: Panel, model: longva.LongVA, words: tokenizer.Tokenizer, world: ring.World):
+        self.cfg, self.model, self.words, self.world = cfg, model, words, world
+        self.hidden, signs = pick_needles(cfg, panel)
+        template = cfg.template or chat.family(words)
+        pre, self.post = chat.template_ids(words, template)
         self.pre_1TD = model.embed(torch.tensor([pre], device=model.device))
-        self.answers = [words.encode(needle.answer) for needle in hidden]
-        self.asks = [words.encode("\n" + needle.question.removeprefix("\n")) + post for needle in hidden]
-        longest = max(cfg.frames)
-        self.film_NMD = self.look(tqdm(open_film(cfg, panel, longest), "film", longest, leave=False))
-        if len(self.film_NMD) < longest:
-            raise ValueError(
-                f"{cfg.haystack} gives {len(self.film_NMD)} frames at 1 per second, but the longest haystack has "
-                f"{longest}; take a longer film or name shorter lengths, such as --frames {len(self.film_NMD)}"
-            )
-        self.needle_NMD = self.look(needle.picture for needle in hidden)
-        self.sign_NMD = self.look(sign.picture for sign in signs) if signs else self.film_NMD[:0]
+        self.stops = stop_ids(panel.folder)
+        self.film_NMD, self.hashes = encode_film(cfg, panel, model, world)
+        self.needle_NMD = look(model, (needle.picture for needle in self.hidden))[0]
+        self.sign_NMD = look(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
+        self.prompts = {
+            "template": template,
+            "pre": pre,
+            "post": self.post,
+            "needles": [describe(n) for n in self.hidden],
+        }
+        self.enter(panel)
 
-    def look(self, pictures) -> Tensor:  # noqa: ANN001
-        """Visual tokens of each picture, x_NMD; letterboxed, as V-NIAH shows frames."""
-        M = (self.model.config.vision.patches // 2) ** 2
-        grids = (unires.frame(picture, self.model.config.vision.side, "pad") for picture in pictures)
-        return torch.cat(list(longva.watch(self.model, grids))).unflatten(0, (-1, M))
+    @property
+    def names(self) -> list[str]:
+        """The needles that this panel asks about."""
+        return [self.hidden[i].name for i in self.asked]
+
+    def enter(self, panel: Panel) -> None:
+        """Prepare for a panel of this model: what is asked, and a cache that knows nothing."""
+        self.panel, self.spread, self.cache = panel, None, None
+        rng = np.random.default_rng([0x0B7, self.cfg.seed])
+        asks = [(n if panel.control != "shuffled" else needles.shuffled_options(n, rng)) for n in self.hidden]
+        self.asked = [i for i, needle in enumerate(asks) if needle]
+        encode = self.words.encode
+        self.asks = [n and encode("\n" + n.question.removeprefix("\n")) + self.post for n in asks]
+        self.answers = [n and encode(n.answer) for n in asks]
+        self.wanted = [n and n.answer for n in asks]
+
+    def jobs(self, cells: list[tuple[int, float]]) -> list[Job]:
+        """Cells whose needles have one place in the same haystack are one job, and so is each size of question."""
+        M, places = self.film_NMD.shape[1], {}
+        for length, depth in cells:
+            spread = length if len(self.sign_NMD) else 0
+            places.setdefault((spread, needles.place(length, depth)), []).append((length, depth))
+        made = []
+        for (spread, at), served in sorted(places.items()):
+            sizes = [(len(self.asks[i]), len(self.answers[i])) for i in self.asked]
+            groups = (
+                alike(sizes, max(served)[0] * M) if self.cfg.engine == "cache" else [(j,) for j in range(len(sizes))]
+            )
+            for group in groups:
+                made.append(Job(at, spread, tuple(self.asked[j] for j in group), tuple(sorted(served))))
+        return made
+
+    def hay(self, spread: int, N: int) -> Tensor:
+        """The first N frames, x_NMD; with the distractors evenly over `spread` of them, if there are any."""
+        signs = self.sign_NMD[:spread]
+        if not len(signs):
+            return self.film_NMD[:N]
+        hay_NMD = self.film_NMD[:N].clone()
+        for i, sign_MD in enumerate(signs):
+            if (place := int((i + 0.5) * spread / len(signs))) < N:
+                hay_NMD[place] = sign_MD
+        return hay_NMD
 
     @torch.no_grad()
-    def lay_out(self, frames: int) -> None:
-        """Read a haystack of so many frames, its distractors evenly spread, into a cache that all needles share."""
-        self.frames, self.hay_NMD = frames, self.film_NMD[:frames].clone()
-        signs = self.sign_NMD[:frames]
-        for i, sign_MD in enumerate(signs):
-            self.hay_NMD[int((i + 0.5) * frames / len(signs))] = sign_MD
-        x_1TD = torch.cat([self.pre_1TD, self.hay_NMD.flatten(0, 1)[None]], dim=1)
-        self.cache = None  # the old haystack goes before the new one is read
-        self.cache = longva.KVCache(self.model.model.config, 1, x_1TD.shape[1], x_1TD)
-        longva.read(self.model, x_1TD, self.cache)
+    def grow(self, job: Job, jobs: list[Job]) -> int:
+        """Let the shared cache know the haystack up to the job's needle; how many tokens that are.
 
-    def cell(self, frames: int, depth: float) -> list[bool]:
-        """Was each needle found at this length and depth? It is inserted, so that frames + 1 are seen."""
-        if frames != self.frames:
-            self.lay_out(frames)
-        at = needles.place(frames, depth)
-        before = self.pre_1TD.shape[1] + at * self.hay_NMD.shape[1]
-        found = [False] * len(self.asks)
-        sizes = [(len(ask), len(answer)) for ask, answer in zip(self.asks, self.answers)]
-        for group in alike(sizes, frames * self.hay_NMD.shape[1]):
-            rest_BTD = self.hay_NMD[at:].flatten(0, 1).expand(len(group), -1, -1)
-            ask_BTD = self.model.embed(torch.tensor([self.asks[i] for i in group], device=rest_BTD.device))
-            hidden_BMD = self.needle_NMD[group] if self.panel.needle else rest_BTD[:, :0]
-            x_BTD = torch.cat([hidden_BMD, rest_BTD, ask_BTD], dim=1)
-            answer_BA = torch.tensor([self.answers[i] for i in group], device=x_BTD.device)
-            cache = self.cache.branch(before, len(group), x_BTD.shape[1] + answer_BA.shape[1])
-            for i, hit in zip(group, exact_match(self.model, x_BTD, answer_BA, cache)):
-                found[i] = hit
-            del cache  # before the next one is made: it may be the larger part of a GPU
-        return found
+        Jobs come sorted, so that each frame is read once for all of them.
+        """
+        M, before = self.film_NMD.shape[1], self.pre_1TD.shape[1]
+        if self.cache is None or self.spread != job.spread:
+            room = before + max(other.at for other in jobs if other.spread == job.spread) * M
+            self.cache = None  # the old one goes before the new one is made
+            self.cache = longva.KVCache(self.model.model.config, 1, room, self.pre_1TD)
+            longva.read(self.model, self.pre_1TD, self.cache)
+            self.spread = job.spread
+        known = (self.cache.length - before) // M
+        if job.at > known:
+            x_NMD = self.hay(job.spread, job.at)[known:]
+            longva.read(self.model, x_NMD.flatten(0, 1)[None], self.cache)
+        return before + job.at * M
+
+    def probe(self, job: Job, jobs: list[Job]) -> Iterator[list[dict]]:
+        """What each needle's probe finds, a list for each of the job's cells; the needle makes frames + 1 of them."""
+        group, longest = list(job.needles), job.cells[-1][0]
+        hay_NMD, M = self.hay(job.spread, longest), self.film_NMD.shape[1]
+        needle_BMD = self.needle_NMD[group] if self.panel.control != "no needle" else self.needle_NMD[:0]
+        ask_BT = torch.tensor([self.asks[i] for i in group], device=self.model.device)
+        answer_BA = torch.tensor([self.answers[i] for i in group], device=self.model.device)
+        ask_BTD = self.model.embed(ask_BT)
+        if self.cfg.engine == "ring":
+            yield from (self.whole(job, hay_NMD, needle_BMD, ask_BTD, answer_BA, *cell) for cell in job.cells)
+            return
+        before, room = (
+            self.grow(job, jobs),
+            (longest - job.at + 1) * M + ask_BT.shape[1] + max(answer_BA.shape[1], self.cfg.speak),
+        )
+        cache, known = self.cache.branch(before, len(group), room), job.at
+        if len(needle_BMD):
+            longva.read(self.model, needle_BMD, cache)
+        for length, depth in job.cells:
+            if length > known:
+                x_TD = hay_NMD[known:length].flatten(0, 1)
+                longva.read(self.model, x_TD.expand(len(group), -1, -1), cache)
+                known = length
+            hits, said = judge(self.model, ask_BTD, answer_BA, cache, self.cfg.speak, self.stops)
+            tokens = cache.length + ask_BT.shape[1]
+            yield [self.record(i, length, depth, tokens, *found) for i, *found in zip(group, hits, said)]
+
+    def whole(self, job, hay_NMD, needle_1MD, ask_1TD, answer_1A, length, depth) -> list[dict]:  # noqa: ANN001
+        """A probe the paper's way: one pass over all of it, spread over the ranks."""
+        film_1TD = torch.cat([hay_NMD[: job.at], needle_1MD, hay_NMD[job.at : length]]).flatten(0, 1)[None]
+        x_1SD = torch.cat([self.pre_1TD, film_1TD, ask_1TD, self.model.embed(answer_1A[:, :-1])], dim=1)
+        hit = through_the_ring(self.model, x_1SD, answer_1A[0].tolist(), self.world)
+        return [self.record(job.needles[0], length, depth, x_1SD.shape[1] - answer_1A.shape[1] + 1, hit, [])]
+
+    def record(self, i: int, length: int, depth: float, tokens: int, hit: bool, said: list[int]) -> dict:
+        """A line of cells-RANK.jsonl."""
+        text = self.words.decode(said)
+        spoken = says(text, self.wanted[i]) if self.cfg.speak and self.cfg.engine == "cache" else None
+        found = {"panel": self.panel.name, "length": length, "depth": depth, "needle": self.hidden[i].name}
+        return found | {"hit": hit, "spoken": spoken, "said": text, "tokens": tokens}
+
+
+def describe(needle: needles.Needle) -> dict:
+    """What results.json tells of a needle."""
+    told = {"name": needle.name, "question": needle.question, "answer": needle.answer, "kind": needle.kind}
+    return told | {"picture": digest(needle.picture)}
+
+
+def digest(picture: Image) -> str:
+    """16 hexadecimal digits that tell one picture from another."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
+
+
+def look(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: ANN001
+    """Visual tokens of each picture, x_NMD, letterboxed as V-NIAH shows frames; and the pictures' digests."""
+    M, hashes = (model.config.vision.patches // 2) ** 2, []
+
+    def grids() -> Iterator[Tensor]:
+        for picture in pictures:
+            hashes.append(digest(picture))
+            yield unires.frame(picture, model.config.vision.side, "pad")
+
+    return torch.cat(list(longva.watch(model, grids()))).unflatten(0, (-1, M)), hashes
+
+
+def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.World) -> tuple[Tensor, list[str]]:
+    """The haystack as the model sees it, x_NMD, and its frames' digests; encoded once and kept in --out/seen.
+
+    With several ranks the first encodes and the others read. Raises ValueError for a film that is too short.
+    """
+    N = max(cfg.frames)
+    source = ["synthetic", cfg.seed + 1000 * panel.trial] if cfg.haystack == "synthetic" else film_digest(cfg.haystack)
+    facts = {"film": source, "frames": N, "protocol": cfg.protocol, "weights": weights.sha(panel.folder)}
+    facts |= {"dtype": str(model.lm_head.weight.dtype)}
+    file = (
+        cfg.out / "seen" / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    )
+    waiting, film_NMD = ring.patient(world), None
+    if not file.exists() and world.rank == 0:
+        film_NMD, hashes = look(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
+        if cfg.keep or world.ranks > 1:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {"film": film_NMD}, file.with_suffix(".tmp"), {"hashes": " ".join(hashes), "facts": json.dumps(facts)}
+            )
+            file.with_suffix(".tmp").rename(file)
+    ring.total(torch.zeros(1), waiting)
+    if film_NMD is None:
+        with safe_open(file, "pt", str(model.device)) as kept:
+            film_NMD, hashes = kept.get_tensor("film"), kept.metadata()["hashes"].split()
+    if len(film_NMD) < N:
+        raise ValueError(
+            f"{cfg.haystack} gives {len(film_NMD)} frames at 1 per second, but the longest haystack has "
+            f"{N}; take a longer film or name shorter lengths, such as --frames {len(film_NMD)}"
+        )
+    return film_NMD, hashes
+
+
+def film_digest(path: str) -> str:
+    """Of a film's bytes, or of a folder's files."""
+    return weights.sha_of(video.picture_files(path) if Path(path).is_dir() else [Path(path)])
 
 
 def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
-    """The haystack's pictures, one per second of film, as a stream."""
+    """The haystack's pictures, one per second of film, as a stream; the paper's protocol counts frames of a file."""
     if cfg.haystack == "synthetic":
         return islice(synthetic.film(cfg.seed + 1000 * panel.trial), frames)
-    return (picture for _, picture in islice(video.frames(cfg.haystack, fps=1.0), frames))
+    counts = cfg.protocol == "paper" and Path(cfg.haystack).is_file()
+    fps = video.nearly_one(cfg.haystack) if counts else 1.0
+    return (picture for _, picture in islice(video.frames(cfg.haystack, fps=fps), frames))
 
 
 def pick_needles(cfg: Config, panel: Panel) -> tuple[list[needles.Needle], list[needles.Needle]]:
@@ -207,144 +423,178 @@ def pick_needles(cfg: Config, panel: Panel) -> tuple[list[needles.Needle], list[
 class Story:
     """Needles in text: a story, a magic number hidden in it, other cities' numbers as distractors (App. A)."""
 
-    def __init__(self, cfg: Config, panel: Panel, model: longva.LM, words: tokenizer.Tokenizer):
-        self.cfg, self.panel, self.model, self.words = cfg, panel, model, words
-        self.stops = needles.period_ids(words.encode)
+    def __init__(self, cfg: Config, panel: Panel, model: longva.LM, words: tokenizer.Tokenizer, world: ring.World):
+        self.cfg, self.model, self.words, self.world = cfg, model, words, world
+        self.stops = needles.LLAMA_PERIODS if cfg.legacy_periods else needles.period_ids(words.encode)
+        self.ends = stop_ids(panel.folder)
         if cfg.haystack == "synthetic":
             text = synthetic.story(cfg.seed + 1000 * panel.trial, max(cfg.context))
         else:
             text = needles.read_text_haystack(cfg.haystack)
-        self.ids = words.encode(text)
+        self.ids, self.hashes = words.encode(text), [hashlib.sha256(text.encode()).hexdigest()[:16]]
+        self.names = [f"number-{i}" for i in range(cfg.number_count)]
+        self.prompts = {"before": needles.PREFIX, "needle": needles.NEEDLE, "question": needles.QUESTION}
+        self.enter(panel)
+
+    def enter(self, panel: Panel) -> None:
+        """Prepare for a panel of this model."""
+        self.panel = panel
+        self.draws = released_draws(self.cfg, panel, self.words) if self.cfg.protocol == "paper" else None
+
+    def jobs(self, cells: list[tuple[int, float]]) -> list[Job]:
+        """Each cell is a job, for no two texts begin alike."""
+        return [Job(0, 0, tuple(range(self.cfg.number_count)), (cell,)) for cell in cells]
 
     def probes(self, context: int, depth: float) -> list[tuple[list[int], list[int]]]:
-        """(ids, ids of the answer) of every probe of a cell; numbers and places are drawn anew for each."""
-        rng = np.random.RandomState([self.cfg.seed, self.panel.trial, context, round(100 * depth)])
+        """(ids, ids of the answer) of every probe of a cell; numbers and places are drawn anew for each.
+
+        With the paper's protocol they come from one stream of draws for the whole grid, as in the release.
+        """
+        rng = np.random.RandomState([self.cfg.seed % 2**32, self.panel.trial, context, round(100 * depth)])
         made = []
-        for _ in range(self.cfg.number_count):
-            number, *others = needles.numbers(rng, 1 + self.panel.distractors, self.cfg.digits)
+        for i in range(self.cfg.number_count):
+            if self.draws:
+                numbers, states = self.draws
+                number, others = numbers[i], numbers[self.cfg.number_count :]
+                rng.set_state(states[context, depth, i])
+            else:
+                number, *others = needles.numbers(rng, 1 + self.panel.distractors, self.cfg.digits)
             lies = list(zip(needles.DISTRACTORS, others))
             probe = (self.words.encode, self.ids, context, depth, number, lies, rng, self.stops)
             made.append(needles.text_probe(*probe))
         return made
 
-    def cell(self, context: int, depth: float) -> list[bool]:
-        """Was each number found at this length and depth?"""
-        probes = self.probes(context, depth)
-        found = [False] * len(probes)
+    def probe(self, job: Job, jobs: list[Job]) -> Iterator[list[dict]]:
+        """What each probe of the job's one cell finds."""
+        ((context, depth),) = job.cells
+        probes, found = self.probes(context, depth), []
         for group in alike([len(ids) for ids, _ in probes], context):
-            ids_BT = torch.tensor([probes[i][0] for i in group], device=self.model.device)
-            answer_BA = torch.tensor([probes[i][1] for i in group], device=self.model.device)
-            x_BTD = self.model.embed(ids_BT)
-            room = x_BTD.shape[1] + answer_BA.shape[1]
-            cache = longva.KVCache(self.model.model.config, len(group), room, x_BTD)
-            for i, hit in zip(group, exact_match(self.model, x_BTD, answer_BA, cache)):
-                found[i] = hit
-        return found
+            found += self.whole(probes, group) if self.cfg.engine == "ring" else self.read(probes, group)
+        lines = []
+        for i, hit, said in sorted(found):
+            answer, text = self.words.decode(probes[i][1]), self.words.decode(said)
+            spoken = says(text, answer) if self.cfg.speak and self.cfg.engine == "cache" else None
+            line = {"panel": self.panel.name, "length": context, "depth": depth, "needle": self.names[i]}
+            lines.append(line | {"hit": hit, "spoken": spoken, "said": text, "tokens": len(probes[i][0])})
+        yield lines
+
+    def read(self, probes: list, group: tuple[int, ...]) -> Iterator[tuple[int, bool, list[int]]]:
+        """(number of the probe, hit, ids said) of probes of one length, read together."""
+        ids_BT = torch.tensor([probes[i][0] for i in group], device=self.model.device)
+        answer_BA = torch.tensor([probes[i][1] for i in group], device=self.model.device)
+        x_BTD = self.model.embed(ids_BT)
+        room = x_BTD.shape[1] + max(answer_BA.shape[1], self.cfg.speak)
+        cache = longva.KVCache(self.model.model.config, len(group), room, x_BTD)
+        yield from zip(group, *judge(self.model, x_BTD, answer_BA, cache, self.cfg.speak, self.ends))
+
+    def whole(self, probes: list, group: tuple[int, ...]) -> Iterator[tuple[int, bool, list[int]]]:
+        """The same the paper's way, one after the other on all ranks at once."""
+        for i in group:
+            ids, answer = probes[i]
+            x_1SD = self.model.embed(torch.tensor([ids + answer[:-1]], device=self.model.device))
+            yield i, through_the_ring(self.model, x_1SD, answer, self.world), []
+
+
+def released_draws(cfg: Config, panel: Panel, words: tokenizer.Tokenizer) -> tuple[list[str], dict]:
+    """(the numbers, the state of the generator before each probe's places are drawn) as the release draws them.
+
+    From one seed: all needles' numbers, then the distractors', then for each length, depth and number one place per
+    distractor, in a text that has grown by those before.
+    """
+    rng = np.random.RandomState(cfg.seed % 2**32)
+    numbers = needles.numbers(rng, cfg.number_count + panel.distractors, cfg.digits)
+    lies = list(zip(needles.DISTRACTORS, numbers[cfg.number_count :]))
+    grown = [len(words.encode(needles.NEEDLE.format(city=city, number=number))) for city, number in lies]
+    states = {}
+    for context in cfg.context:
+        for depth in cfg.depths:
+            for i in range(cfg.number_count):
+                states[context, depth, i], size = rng.get_state(), context
+                for more in grown:
+                    rng.randint(size)
+                    size += more
+    return numbers, states
 
 
 # ------------------------------------------------------------------------------------------- the probe loop
 
 
 class Bench:
-    """The models under test, each loaded once, with what it has seen of the film."""
+    """The models under test, each loaded once, and what is known of every cell, on this rank and the others."""
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.tests = cfg, {}
+    def __init__(self, cfg: Config, world: ring.World, known: Known):
+        self.cfg, self.world, self.known, self.tests, self.told = cfg, world, known, {}, {}
+        self.waiting = ring.patient(world)
 
     def test(self, panel: Panel) -> Film | Story:
         """The test of a panel, made or made over from another panel of the same model."""
         key = (panel.folder, panel.trial)
         if key not in self.tests:
-            model = longva.load(panel.folder, ring.start(self.cfg.device).device)
+            self.tests.clear()  # one model at a time
+            model = longva.load(panel.folder, self.world.device)
             if self.cfg.task == "vision" and not isinstance(model, longva.LongVA):
                 raise ValueError(f"{panel.folder} is a language model and cannot see; try: python vniah.py text")
             kind, words = Film if self.cfg.task == "vision" else Story, tokenizer.load_tokenizer(panel.folder)
-            self.tests[key] = kind(self.cfg, panel, model, words), model.model.config.rope_theta
+            test = kind(self.cfg, panel, model, words, self.world)
+            self.tests[key] = test, model.model.config.rope_theta
         test, trained_theta = self.tests[key]
-        test.panel, test.frames = panel, 0  # frames: what the film's cache holds was read with another RoPE base
         config = test.model.model.config
         test.model.model.config = replace(config, rope_theta=panel.rope_theta or trained_theta)
+        test.enter(panel)
+        self.told[panel.name] = {"prompts": test.prompts, "haystack": test.hashes}
         return test
 
-    def probe(self, panels: list[Panel], lengths: tuple, depths: tuple, cells: Cells, bar: tqdm) -> None:
-        """Fill in the cells of `panels` that are not there yet, and keep each on disk as soon as it is known."""
+    def probe(self, panels: list[Panel], lengths: tuple, depths: tuple) -> None:
+        """Find out what is not known of the cells of `panels`, and keep each on disk as soon as it is known."""
         for panel in panels:
-            keys = [(panel.name, length, depth) for length in lengths for depth in depths]
-            todo = [key for key in keys if key not in cells]
-            bar.update(len(keys) - len(todo))
-            if not todo:
+            cells = [(length, depth) for length in lengths for depth in depths]
+            have = self.known_needles(panel)
+            if all(have <= set(self.known.get((panel.name, *cell), ())) and have for cell in cells):
                 continue
-            bar.set_description(panel.name[:40])
             test = self.test(panel)
-            for name, length, depth in todo:
-                cells[name, length, depth] = hits = test.cell(length, depth)
-                line = {"panel": name, "length": length, "depth": depth, "hits": [int(hit) for hit in hits]}
-                runs.log(self.cfg.out, line, CELLS)
-                bar.update()
+            jobs = [job for job in test.jobs(cells) if self.wanted(panel, test, job)]
+            mine = jobs if self.cfg.engine == "ring" else jobs[self.world.rank :: self.world.ranks]
+            count = sum(len(job.needles) * len(job.cells) for job in mine)
+            with tqdm(total=count, desc=panel.name[:40], disable=self.world.rank > 0) as bar:
+                for job in mine:
+                    for lines in test.probe(job, mine):
+                        self.write(lines)
+                        bar.update(len(lines))
+        ring.total(torch.zeros(1), self.waiting)  # what the others found is on disk
+        self.known.clear()
+        self.known.update(read_cells(self.cfg.out, self.cfg.merge))
 
+    def known_needles(self, panel: Panel) -> set[str]:
+        """The needles that were asked about in any of a panel's cells."""
+        return {needle for (name, *_), found in self.known.items() if name == panel.name for needle in found}
 
-# ------------------------------------------------------------------------------------------------- figures
+    def wanted(self, panel: Panel, test: Film | Story, job: Job) -> bool:
+        """Whether a job has a probe that is not known."""
+        names = {test.hidden[i].name if isinstance(test, Film) else test.names[i] for i in job.needles}
+        return any(not names <= set(self.known.get((panel.name, *cell), ())) for cell in job.cells)
 
-
-def rate(cells: Cells, panel: Panel, length: int | None = None, depth: float | None = None) -> tuple[int, int]:
-    """(hits, trials) over the cells of a panel that match."""
-    hits = [
-        hit
-        for (name, at, deep), found in cells.items()
-        if name == panel.name and length in (None, at) and depth in (None, deep)
-        for hit in found
-    ]
-    return sum(hits), len(hits)
-
-
-def table(cells: Cells, panels: list[Panel], lengths: tuple, unit: str) -> str:
-    """Hit rates per length, and over all lengths with Wilson's 95 % interval, as lines of text."""
-    width = max(len(panel.name) for panel in panels)
-    lines = [f"{unit:>{width}} " + "".join(f"{length:>7}" for length in lengths) + "    mean  95 % interval"]
-    for panel in panels:
-        known = [length for length in lengths if rate(cells, panel, length)[1]]
-        row = "".join(
-            f"{rate(cells, panel, n)[0] / rate(cells, panel, n)[1]:7.2f}" if n in known else " " * 7 for n in lengths
-        )
-        hits, trials = rate(cells, panel)
-        low, high = needles.wilson(hits, trials)
-        lines.append(f"{panel.name:>{width}} {row}    {hits / trials:.3f}  {low:.3f} to {high:.3f}  (n={trials})")
-    return "\n".join(lines)
-
-
-def heatmap(
-    file: Path, cells: Cells, panels: list[Panel], lengths: tuple, depths: tuple, lines: list[float], unit: str
-) -> None:
-    """Draw one heatmap per panel, length across and depth down, as the paper's Figure 4; dotted: trained until here."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cols = 2 if len(panels) in (2, 4) else 3
-    rows = -(-len(panels) // cols)
-    figure, axes = plt.subplots(rows, cols, figsize=(4.6 * cols, 2.5 * rows + 0.4), layout="constrained", squeeze=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    for ax, panel, line in zip(axes.flat, panels, lines):
-        grid = np.array([[np.mean(cells[panel.name, n, d]) for n in lengths] for d in depths])
-        picture = ax.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for y, x in np.ndindex(*grid.shape):
-            ax.text(
-                x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=7, color="w" if grid[y, x] < 0.6 else "k"
-            )
-        ax.set_xticks(range(len(lengths)), lengths)
-        ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
-        ax.set(xlabel=unit, ylabel="depth", title=f"{panel.name}: {grid.mean():.2f}")
-        ax.axvline(np.interp(line, lengths, range(len(lengths))), color="w", linestyle=":")
-    figure.colorbar(picture, ax=axes, label="found", shrink=0.8)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    def write(self, lines: list[dict]) -> None:
+        """Keep what was found of a cell."""
+        if self.cfg.engine == "ring" and self.world.rank > 0:
+            return
+        with open(self.cfg.out / CELLS.format(self.world.rank), "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ----------------------------------------------------------------------------------------------------- main
 
-CELLS = "cells.jsonl"
+CELLS = "cells-{}.jsonl"  # of each rank
+
+
+def read_cells(folder: Path, merge: tuple[Path, ...] = ()) -> Known:
+    """What runs found out: this one's, and those of other folders under the names of their needles and folders."""
+    known: Known = {}
+    for place in (folder, *merge):
+        for file in sorted(place.glob(CELLS.format("*"))):
+            for line in map(json.loads, file.read_text().splitlines()):
+                cell = known.setdefault((line["panel"], line["length"], line["depth"]), {})
+                cell[line["needle"] if place == folder else f"{place}/{line['needle']}"] = line
+    return known
 
 
 def system(cfg: Config, name: str) -> Path:
@@ -353,91 +603,157 @@ def system(cfg: Config, name: str) -> Path:
     return runs.made(f"tiny-{name}{stage}", name) if cfg.own else runs.TINY / name
 
 
+def controls_of(cfg: Config, panel: Panel) -> list[Panel]:
+    """The same model and questions without the needle, and with options in another order, if they have options."""
+    made = [replace(panel, name=f"{panel.name}, no needle", control="no needle")]
+    rng = np.random.default_rng(0)
+    if any(needles.shuffled_options(needle, rng) for needle in pick_needles(cfg, panel)[0]):
+        made.append(replace(panel, name=f"{panel.name}, options moved", control="shuffled"))
+    return made if cfg.controls else []
+
+
 def systems(cfg: Config) -> tuple[list[Panel], list[Panel], list[Panel]]:
     """The figure's panels, the controls, and the trials that choose a RoPE base for the baseline."""
-    if cfg.task == "vision":
-        if cfg.weights:
-            one = Panel(cfg.weights.name, cfg.weights, distractors=cfg.distractors)
-            return [one], [replace(one, name=f"{one.name}, no needle", needle=False)], []
-        panels = [
-            Panel("(i) LongVA", system(cfg, "longva"), None, cfg.distractors),
-            Panel("(ii) LongVA, AnyRes", system(cfg, "anyres"), None, cfg.distractors),
-            Panel("(iii) not extended", system(cfg, "baseline"), None, cfg.distractors),
-        ]
-        controls = [replace(panels[0], name="(i) without needle", needle=False)]
-        trials = [replace(panels[2], name=f"trial {t:g}", rope_theta=t, trial=True) for t in cfg.rope_theta]
-        return panels, controls, trials
     if cfg.weights:
-        return (
-            [Panel(f"{cfg.weights.name}, {n} distractors", cfg.weights, None, n) for n in cfg.distractor_counts],
-            [],
-            [],
-        )
+        counts = (cfg.distractors,) if cfg.task == "vision" else cfg.distractor_counts
+        tails = [""] if cfg.task == "vision" else [f", {n} distractors" for n in counts]
+        panels = [
+            Panel(f"{cfg.weights.resolve().name}{base}{tail}", cfg.weights, theta, n)
+            for theta, base in [(None, ""), *((t, f", RoPE base {t:g}") for t in cfg.rope_theta)]
+            for n, tail in zip(counts, tails)
+        ]
+        return panels, controls_of(cfg, panels[0]) if cfg.task == "vision" else [], []
+    bases = cfg.rope_theta or TRIALS
+    if cfg.task == "vision":
+        names = {"(i) LongVA": "longva", "(ii) LongVA, AnyRes": "anyres", "(iii) not extended": "baseline"}
+        panels = [Panel(name, system(cfg, folder), None, cfg.distractors) for name, folder in names.items()]
+        trials = [replace(panels[2], name=f"trial {t:g}", rope_theta=t, trial=True) for t in bases]
+        return panels, controls_of(cfg, panels[0]), trials
     control = system(cfg, "control")
     folders = {"extended": system(cfg, "extended"), "not extended": control}
     panels = [
         Panel(f"{name}, {n} distractors", at, None, n) for name, at in folders.items() for n in cfg.distractor_counts
     ]
-    most = max(cfg.distractor_counts)
-    return panels, [], [Panel(f"trial {t:g}", control, t, most, trial=True) for t in cfg.rope_theta]
+    return panels, [], [Panel(f"trial {t:g}", control, t, max(cfg.distractor_counts), trial=True) for t in bases]
 
 
 def main(cfg: Config) -> None:
-    """Probe every cell that is not known yet, then print the table and draw the figure."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("vniah.py runs as one process for now; start it with python, not torchrun")
-    model = cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"
-    cfg = replace(cfg, out=cfg.out or Path(f"runs/vniah-{cfg.task}-{model}"))
-    lengths, unit = (cfg.frames, "frames") if cfg.task == "vision" else (cfg.context, "tokens")
+    """Probe every cell that is not known yet, then print the tables and draw the figures."""
+    world, cfg = ring.start(cfg.device), settle(cfg)
+    lengths = cfg.frames if cfg.task == "vision" else cfg.context
     panels, controls, trials = systems(cfg)
-    asked = {panel.folder for panel in (*panels, *trials)}
-    stamp = asdict(cfg) | {"weights": {str(folder): weights.sha(folder) for folder in sorted(asked)}}
-    cells, bench = read_cells(cfg.out, stamp), Bench(cfg)
-    print("testing " + ", ".join(sorted(os.path.relpath(folder) for folder in asked)))
+    stamp, known = open_results(cfg, [*panels, *trials], world)
+    bench = Bench(cfg, world, known)
+    middle, best = cfg.depths[len(cfg.depths) // 2 :][:1], None
+    stages = [(panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2])]
+    for stage in () if cfg.plot_only else stages:
+        bench.probe(*stage)
+    if trials and any(hits_of(known, trial) for trial in trials):
+        best = max(trials, key=lambda trial: np.mean(hits_of(known, trial) or [0]))
+        tail = f", {best.distractors} distractors" if cfg.task == "text" else ""
+        raised = f"{'(iv) ' * (cfg.task == 'vision')}RoPE base {best.rope_theta:g}, untrained{tail}"
+        panels.append(replace(best, name=raised, trial=False))
+        if not cfg.plot_only:
+            bench.probe(panels[-1:], lengths, cfg.depths)
+    if world.rank == 0:
+        show(cfg, known, panels, controls, trials)
+        keep_results(cfg, stamp, bench.told, known)
+    ring.stop(world)
 
-    middle = cfg.depths[len(cfg.depths) // 2 :][:1]
-    counts = [(panels, lengths, cfg.depths), (controls, lengths, middle), (trials, lengths[-2:], cfg.depths[::2])]
-    size = sum(len(p) * len(n) * len(d) for p, n, d in counts) + bool(trials) * len(lengths) * len(cfg.depths)
-    with tqdm(total=size) as bar:
-        for some, at, deep in counts:
-            bench.probe(some, at, deep, cells, bar)
-        if trials:
-            best = max(trials, key=lambda trial: rate(cells, trial)[0])
-            tail = f", {best.distractors} distractors" if cfg.task == "text" else ""
-            raised = f"{'(iv) ' * (cfg.task == 'vision')}RoPE base {best.rope_theta:g}, untrained{tail}"
-            panels.append(replace(best, name=raised, trial=False))
-            bench.probe(panels[-1:], lengths, cfg.depths, cells, bar)
 
-    print(table(cells, panels + controls, lengths, unit))
-    if trials:
-        tried = ((trial, rate(cells, trial)) for trial in trials)
-        tried = ", ".join(f"{trial.rope_theta:g}: {hits / count:.2f}" for trial, (hits, count) in tried)
+def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[dict, Known]:
+    """(what the results depend on, what earlier runs with the same found out); a torn last line is probed again."""
+    if cfg.plot_only and not (cfg.out / "config.json").is_file() and not cfg.merge:
+        raise ValueError(f"{cfg.out} holds no run to draw; run without --plot-only first, or name others with --merge")
+    for folder in cfg.merge:
+        if not list(folder.glob(CELLS.format("*"))):
+            raise ValueError(f"--merge {folder} holds no results; name folders that vniah.py wrote")
+    folders = sorted({panel.folder for panel in panels})
+    stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
+    if not cfg.plot_only:
+        stamp |= {"weights": {str(folder): weights.sha(folder) for folder in folders}}
+        ring.say(world, "testing " + ", ".join(os.path.relpath(folder) for folder in folders))
+        if world.rank == 0:
+            runs.open_run(cfg.out, stamp)
+            for file in cfg.out.glob(CELLS.format("*")):
+                runs.rewind(cfg.out, None, file.name)
+    ring.total(torch.zeros(1), ring.patient(world))
+    return stamp, read_cells(cfg.out, cfg.merge)
+
+
+LOOKS = ("merge", "plot_only", "colours", "trained_on", "device", "keep")  # change no score
+
+
+def hits_of(known: Known, panel: Panel, length: int | None = None, key: str = "hit") -> list[bool]:
+    """What the probes of a panel found, at one length or all; `key` "spoken": by what was said."""
+    cells = [found for (name, n, _), found in known.items() if name == panel.name and length in (None, n)]
+    return [probe[key] for found in cells for probe in found.values() if probe[key] is not None]
+
+
+def show(cfg: Config, known: Known, panels: list[Panel], controls: list[Panel], trials: list[Panel]) -> None:
+    """Print tables and a heatmap for terminals, and draw the pictures."""
+    lengths, unit = (cfg.frames, "frames") if cfg.task == "vision" else (cfg.context, "tokens")
+
+    def map_of(panel: Panel, key: str = "hit") -> figures.Map:
+        grid = {
+            (n, d): [p[key] for p in found.values() if p[key] is not None]
+            for (name, n, d), found in known.items()
+            if name == panel.name
+        }
+        return figures.Map(panel.name, grid, trained(cfg, panel)[0])
+
+    maps = [map_of(panel) for panel in panels]
+    print(figures.table([*maps, *map(map_of, controls)], lengths, unit))
+    spoken = [map_of(panel, "spoken") for panel in panels if hits_of(known, panel, key="spoken")]
+    if spoken:
+        print("\nby what the models say themselves:\n" + figures.table(spoken, lengths, unit))
+    if trials and any(hits_of(known, trial) for trial in trials):
+        tried = ", ".join(f"{trial.rope_theta:g}: {np.mean(hits_of(known, trial)):.2f}" for trial in trials)
         by = "with the same needles" if cfg.needles else "with another haystack and other needles"
         print(f"RoPE bases tried {by}, at the two greatest lengths: {tried}")
-    heatmap(cfg.out / "heatmap.png", cells, panels, lengths, cfg.depths, [trained(cfg, p) for p in panels], unit)
-    found = [{"panel": p, "length": n, "depth": d, "hits": [int(h) for h in hits]} for (p, n, d), hits in cells.items()]
-    (cfg.out / "results.json").write_text(json.dumps(stamp | {"cells": found}, indent=1, default=str) + "\n")
-    print(f"results: {cfg.out / 'results.json'}   picture: {cfg.out / 'heatmap.png'}")
+    print("\n" + "\n".join(figures.blocks(one, lengths, cfg.depths, unit) for one in maps) + "\n")
+    per_unit = trained(cfg, panels[0])[1]
+    figures.heatmap(cfg.out / "heatmap.png", maps, lengths, cfg.depths, unit, per_unit, cfg.colours)
+    for i, one in enumerate(maps):
+        figures.heatmap(cfg.out / f"heatmap-{i + 1}.png", [one], lengths, cfg.depths, unit, per_unit, cfg.colours)
+    figures.comparison(cfg.out / "comparison.png", [*maps, *map(map_of, controls)], lengths, unit)
+
+
+def keep_results(cfg: Config, stamp: dict, told: dict, known: Known) -> None:
+    """Write results.json: all that is needed to do it again, every probe, and each cell's Wilson interval."""
+    file = cfg.out / "results.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    cells = []
+    for (panel, length, depth), found in sorted(known.items()):
+        hits = [bool(probe["hit"]) for probe in found.values()]
+        low, high = needles.wilson(sum(hits), len(hits))
+        cell = {"panel": panel, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
+        cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": found})
+    results = {"settings": stamp, "versions": versions(), "panels": before.get("panels", {}) | told, "cells": cells}
+    runs.replace_text(file, json.dumps(results, indent=1, default=str) + "\n")
+    print(f"results: {file}   pictures: {cfg.out / 'heatmap.png'}, {cfg.out / 'comparison.png'}")
     if not cfg.weights:
         after = "python vniah.py text" if cfg.task == "vision" else "python train_text.py --preset tiny-base"
         print(f"next:    {after}")
 
 
-def trained(cfg: Config, panel: Panel) -> float:
-    """Where the dotted line stands: the length that a panel's language model was trained at, in units of length."""
+def versions() -> dict[str, str]:
+    """Of all that takes part in a score."""
+    found = {}
+    for name in ("torch", "numpy", "pillow", "av", "safetensors", "tiktoken", "sentencepiece"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def trained(cfg: Config, panel: Panel) -> tuple[float, int]:
+    """(the length that a panel's language model was trained at, for the dotted line, tokens per unit of length)."""
     config = longva.read_config(panel.folder)
     lm = config.lm if isinstance(config, longva.LongVAConfig) else config
     per_unit = (config.vision.patches // 2) ** 2 if cfg.task == "vision" else 1
-    return (cfg.trained_on or lm.max_position_embeddings) / per_unit
-
-
-def read_cells(folder: Path, stamp: dict) -> Cells:
-    """What an earlier run with these settings and weights found out; a torn last line is probed again."""
-    runs.open_run(folder, stamp)
-    runs.rewind(folder, None, CELLS)
-    file = folder / CELLS
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return {(line["panel"], line["length"], line["depth"]): [bool(h) for h in line["hits"]] for line in lines}
+    return (cfg.trained_on or lm.max_position_embeddings) / per_unit, per_unit
 
 
 if __name__ == "__main__":

@@ -375,6 +375,13 @@ def frames(
     return Frames(len(times), len(ours), _on_screen(path, index, ours, resize, strict=count is not None))
 
 
+def nearly_one(path: str | Path) -> float:
+    """The rate near 1 per second that takes every n-th frame of a film, as the release does: n = round(frames/s)."""
+    stamps = (_scan_webp(Path(path)) if Path(path).suffix.lower() == ".webp" else _scan(Path(path))).stamps
+    rate = (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 1.0
+    return rate / max(1, round(rate)) * (1 - 1e-6)  # a hair late, so that rounding never shows the frame before
+
+
 def duration(path: str | Path, fps: float = 1.0) -> float:
     """Return the seconds from the first frame to the end of the last; raises ValueError as `frames` does."""
     path = Path(path)

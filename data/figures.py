@@ -1,0 +1,146 @@
+"""Tables and heatmaps of the needle tests, for a terminal, a page and a paper.
+
+What      `table` and `blocks` as text, `heatmap` and `comparison` as pictures, all of the same cells.
+Paper     Fig. 4 and Fig. 7: length across, depth down, red to green; a dotted line where training ended.
+Run       imported by vniah.py
+Deviates  The colours are cividis, which the colour-blind read as everyone does; --colours paper gives the paper's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.needles import wilson
+
+SHADES = " ░▒▓█"  # none found to all found
+COLOURS = {"safe": "cividis", "paper": "RdYlGn"}
+
+Grid = dict[tuple[int, float], list[bool]]  # (length, depth) -> was each needle found?
+
+
+@dataclass(frozen=True)
+class Map:
+    """What a model found: a name, its cells, and the length it was trained at, in the unit of lengths."""
+
+    name: str
+    grid: Grid
+    trained: float
+
+    def rate(self, length: int | None = None, depth: float | None = None) -> tuple[int, int]:
+        """(hits, trials) over the cells that match."""
+        cells = [hits for (n, d), hits in self.grid.items() if length in (None, n) and depth in (None, d)]
+        return sum(map(sum, cells)), sum(map(len, cells))
+
+    def array(self, lengths: Sequence[int], depths: Sequence[float]) -> np.ndarray:
+        """Hit rates, one row per depth; nan where nothing is known."""
+        known = [[self.grid.get((n, d)) for n in lengths] for d in depths]
+        return np.array([[np.mean(hits) if hits else np.nan for hits in row] for row in known])
+
+
+def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:
+    """Hit rates per length, and over all with Wilson's 95 % interval."""
+    width = max(len(one.name) for one in maps)
+    lines = [f"{unit:>{width}} " + "".join(f"{length:>7}" for length in lengths) + "    mean  95 % interval"]
+    for one in maps:
+        rates = [one.rate(length) for length in lengths]
+        row = "".join(f"{hits / count:7.2f}" if count else " " * 7 for hits, count in rates)
+        hits, count = one.rate()
+        low, high = wilson(hits, count) if count else (0, 1)
+        mean = f"{hits / count:.3f}" if count else "  -  "
+        lines.append(f"{one.name:>{width}} {row}    {mean}  {low:.3f} to {high:.3f}  (n={count})")
+    return "\n".join(lines)
+
+
+def blocks(one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str) -> str:
+    """A heatmap for a terminal: the darker, the more were found; | where training ended."""
+    ends = sum(length <= one.trained for length in lengths)
+    marks = [" " * 5 + "".join("  |" if i == ends - 1 < len(lengths) - 1 else "   " for i in range(len(lengths)))]
+    rows = []
+    for depth, row in zip(depths, one.array(lengths, depths)):
+        shades = "".join("  ?" if np.isnan(x) else SHADES[round(x * (len(SHADES) - 1))] * 3 for x in row)
+        rows.append(f"{100 * depth:3.0f}% {shades}")
+    return "\n".join([f"{one.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows, *marks]).rstrip()
+
+
+def draw(ax, one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str, per_unit: int, colours: str):  # noqa: ANN001, ANN201
+    """One heatmap, as in the paper's Figure 4; the upper axis counts tokens where the lower one counts frames."""
+    grid = one.array(lengths, depths)
+    picture = ax.imshow(grid, vmin=0, vmax=1, cmap=COLOURS[colours], aspect="auto")
+    dark = (lambda x: x < 0.55) if colours == "safe" else (lambda x: False)
+    size = 7 if len(lengths) <= 8 else 5
+    for y, x in np.ndindex(*grid.shape):
+        if not np.isnan(value := grid[y, x]):
+            ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=size, color="w" if dark(value) else "k")
+    ax.set_xticks(range(len(lengths)), lengths, rotation=0 if len(lengths) <= 8 else 60, fontsize=8)
+    ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths], fontsize=8)
+    mean = np.nanmean(grid) if not np.isnan(grid).all() else float("nan")
+    ax.set(xlabel=unit, ylabel="depth")
+    ax.set_title(f"{one.name}: {mean:.2f}", fontsize=10)
+    if per_unit > 1:
+        above = ax.secondary_xaxis("top")
+        tokens = [f"{n * per_unit / 1000:.3g}K" if n * per_unit >= 10_000 else f"{n * per_unit}" for n in lengths]
+        above.set_xticks(range(len(lengths)), tokens, rotation=0 if len(lengths) <= 8 else 60, fontsize=6)
+        above.set_xlabel("tokens", fontsize=7)
+    if lengths[0] <= one.trained <= lengths[-1]:
+        at = np.interp(one.trained, lengths, range(len(lengths)))
+        ax.axvline(at, color="w" if colours == "safe" else "k", linestyle=":", linewidth=2)
+    return picture
+
+
+def heatmap(
+    file: Path,
+    maps: Sequence[Map],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    unit: str,
+    per_unit: int = 1,
+    colours: str = "safe",
+) -> None:
+    """Draw `maps` side by side into a file; dotted: training ended here."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cols = len(maps) if len(maps) < 3 else 2 if len(maps) == 4 else 3
+    rows = -(-len(maps) // cols)
+    wide, high = (4.6, 2.5) if len(lengths) <= 8 else (6.4, 3.0)
+    size = (wide * cols + 0.6, (high + 0.35 * (per_unit > 1)) * rows + 0.3)
+    figure, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
+    for ax in axes.flat[len(maps) :]:
+        ax.axis("off")
+    for ax, one in zip(axes.flat, maps):
+        picture = draw(ax, one, lengths, depths, unit, per_unit, colours)
+    figure.colorbar(picture, ax=axes, label="found", shrink=0.8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def comparison(file: Path, maps: Sequence[Map], lengths: Sequence[int], unit: str) -> None:
+    """Draw the hit rate of each map over the length, with Wilson's 95 % interval as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    inks = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+    for i, one in enumerate(maps):
+        known = [(n, *one.rate(n)) for n in lengths if one.rate(n)[1]]
+        if not known:
+            continue
+        at, rates = [n for n, *_ in known], [hits / count for _, hits, count in known]
+        low, high = zip(*(wilson(hits, count) for _, hits, count in known))
+        ink, dash = inks[i % len(inks)], ("-", "--", "-.", ":")[i // 2 % 4]
+        ax.plot(at, rates, dash, color=ink, marker="os^Dv<>"[i % 7], markersize=4, label=one.name)
+        ax.fill_between(at, low, high, color=ink, alpha=0.15, linewidth=0)
+    for trained in {one.trained for one in maps}:
+        ax.axvline(trained, color="0.5", linestyle=":", linewidth=1)
+    ax.set(xlabel=unit, ylabel="found", ylim=(-0.03, 1.03), xscale="log" if lengths[-1] > 20 * lengths[0] else "linear")
+    ax.set_xticks(lengths, lengths, fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
+    ax.minorticks_off()
+    ax.legend(fontsize=7, frameon=False, loc="lower left")
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
