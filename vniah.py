@@ -13,8 +13,8 @@ Run       python vniah.py                                       the four systems
 Key       B probes read together   T tokens   S tokens of a whole probe   D LM width   M tokens per frame   A tokens of
           the answer   N frames
 Deviates  Needles with one place in the same haystack are read once for all lengths, into a cache that grows with the
-          frames, is branched off at the needle, and cropped back behind each question. --engine ring is the paper's way:
-          each probe is read by all ranks at once, nothing is kept. Both give the same scores.
+          frames, is branched off at the needle, and cropped back behind each question. --engine ring is the paper's
+          way: each probe is read by all ranks at once, nothing is kept. Both give the same scores.
           A few distractors (frames with other things and other numbers) lie in the miniature's haystack, else the only
           number would be the answer; --distractors 0 is the paper's test.
           Numbers in text are drawn anew for each cell; --protocol paper has the same five everywhere.
@@ -57,9 +57,7 @@ class Config:
     """Needle in a haystack, of frames or of text (Sec. 4, App. A). What is left out is the protocol's."""
 
     task: Literal["vision", "text"] = knob("vision", "what the haystack is made of (Sec. 4, App. A)", positional=True)
-    protocol: Literal["paper", "tiny"] = knob(
-        "paper", "the paper's grid and draws, or the miniature's (Sec. 4, App. A)"
-    )
+    protocol: Literal["paper", "tiny"] = knob("paper", "the paper's grid and draws, or the miniature's (App. A)")
     weights: Path | None = knob(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
     own: bool = knob(False, "test what the training commands left in runs/, not the shipped models (ours)")
     template: str | None = knob(None, "of the question; none: the tokenizer's family (release: qwen2, mistral, ...)")
@@ -78,9 +76,7 @@ class Config:
     rope_theta: tuple[float, ...] = knob((), "RoPE bases to test untrained: of --weights, or of (iii) (Fig. 4)")
     controls: bool = knob(True, "also ask without the needle, and with options in another order (ours)")
     speak: int = knob(8, "tokens that the model says by itself to each question, 0: none (ours)")
-    engine: Literal["cache", "ring"] = knob(
-        "cache", "what is read once is kept, or the paper's way: see above (Sec. 4)"
-    )
+    engine: Literal["cache", "ring"] = knob("cache", "keep what is read once, or the paper's way (Sec. 4)")
     keep: bool = knob(True, "keep the encoded film in --out, for the next run (ours)")
     merge: tuple[Path, ...] = knob((), "folders of other runs whose probes count as well (ours)")
     plot_only: bool = knob(False, "no probes: tables and pictures of what is known (ours)")
@@ -170,7 +166,7 @@ def judge(
     The answer is fed as given, so that all of its tokens are judged in one pass. Then the model speaks, greedily, at
     most `speak` tokens. `cache` is cropped back to where it was.
     """
-    begin, A = cache.mark(), answer_BA.shape[1]
+    begin = cache.mark()
     longva.read(model, ask_BTD[:, :-1], cache)
     asked = cache.mark()
     x_BAD = torch.cat([ask_BTD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
@@ -228,20 +224,12 @@ class Film:
         self.pre_1TD = model.embed(torch.tensor([pre], device=model.device))
         self.stops = stop_ids(panel.folder)
         self.film_NMD, self.hashes = encode_film(cfg, panel, model, world)
+        self.names = [needle.name for needle in self.hidden]
         self.needle_NMD = look(model, (needle.picture for needle in self.hidden))[0]
         self.sign_NMD = look(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
-        self.prompts = {
-            "template": template,
-            "pre": pre,
-            "post": self.post,
-            "needles": [describe(n) for n in self.hidden],
-        }
+        self.prompts = {"template": template, "pre": pre, "post": self.post}
+        self.prompts |= {"needles": [describe(needle) for needle in self.hidden]}
         self.enter(panel)
-
-    @property
-    def names(self) -> list[str]:
-        """The needles that this panel asks about."""
-        return [self.hidden[i].name for i in self.asked]
 
     def enter(self, panel: Panel) -> None:
         """Prepare for a panel of this model: what is asked, and a cache that knows nothing."""
@@ -263,10 +251,8 @@ class Film:
         made = []
         for (spread, at), served in sorted(places.items()):
             sizes = [(len(self.asks[i]), len(self.answers[i])) for i in self.asked]
-            groups = (
-                alike(sizes, max(served)[0] * M) if self.cfg.engine == "cache" else [(j,) for j in range(len(sizes))]
-            )
-            for group in groups:
+            together = max(served)[0] * M if self.cfg.engine == "cache" else AT_ONCE  # the paper reads one by one
+            for group in alike(sizes, together):
                 made.append(Job(at, spread, tuple(self.asked[j] for j in group), tuple(sorted(served))))
         return made
 
@@ -311,11 +297,9 @@ class Film:
         if self.cfg.engine == "ring":
             yield from (self.whole(job, hay_NMD, needle_BMD, ask_BTD, answer_BA, *cell) for cell in job.cells)
             return
-        before, room = (
-            self.grow(job, jobs),
-            (longest - job.at + 1) * M + ask_BT.shape[1] + max(answer_BA.shape[1], self.cfg.speak),
-        )
-        cache, known = self.cache.branch(before, len(group), room), job.at
+        before, said = self.grow(job, jobs), max(answer_BA.shape[1], self.cfg.speak)
+        cache = self.cache.branch(before, len(group), (longest - job.at + 1) * M + ask_BT.shape[1] + said)
+        known = job.at
         if len(needle_BMD):
             longva.read(self.model, needle_BMD, cache)
         for length, depth in job.cells:
@@ -374,17 +358,14 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
     source = ["synthetic", cfg.seed + 1000 * panel.trial] if cfg.haystack == "synthetic" else film_digest(cfg.haystack)
     facts = {"film": source, "frames": N, "protocol": cfg.protocol, "weights": weights.sha(panel.folder)}
     facts |= {"dtype": str(model.lm_head.weight.dtype)}
-    file = (
-        cfg.out / "seen" / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
-    )
-    waiting, film_NMD = ring.patient(world), None
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    file, waiting, film_NMD = cfg.out / "seen" / f"{name}.safetensors", ring.patient(world), None
     if not file.exists() and world.rank == 0:
         film_NMD, hashes = look(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
         if cfg.keep or world.ranks > 1:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {"film": film_NMD}, file.with_suffix(".tmp"), {"hashes": " ".join(hashes), "facts": json.dumps(facts)}
-            )
+            told = {"hashes": " ".join(hashes), "facts": json.dumps(facts)}
+            save_file({"film": film_NMD}, file.with_suffix(".tmp"), told)
             file.with_suffix(".tmp").rename(file)
     ring.total(torch.zeros(1), waiting)
     if film_NMD is None:
@@ -570,7 +551,7 @@ class Bench:
 
     def wanted(self, panel: Panel, test: Film | Story, job: Job) -> bool:
         """Whether a job has a probe that is not known."""
-        names = {test.hidden[i].name if isinstance(test, Film) else test.names[i] for i in job.needles}
+        names = {test.names[i] for i in job.needles}
         return any(not names <= set(self.known.get((panel.name, *cell), ())) for cell in job.cells)
 
     def write(self, lines: list[dict]) -> None:
@@ -695,11 +676,8 @@ def show(cfg: Config, known: Known, panels: list[Panel], controls: list[Panel], 
     lengths, unit = (cfg.frames, "frames") if cfg.task == "vision" else (cfg.context, "tokens")
 
     def map_of(panel: Panel, key: str = "hit") -> figures.Map:
-        grid = {
-            (n, d): [p[key] for p in found.values() if p[key] is not None]
-            for (name, n, d), found in known.items()
-            if name == panel.name
-        }
+        cells = [(n, d, found.values()) for (name, n, d), found in known.items() if name == panel.name]
+        grid = {(n, d): [probe[key] for probe in found if probe[key] is not None] for n, d, found in cells}
         return figures.Map(panel.name, grid, trained(cfg, panel)[0])
 
     maps = [map_of(panel) for panel in panels]
