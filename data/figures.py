@@ -55,13 +55,11 @@ def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:
 
 def blocks(one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str) -> str:
     """A heatmap for a terminal: the darker, the more were found; | where training ended."""
-    ends = sum(length <= one.trained for length in lengths)
-    marks = [" " * 5 + "".join("  |" if i == ends - 1 < len(lengths) - 1 else "   " for i in range(len(lengths)))]
-    rows = []
+    ends, rows = sum(length <= one.trained for length in lengths), []
     for depth, row in zip(depths, one.array(lengths, depths)):
-        shades = "".join("  ?" if np.isnan(x) else SHADES[round(x * (len(SHADES) - 1))] * 3 for x in row)
-        rows.append(f"{100 * depth:3.0f}% {shades}")
-    return "\n".join([f"{one.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows, *marks]).rstrip()
+        shades = ["  ?" if np.isnan(x) else SHADES[round(x * (len(SHADES) - 1))] * 3 for x in row]
+        rows.append(f"{100 * depth:3.0f}% {''.join(shades[:ends])}|{''.join(shades[ends:])}")
+    return "\n".join([f"{one.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows])
 
 
 def draw(ax, one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str, per_unit: int, colours: str):  # noqa: ANN001, ANN201
@@ -83,9 +81,9 @@ def draw(ax, one: Map, lengths: Sequence[int], depths: Sequence[float], unit: st
         tokens = [f"{n * per_unit / 1000:.3g}K" if n * per_unit >= 10_000 else f"{n * per_unit}" for n in lengths]
         above.set_xticks(range(len(lengths)), tokens, rotation=0 if len(lengths) <= 8 else 60, fontsize=6)
         above.set_xlabel("tokens", fontsize=7)
-    if lengths[0] <= one.trained <= lengths[-1]:
-        at = np.interp(one.trained, lengths, range(len(lengths)))
-        ax.axvline(at, color="w" if colours == "safe" else "k", linestyle=":", linewidth=2)
+    inside = sum(length <= one.trained for length in lengths)  # cells left of the line lie within what was trained
+    for ink, style, width in (("w", "-", 3), ("k", ":", 1.8)):  # seen on light and dark
+        ax.axvline(inside - 0.5, color=ink, linestyle=style, linewidth=width, clip_on=False)
     return picture
 
 
@@ -136,11 +134,11 @@ def comparison(file: Path, maps: Sequence[Map], lengths: Sequence[int], unit: st
         ink, dash = inks[i % len(inks)], ("-", "--", "-.", ":")[i // 2 % 4]
         ax.plot(at, rates, dash, color=ink, marker="os^Dv<>"[i % 7], markersize=4, label=one.name)
         ax.fill_between(at, low, high, color=ink, alpha=0.15, linewidth=0)
-    for trained in {one.trained for one in maps}:
+    for trained in {one.trained for one in maps if one.trained <= lengths[-1]}:
         ax.axvline(trained, color="0.5", linestyle=":", linewidth=1)
     ax.set(xlabel=unit, ylabel="found", ylim=(-0.03, 1.03), xscale="log" if lengths[-1] > 20 * lengths[0] else "linear")
     ax.set_xticks(lengths, lengths, fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
     ax.minorticks_off()
-    ax.legend(fontsize=7, frameon=False, loc="lower left")
+    figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -40,6 +40,11 @@ class Needle:
     picture: Image.Image
     question: str  # as the model is asked it, line breaks and answer instruction included
     answer: str
+    kind: str = ""
+
+
+def shuffled_options(needle, rng):
+    return None
 
 
 def place(frames: int, depth: float) -> int:
