@@ -299,8 +299,8 @@ OBJECTS = [  # thing, tint, question, picture
      "s wood 1.5 20 84 50 88 84 78; s wood 1.5 30 72 56 76 76 88"),
     ("anchor", "blue", "Which thing lies in the shopping cart?", "B wall 0 0 100 88; B grey 0 88 100 100; "
      "d * anchor 54 70 54; l ink 2 8 34 22 34 32 74 84 74; l ink 1.5 24 42 92 42 84 66 30 66; l ink 1 38 42 42 66; "
-     "l ink 1 52 42 53 66; l ink 1 66 42 64 66; l ink 1 80 42 75 66; l ink 1 27 54 88 54; o ink 38 84 5 5; "
-     "o ink 76 84 5 5"),
+     "l ink 1 52 42 53 66; l ink 1 66 42 64 66; l ink 1 80 42 75 66; l ink 1 27 54 88 54; l ink 2 38 74 38 84; "
+     "l ink 2 76 74 76 84; o ink 38 84 5 5; o ink 76 84 5 5"),
     ("guitar", "orange", "Which thing lies on the railway track?", "B sky 0 0 100 34; B grass 0 34 100 100; "
      + "".join(f"b brown {36 - y / 3} {34 + y} {64 + y / 3} {37 + y + y / 20}; " for y in range(2, 64, 10))
      + "l stone 2.5 42 34 20 100; l stone 2.5 58 34 80 100; d * guitar 50 94 66"),
