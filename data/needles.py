@@ -17,7 +17,7 @@ Deviations.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -40,11 +40,7 @@ class Needle:
     picture: Image.Image
     question: str  # as the model is asked it, line breaks and answer instruction included
     answer: str
-    kind: str = ""
-
-
-def shuffled_options(needle, rng):
-    return None
+    kind: str = ""  # what is asked for, such as "colour"; folders may leave it out
 
 
 def place(frames: int, depth: float) -> int:
@@ -88,7 +84,7 @@ def read_needles(folder: str | Path) -> list[Needle]:
     """Read a folder of pictures with a questions.json (a list) or questions.jsonl (one record per line).
 
     A record is {"image": "cat.png", "question": "...", "answer": "..."}; the release's names, "path" and
-    "prompt", are understood too. Raises ValueError that names the file and the record.
+    "prompt", are understood too, and a "kind" is kept. Raises ValueError that names the file and the record.
     """
     folder = Path(folder)
     file, records = _load_records(folder)
@@ -108,7 +104,8 @@ def read_needles(folder: str | Path) -> list[Needle]:
             picture = read_picture(folder / image)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        needles.append(Needle(name, picture, question, answer))
+        kind = _text(where, record, "kind") if "kind" in record else ""
+        needles.append(Needle(name, picture, question, answer, kind))
     return needles
 
 
@@ -118,9 +115,35 @@ def write_needles(folder: str | Path, needles: Sequence[Needle]) -> None:
     for needle in needles:
         image = f"{needle.name}.png"
         (folder / image).parent.mkdir(parents=True, exist_ok=True)
-        needle.picture.save(folder / image)
-        records.append({"image": image, "question": needle.question, "answer": needle.answer})
+        needle.picture.save(folder / image, optimize=True)
+        record = {"image": image, "question": needle.question, "answer": needle.answer}
+        records.append(record | ({"kind": needle.kind} if needle.kind else {}))
     (folder / "questions.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+def shuffled_options(needle: Needle, rng: np.random.Generator) -> Needle | None:
+    """Put the options of a multiple-choice question in another order; None for any other question.
+
+    The right option always gets another letter, each as likely as the next: a model that finds the needle
+    follows it, one that prefers a letter does not. Options are lines "A. ...", "B. ..." and so on, at least two.
+    """
+    lines = needle.question.split("\n")
+    first = next((i for i, line in enumerate(lines) if line.startswith("A. ")), len(lines))
+    options = []
+    for letter, line in zip("ABCDEFGHIJ", lines[first:]):
+        if not line.startswith(f"{letter}. "):
+            break
+        options.append(line[3:])
+    letters = "ABCDEFGHIJ"[: len(options)]
+    if len(options) < 2 or needle.answer not in list(letters):
+        return None
+    old = letters.index(needle.answer)
+    new = int(rng.choice([i for i in range(len(options)) if i != old]))
+    right = options.pop(old)
+    options = [options[i] for i in rng.permutation(len(options))]
+    options.insert(new, right)
+    lines[first : first + len(options)] = [f"{letter}. {option}" for letter, option in zip(letters, options)]
+    return replace(needle, question="\n".join(lines), answer=letters[new])
 
 
 # ------------------------------------------------------------------------------------------------------------

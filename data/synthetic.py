@@ -5,7 +5,7 @@ What      Everything that the tiny models are trained and tested on. Nothing is 
           a sample is a function of these three and of nothing else.
 Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and
           needles of V-NIAH (Sec. 4).
-Run       python -m data.synthetic        writes data/tiny/tokenizer and data/needles again
+Run       python -m data.synthetic        writes data/tiny/tokenizer again
 Key       Y X pixels   C colour channels
 Deviates  The loss is taken only where the text so far determines the next token (a fact told before is asked for
           again); the words between are drawn at random, and no model could learn them.
@@ -483,9 +483,8 @@ def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], l
 
 
 def main() -> None:
-    """Write the tokenizer and the sample folder of needles again."""
+    """Write the tokenizer again."""
     write_tokenizer(TOKENIZER)
-    needles.write_needles(Path(__file__).parent / "needles", draw_needles(seed=1, count=50)[0])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from data.needles import (
     read_needles,
     read_text_haystack,
     sentence_end,
+    shuffled_options,
     text_probe,
     wilson,
     write_needles,
@@ -38,7 +39,7 @@ def picture(colour):
 def folder(tmp_path):
     write_needles(tmp_path, [
         Needle("cat", picture("red"), "\nWhich colour?\nA. Red\nB. Blue", "A"),
-        Needle("zoo/dog", picture("blue"), "\nHow many?", "200"),
+        Needle("zoo/dog", picture("blue"), "\nHow many?", "200", "count"),
     ])  # fmt: skip
     return tmp_path
 
@@ -47,6 +48,8 @@ def test_written_needles_read_back(folder):
     cat, dog = read_needles(folder)
     assert (cat.name, cat.question, cat.answer) == ("cat", "\nWhich colour?\nA. Red\nB. Blue", "A")
     assert (dog.name, dog.answer, dog.picture.mode) == ("zoo/dog", "200", "RGB")
+    assert (cat.kind, dog.kind) == ("", "count")
+    assert ["kind" in record for record in json.loads((folder / "questions.json").read_text())] == [False, True]
     assert np.array_equal(np.asarray(dog.picture), np.asarray(picture("blue")))
 
 
@@ -77,6 +80,8 @@ GOOD = {"image": "cat.png", "question": "q", "answer": "a"}
     ([{"image": "cat.png", "question": "q"}], 'record 1: has no "answer"'),
     ([GOOD | {"answer": " "}], "record 1: \"answer\" must be text that is not empty, got ' '"),
     ([GOOD | {"answer": 200}], 'record 1: "answer" must be text that is not empty, got 200'),
+    ([GOOD | {"kind": ""}], "record 1: \"kind\" must be text that is not empty, got ''"),
+    ([GOOD | {"kind": 3}], 'record 1: "kind" must be text that is not empty, got 3'),
     ([{"path": "", "prompt": "q", "answer": "a"}], 'record 1: "path" must be text that is not empty'),
     ([GOOD, GOOD], "record 2: the needle 'cat' is record 1 already"),
     ([GOOD | {"image": "fox.png"}], "record 1: .*fox.png: no such picture file"),
@@ -111,6 +116,51 @@ def test_place():
     for depth in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="outside the haystack"):
             place(10, depth)
+
+
+FOUR = "\nWhere is it?\nA. Here\nB. There\nC. Elsewhere\nD. Nowhere\nAnswer with the option's letter."
+
+
+@pytest.mark.parametrize("answer", "ABCD")
+def test_shuffled_options_move_the_answer(answer):
+    options = dict(line.split(". ", 1) for line in FOUR.split("\n")[2:6])
+    needle, rng, letters, orders = (
+        Needle("n", picture("red"), FOUR, answer, "place"),
+        np.random.default_rng(0),
+        [],
+        set(),
+    )
+    for _ in range(300):
+        other = shuffled_options(needle, rng)
+        assert (other.name, other.kind, other.picture) == (needle.name, needle.kind, needle.picture)
+        lines = other.question.split("\n")
+        assert lines[:2] + lines[6:] == FOUR.split("\n")[:2] + FOUR.split("\n")[6:]
+        moved = dict(line.split(". ", 1) for line in lines[2:6])
+        assert sorted(moved) == sorted(options) and sorted(moved.values()) == sorted(options.values())
+        assert moved[other.answer] == options[answer] and other.answer != answer
+        letters.append(other.answer)
+        orders.add(tuple(moved.values()))
+    assert len(orders) == 18  # every order but the 6 that leave the answer where it was
+    assert all(60 < letters.count(letter) < 140 for letter in "ABCD" if letter != answer)
+
+
+def test_two_options_change_places():
+    needle = Needle("n", picture("red"), "\nWhich?\nA. Cat\nB. Dog", "B")
+    other = shuffled_options(needle, np.random.default_rng(0))
+    assert (other.question, other.answer) == ("\nWhich?\nA. Dog\nB. Cat", "A")
+
+
+@pytest.mark.parametrize("question, answer", [
+    ("\nHow many?\nAnswer the question using a single word or phrase.", "3"),
+    ("\nWho is A. Smith?", "A"),
+    ("\nWhich?\nA. Cat", "A"),
+    ("\nWhich?\nA. Cat\nB. Dog", "Cat"),
+    ("\nWhich?\nA. Cat\nB. Dog", "AB"),
+    ("\nWhich?\nA. Cat\nB. Dog", "C"),
+    ("\nWhich?\nB. Cat\nC. Dog", "B"),
+])  # fmt: skip
+def test_no_options_to_shuffle(question, answer):
+    assert shuffled_options(Needle("n", picture("red"), question, answer), np.random.default_rng(0)) is None
 
 
 # ------------------------------------------------------------------------------------------------------------
