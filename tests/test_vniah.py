@@ -541,7 +541,7 @@ def released(cfg, words, ids, distractors):
     rng = np.random.RandomState(24242424)
     mine = [str(rng.randint(10**7)) for _ in range(5)]
     others = [str(rng.randint(10**7)) for _ in range(distractors)]
-    stops, made = {words.encode("a" + stop)[-1] for stop in (".", " .", ".\n", ".\n\n")}, {}
+    stops, made = needles.period_ids(words.encode), {}
     prefix, question = (
         "This is a very long story book: <book>",
         (
@@ -551,9 +551,11 @@ def released(cfg, words, ids, distractors):
     )
     cities = ("New York", "London", "Paris", "Tokyo", "Beijing")
 
-    def hide(book, at, city, number):
-        while at and at < len(book) and book[at - 1] not in stops:
+    def hide(book, start, city, number, snap=True):
+        at = start
+        while snap and at < len(book) and book[at] not in stops:
             at += 1
+        at = start if not snap or at == len(book) else at + 1
         return book[:at] + words.encode(f"\nThe special magic {city} number is: {number}.\n") + book[at:]
 
     for context in cfg.context:
@@ -561,22 +563,10 @@ def released(cfg, words, ids, distractors):
             for number in mine:
                 book = (ids * (context // len(ids) + 1))[:context]
                 for city, other in zip(cities, others):
-                    at = rng.randint(len(book))
-                    while book[at] not in stops:
-                        at += 1
-                    book = (
-                        book[: at + 1]
-                        + words.encode(f"\nThe special magic {city} number is: {other}.\n")
-                        + book[at + 1 :]
-                    )
-                at = int(len(book) * depth)
-                while depth and at < len(book) and book[at] not in stops:
-                    at += 1
-                at = at + 1 if depth and at < len(book) else at
-                book = book[:at] + words.encode(f"\nThe special magic Singapore number is: {number}.\n") + book[at:]
-                made.setdefault((context, depth), []).append(
-                    words.encode(prefix) + book + words.encode(question + number)
-                )
+                    book = hide(book, rng.randint(len(book)), city, other)
+                book = hide(book, int(len(book) * depth), "Singapore", number, snap=depth > 0)
+                whole = words.encode(prefix) + book + words.encode(question + number)
+                made.setdefault((context, depth), []).append(whole)
     return mine, others, made
 
 
@@ -609,7 +599,7 @@ def test_the_full_stops_of_the_release(cfg, folders):
 def test_a_trial_has_other_needles(cfg, folders):
     for protocol in ("paper", "tiny"):
         for task, test in (("text", "Story"), ("vision", "")):
-            at = replace(cfg, task=task, protocol=protocol, context=(40,), number_count=4)
+            at = replace(cfg, task=task, protocol=protocol, context=(40,), number_count=4, digits=7)
             panels = [vniah.Panel("x", folders / "text", None, 0, trial=trial) for trial in (False, True)]
             if test:
                 words = tokenizer.load_tokenizer(folders / "text")
@@ -631,7 +621,7 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
     shown = [films.number(picture) for picture in vniah.open_film(cfg, panel, 9)]
     assert shown == [0, 30, 60, 90, 120, 150, 180]
     by_time = [films.number(picture) for picture in vniah.open_film(replace(cfg, protocol="tiny"), panel, 9)]
-    assert by_time == [0, 29, 59, 89, 119, 149, 179]
+    assert by_time == [0, 30, 59, 89, 119, 149, 179]
     odd = films.film(tmp_path / "pal.mkv", [i / 25 for i in range(80)], clock=Fraction(1, 1000))
     shown = [films.number(p) for p in vniah.open_film(replace(cfg, haystack=str(odd)), panel, 9)]
     assert shown == [0, 25, 50, 75]
