@@ -10,8 +10,8 @@ Run       python vniah.py                                       the four systems
           python vniah.py --protocol paper --weights LongVA-7B --haystack FILM.mp4 --needles FOLDER
           torchrun --nproc-per-node 8 vniah.py ...              probes spread over ranks; or --engine ring: the paper's
           python vniah.py --plot-only --merge runs/A runs/B     figures again, of several runs together
-Key       B probes read together   T tokens   S tokens of a whole probe   D LM width   M tokens per frame   A tokens of
-          the answer   N frames
+Key       B probes read together   N frames   M tokens per frame   T tokens   S tokens of a whole probe   D LM width
+          Q tokens of the question   A of the answer   I of the needle (M, or none)
 Deviates  Needles with one place in the same haystack are read once for all lengths, into a cache that grows with the
           frames, is branched off at the needle, and cropped back behind each question. --engine ring is the paper's
           way: each probe is read by all ranks at once, nothing is kept. Both give the same scores.
@@ -159,7 +159,7 @@ Known = dict[tuple[str, int, float], dict[str, dict]]  # (panel, length, depth) 
 
 @torch.no_grad()
 def judge(
-    model: longva.LM, ask_BTD: Tensor, answer_BA: Tensor, cache: longva.KVCache, speak: int, stops: list[int]
+    model: longva.LM, ask_BQD: Tensor, answer_BA: Tensor, cache: longva.KVCache, speak: int, stops: list[int]
 ) -> tuple[list[bool], list[list[int]]]:
     """Ask behind what `cache` holds: (is each token of the answer the likeliest one? (Sec. 4), ids said unaided).
 
@@ -167,9 +167,9 @@ def judge(
     most `speak` tokens. `cache` is cropped back to where it was.
     """
     begin = cache.mark()
-    longva.read(model, ask_BTD[:, :-1], cache)
+    longva.read(model, ask_BQD[:, :-1], cache)
     asked = cache.mark()
-    x_BAD = torch.cat([ask_BTD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
+    x_BAD = torch.cat([ask_BQD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
     best_BA = model.logits(longva.read(model, x_BAD, cache)).argmax(-1)
     hits, said_B1 = (best_BA == answer_BA).all(1).tolist(), [best_BA[:, :1]]
     cache.rewind(asked + 1)
@@ -289,31 +289,32 @@ class Film:
         """What each needle's probe finds, a list for each of the job's cells; the needle makes frames + 1 of them."""
         group, longest = list(job.needles), job.cells[-1][0]
         hay_NMD, M = self.hay(job.spread, longest), self.film_NMD.shape[1]
-        needle_BMD = self.needle_NMD[group] if self.panel.control != "no needle" else self.needle_NMD[:0]
-        ask_BT = torch.tensor([self.asks[i] for i in group], device=self.model.device)
+        needle_BID = self.needle_NMD[group, : 0 if self.panel.control == "no needle" else M]
+        ask_BQ = torch.tensor([self.asks[i] for i in group], device=self.model.device)
         answer_BA = torch.tensor([self.answers[i] for i in group], device=self.model.device)
-        ask_BTD = self.model.embed(ask_BT)
+        ask_BQD = self.model.embed(ask_BQ)
         if self.cfg.engine == "ring":
-            yield from (self.whole(job, hay_NMD, needle_BMD, ask_BTD, answer_BA, *cell) for cell in job.cells)
+            yield from (self.whole(job, hay_NMD, needle_BID, ask_BQD, answer_BA, *cell) for cell in job.cells)
             return
         before, said = self.grow(job, jobs), max(answer_BA.shape[1], self.cfg.speak)
-        cache = self.cache.branch(before, len(group), (longest - job.at + 1) * M + ask_BT.shape[1] + said)
+        cache = self.cache.branch(before, len(group), (longest - job.at + 1) * M + ask_BQ.shape[1] + said)
         known = job.at
-        if len(needle_BMD):
-            longva.read(self.model, needle_BMD, cache)
+        if needle_BID.numel():
+            longva.read(self.model, needle_BID, cache)
         for length, depth in job.cells:
             if length > known:
                 x_TD = hay_NMD[known:length].flatten(0, 1)
                 longva.read(self.model, x_TD.expand(len(group), -1, -1), cache)
                 known = length
-            hits, said = judge(self.model, ask_BTD, answer_BA, cache, self.cfg.speak, self.stops)
-            tokens = cache.length + ask_BT.shape[1]
+            hits, said = judge(self.model, ask_BQD, answer_BA, cache, self.cfg.speak, self.stops)
+            tokens = cache.length + ask_BQ.shape[1]
             yield [self.record(i, length, depth, tokens, *found) for i, *found in zip(group, hits, said)]
 
-    def whole(self, job, hay_NMD, needle_1MD, ask_1TD, answer_1A, length, depth) -> list[dict]:  # noqa: ANN001
+    def whole(self, job, hay_NMD, needle_1ID, ask_1QD, answer_1A, length, depth) -> list[dict]:  # noqa: ANN001
         """A probe the paper's way: one pass over all of it, spread over the ranks."""
-        film_1TD = torch.cat([hay_NMD[: job.at], needle_1MD, hay_NMD[job.at : length]]).flatten(0, 1)[None]
-        x_1SD = torch.cat([self.pre_1TD, film_1TD, ask_1TD, self.model.embed(answer_1A[:, :-1])], dim=1)
+        before, after = (part.flatten(0, 1) for part in hay_NMD[:length].tensor_split([job.at]))
+        film_1TD = torch.cat([before, needle_1ID[0], after])[None]
+        x_1SD = torch.cat([self.pre_1TD, film_1TD, ask_1QD, self.model.embed(answer_1A[:, :-1])], dim=1)
         hit = through_the_ring(self.model, x_1SD, answer_1A[0].tolist(), self.world)
         return [self.record(job.needles[0], length, depth, x_1SD.shape[1] - answer_1A.shape[1] + 1, hit, [])]
 

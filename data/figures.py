@@ -14,7 +14,7 @@ import numpy as np
 
 from data.needles import wilson
 
-SHADES = " ░▒▓█"  # none found to all found
+SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
 COLOURS = {"safe": "cividis", "paper": "RdYlGn"}
 
 Grid = dict[tuple[int, float], list[bool]]  # (length, depth) -> was each needle found?

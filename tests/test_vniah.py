@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import ring
 import unires
 import vniah
 from data import chat, figures, needles, parameters, runs, synthetic, tokenizer, weights
-from tests import bench_needles, ranks
+from tests import bench_needles, ranks, shapes
 
 torch.set_num_threads(1)
 EYE = clip.ClipConfig(16, 32, 2, 2, 8, synthetic.SIDE)
@@ -787,6 +788,16 @@ def test_mistakes_get_one_sentence(undrawn, cfg, folders, tmp_path, change, comp
     with pytest.raises(ValueError, match=complaint) as error:
         vniah.main(replace(cfg, **change))
     assert "\n" not in str(error.value)
+
+
+def test_shape_suffixes_tell_the_truth(undrawn, cfg, folders):
+    cfg = replace(cfg, needle_count=2, number_count=2, context=(30, 50), distractor_counts=(2,), frames=(3, 4))
+    with shapes.watched(Path(vniah.__file__).parent) as told:
+        for i, engine in enumerate(("cache", "ring")):
+            for task, folder in (("vision", "sees"), ("text", "text")):
+                at = replace(cfg, task=task, engine=engine, out=cfg.out.with_name(f"{task}-{i}"), distractors=1)
+                vniah.main(replace(at, weights=folders / folder))
+    assert not told, "\n".join(told)
 
 
 def test_other_settings_need_another_folder(undrawn, cfg):
