@@ -10,8 +10,8 @@ Run       python vniah.py                                       the four systems
           python vniah.py --protocol paper --weights LongVA-7B --haystack FILM.mp4 --needles FOLDER
           torchrun --nproc-per-node 8 vniah.py ...              probes spread over ranks; or --engine ring: the paper's
           python vniah.py --plot-only --merge runs/A runs/B     figures again, of several runs together
-Key       B probes read together   T tokens   S tokens of a whole probe   D LM width   M tokens per frame   A tokens of
-          the answer   N frames
+Key       B probes read together   N frames   M tokens per frame   T tokens   S tokens of a whole probe   D LM width
+          Q tokens of the question   A of the answer   I of the needle (M, or none)
 Deviates  Needles with one place in the same haystack are read once for all lengths, into a cache that grows with the
           frames, is branched off at the needle, and cropped back behind each question. --engine ring is the paper's
           way: each probe is read by all ranks at once, nothing is kept. Both give the same scores.
@@ -29,9 +29,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,7 +39,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL.Image import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -47,7 +47,7 @@ from tqdm import tqdm
 import longva
 import ring
 import unires
-from data import chat, figures, needles, runs, synthetic, tokenizer, video, weights
+from data import chat, figures, film_cache, needles, runs, synthetic, tokenizer, video, weights
 from data.config import stop_ids
 from data.flags import at_least, knob, run
 
@@ -159,7 +159,7 @@ Known = dict[tuple[str, int, float], dict[str, dict]]  # (panel, length, depth) 
 
 @torch.no_grad()
 def judge(
-    model: longva.LM, ask_BTD: Tensor, answer_BA: Tensor, cache: longva.KVCache, speak: int, stops: list[int]
+    model: longva.LM, ask_BQD: Tensor, answer_BA: Tensor, cache: longva.KVCache, speak: int, stops: list[int]
 ) -> tuple[list[bool], list[list[int]]]:
     """Ask behind what `cache` holds: (is each token of the answer the likeliest one? (Sec. 4), ids said unaided).
 
@@ -167,9 +167,9 @@ def judge(
     most `speak` tokens. `cache` is cropped back to where it was.
     """
     begin = cache.mark()
-    longva.read(model, ask_BTD[:, :-1], cache)
+    longva.read(model, ask_BQD[:, :-1], cache)
     asked = cache.mark()
-    x_BAD = torch.cat([ask_BTD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
+    x_BAD = torch.cat([ask_BQD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
     best_BA = model.logits(longva.read(model, x_BAD, cache)).argmax(-1)
     hits, said_B1 = (best_BA == answer_BA).all(1).tolist(), [best_BA[:, :1]]
     cache.rewind(asked + 1)
@@ -188,7 +188,7 @@ def says(text: str, answer: str) -> bool:
     """Whether a sentence gives the answer: as whole words somewhere; an option's letter must come first."""
     text, answer = text.strip().lower(), answer.strip().lower()
     if re.fullmatch("[a-e]", answer):
-        return bool(re.match(rf"\(?{answer}\b", text))
+        return bool(re.match(rf"\(?{answer}(?![\w' ])", text))  # "a dog" is no option
     return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
 
@@ -222,7 +222,7 @@ class Film:
         template = cfg.template or chat.family(words)
         pre, self.post = chat.template_ids(words, template)
         self.pre_1TD = model.embed(torch.tensor([pre], device=model.device))
-        self.stops = stop_ids(panel.folder)
+        self.stops = sorted({*words.stop_ids, *stop_ids(panel.folder)})
         self.film_NMD, self.hashes = encode_film(cfg, panel, model, world)
         self.names = [needle.name for needle in self.hidden]
         self.needle_NMD = look(model, (needle.picture for needle in self.hidden))[0]
@@ -234,8 +234,7 @@ class Film:
     def enter(self, panel: Panel) -> None:
         """Prepare for a panel of this model: what is asked, and a cache that knows nothing."""
         self.panel, self.spread, self.cache = panel, None, None
-        rng = np.random.default_rng([0x0B7, self.cfg.seed])
-        asks = [(n if panel.control != "shuffled" else needles.shuffled_options(n, rng)) for n in self.hidden]
+        asks = asked(self.cfg, panel, self.hidden)
         self.asked = [i for i, needle in enumerate(asks) if needle]
         encode = self.words.encode
         self.asks = [n and encode("\n" + n.question.removeprefix("\n")) + self.post for n in asks]
@@ -290,31 +289,32 @@ class Film:
         """What each needle's probe finds, a list for each of the job's cells; the needle makes frames + 1 of them."""
         group, longest = list(job.needles), job.cells[-1][0]
         hay_NMD, M = self.hay(job.spread, longest), self.film_NMD.shape[1]
-        needle_BMD = self.needle_NMD[group] if self.panel.control != "no needle" else self.needle_NMD[:0]
-        ask_BT = torch.tensor([self.asks[i] for i in group], device=self.model.device)
+        needle_BID = self.needle_NMD[group, : 0 if self.panel.control == "no needle" else M]
+        ask_BQ = torch.tensor([self.asks[i] for i in group], device=self.model.device)
         answer_BA = torch.tensor([self.answers[i] for i in group], device=self.model.device)
-        ask_BTD = self.model.embed(ask_BT)
+        ask_BQD = self.model.embed(ask_BQ)
         if self.cfg.engine == "ring":
-            yield from (self.whole(job, hay_NMD, needle_BMD, ask_BTD, answer_BA, *cell) for cell in job.cells)
+            yield from (self.whole(job, hay_NMD, needle_BID, ask_BQD, answer_BA, *cell) for cell in job.cells)
             return
         before, said = self.grow(job, jobs), max(answer_BA.shape[1], self.cfg.speak)
-        cache = self.cache.branch(before, len(group), (longest - job.at + 1) * M + ask_BT.shape[1] + said)
+        cache = self.cache.branch(before, len(group), (longest - job.at + 1) * M + ask_BQ.shape[1] + said)
         known = job.at
-        if len(needle_BMD):
-            longva.read(self.model, needle_BMD, cache)
+        if needle_BID.numel():
+            longva.read(self.model, needle_BID, cache)
         for length, depth in job.cells:
             if length > known:
                 x_TD = hay_NMD[known:length].flatten(0, 1)
                 longva.read(self.model, x_TD.expand(len(group), -1, -1), cache)
                 known = length
-            hits, said = judge(self.model, ask_BTD, answer_BA, cache, self.cfg.speak, self.stops)
-            tokens = cache.length + ask_BT.shape[1]
+            hits, said = judge(self.model, ask_BQD, answer_BA, cache, self.cfg.speak, self.stops)
+            tokens = cache.length + ask_BQ.shape[1]
             yield [self.record(i, length, depth, tokens, *found) for i, *found in zip(group, hits, said)]
 
-    def whole(self, job, hay_NMD, needle_1MD, ask_1TD, answer_1A, length, depth) -> list[dict]:  # noqa: ANN001
+    def whole(self, job, hay_NMD, needle_1ID, ask_1QD, answer_1A, length, depth) -> list[dict]:  # noqa: ANN001
         """A probe the paper's way: one pass over all of it, spread over the ranks."""
-        film_1TD = torch.cat([hay_NMD[: job.at], needle_1MD, hay_NMD[job.at : length]]).flatten(0, 1)[None]
-        x_1SD = torch.cat([self.pre_1TD, film_1TD, ask_1TD, self.model.embed(answer_1A[:, :-1])], dim=1)
+        before, after = (part.flatten(0, 1) for part in hay_NMD[:length].tensor_split([job.at]))
+        film_1TD = torch.cat([before, needle_1ID[0], after])[None]
+        x_1SD = torch.cat([self.pre_1TD, film_1TD, ask_1QD, self.model.embed(answer_1A[:, :-1])], dim=1)
         hit = through_the_ring(self.model, x_1SD, answer_1A[0].tolist(), self.world)
         return [self.record(job.needles[0], length, depth, x_1SD.shape[1] - answer_1A.shape[1] + 1, hit, [])]
 
@@ -355,22 +355,22 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
     With several ranks the first encodes and the others read. Raises ValueError for a film that is too short.
     """
     N = max(cfg.frames)
-    source = ["synthetic", cfg.seed + 1000 * panel.trial] if cfg.haystack == "synthetic" else film_digest(cfg.haystack)
+    source = (
+        ["synthetic", cfg.seed + 1000 * panel.trial] if cfg.haystack == "synthetic" else film_cache.digest(cfg.haystack)
+    )
     facts = {"film": source, "frames": N, "protocol": cfg.protocol, "weights": weights.sha(panel.folder)}
     facts |= {"dtype": str(model.lm_head.weight.dtype)}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    file, waiting, film_NMD = cfg.out / "seen" / f"{name}.safetensors", ring.patient(world), None
-    if not file.exists() and world.rank == 0:
-        film_NMD, hashes = look(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
+    file, waiting = cfg.out / "seen" / f"{name}.safetensors", ring.patient(world)
+    if world.rank == 0 and not (file.exists() and (kept := read_film(file, model.device))):
+        kept = film_NMD, hashes = look(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
         if cfg.keep or world.ranks > 1:
             file.parent.mkdir(parents=True, exist_ok=True)
             told = {"hashes": " ".join(hashes), "facts": json.dumps(facts)}
             save_file({"film": film_NMD}, file.with_suffix(".tmp"), told)
             file.with_suffix(".tmp").rename(file)
     ring.total(torch.zeros(1), waiting)
-    if film_NMD is None:
-        with safe_open(file, "pt", str(model.device)) as kept:
-            film_NMD, hashes = kept.get_tensor("film"), kept.metadata()["hashes"].split()
+    film_NMD, hashes = kept if world.rank == 0 else read_film(file, model.device)
     if len(film_NMD) < N:
         raise ValueError(
             f"{cfg.haystack} gives {len(film_NMD)} frames at 1 per second, but the longest haystack has "
@@ -379,9 +379,14 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
     return film_NMD, hashes
 
 
-def film_digest(path: str) -> str:
-    """Of a film's bytes, or of a folder's files."""
-    return weights.sha_of(video.picture_files(path) if Path(path).is_dir() else [Path(path)])
+def read_film(file: Path, device: torch.device) -> tuple[Tensor, list[str]] | None:
+    """What `encode_film` kept; None where it is damaged: then the film is looked at again."""
+    try:
+        with safe_open(file, "pt", str(device)) as kept:
+            return kept.get_tensor("film"), kept.metadata()["hashes"].split()
+    except (SafetensorError, OSError) as error:
+        print(f"({file} cannot be read ({error}): the film is looked at again)", file=sys.stderr)
+        return None
 
 
 def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
@@ -391,6 +396,12 @@ def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
     counts = cfg.protocol == "paper" and Path(cfg.haystack).is_file()
     fps = video.nearly_one(cfg.haystack) if counts else 1.0
     return (picture for _, picture in islice(video.frames(cfg.haystack, fps=fps), frames))
+
+
+def asked(cfg: Config, panel: Panel, hidden: list[needles.Needle]) -> list[needles.Needle | None]:
+    """The needles as a panel asks about them; None for one that it leaves out, for want of options to move."""
+    rng = np.random.default_rng([0x0B7, cfg.seed])
+    return [needles.shuffled_options(one, rng) for one in hidden] if panel.control == "shuffled" else hidden
 
 
 def pick_needles(cfg: Config, panel: Panel) -> tuple[list[needles.Needle], list[needles.Needle]]:
@@ -407,13 +418,11 @@ class Story:
     def __init__(self, cfg: Config, panel: Panel, model: longva.LM, words: tokenizer.Tokenizer, world: ring.World):
         self.cfg, self.model, self.words, self.world = cfg, model, words, world
         self.stops = needles.LLAMA_PERIODS if cfg.legacy_periods else needles.period_ids(words.encode)
-        self.ends = stop_ids(panel.folder)
-        if cfg.haystack == "synthetic":
-            text = synthetic.story(cfg.seed + 1000 * panel.trial, max(cfg.context))
-        else:
-            text = needles.read_text_haystack(cfg.haystack)
+        self.ends = sorted({*words.stop_ids, *stop_ids(panel.folder)})
+        seed, given = cfg.seed + 1000 * panel.trial, cfg.haystack != "synthetic"
+        text = needles.read_text_haystack(cfg.haystack) if given else synthetic.story(seed, max(cfg.context))
         self.ids, self.hashes = words.encode(text), [hashlib.sha256(text.encode()).hexdigest()[:16]]
-        self.names = [f"number-{i}" for i in range(cfg.number_count)]
+        self.names = asked_names(cfg, panel)
         self.prompts = {"before": needles.PREFIX, "needle": needles.NEEDLE, "question": needles.QUESTION}
         self.enter(panel)
 
@@ -449,14 +458,15 @@ class Story:
         """What each probe of the job's one cell finds."""
         ((context, depth),) = job.cells
         probes, found = self.probes(context, depth), []
-        for group in alike([len(ids) for ids, _ in probes], context):
+        for group in alike([(len(ids), len(answer)) for ids, answer in probes], context):
+            group = tuple(i for i in group if i in job.needles)
             found += self.whole(probes, group) if self.cfg.engine == "ring" else self.read(probes, group)
         lines = []
         for i, hit, said in sorted(found):
             answer, text = self.words.decode(probes[i][1]), self.words.decode(said)
             spoken = says(text, answer) if self.cfg.speak and self.cfg.engine == "cache" else None
-            line = {"panel": self.panel.name, "length": context, "depth": depth, "needle": self.names[i]}
-            lines.append(line | {"hit": hit, "spoken": spoken, "said": text, "tokens": len(probes[i][0])})
+            line = {"panel": self.panel.name, "length": context, "depth": depth, "needle": self.names[i], "hit": hit}
+            lines.append(line | {"spoken": spoken, "said": text, "tokens": len(probes[i][0])})
         yield lines
 
     def read(self, probes: list, group: tuple[int, ...]) -> Iterator[tuple[int, bool, list[int]]]:
@@ -482,7 +492,7 @@ def released_draws(cfg: Config, panel: Panel, words: tokenizer.Tokenizer) -> tup
     From one seed: all needles' numbers, then the distractors', then for each length, depth and number one place per
     distractor, in a text that has grown by those before.
     """
-    rng = np.random.RandomState(cfg.seed % 2**32)
+    rng = np.random.RandomState((cfg.seed + 1000 * panel.trial) % 2**32)
     numbers = needles.numbers(rng, cfg.number_count + panel.distractors, cfg.digits)
     lies = list(zip(needles.DISTRACTORS, numbers[cfg.number_count :]))
     grown = [len(words.encode(needles.NEEDLE.format(city=city, number=number))) for city, number in lies]
@@ -529,11 +539,11 @@ class Bench:
         """Find out what is not known of the cells of `panels`, and keep each on disk as soon as it is known."""
         for panel in panels:
             cells = [(length, depth) for length in lengths for depth in depths]
-            have = self.known_needles(panel)
-            if all(have <= set(self.known.get((panel.name, *cell), ())) and have for cell in cells):
+            names = set(asked_names(self.cfg, panel))
+            if all(names <= set(self.known.get((panel.name, *cell), ())) for cell in cells):
                 continue
             test = self.test(panel)
-            jobs = [job for job in test.jobs(cells) if self.wanted(panel, test, job)]
+            jobs = [left for job in test.jobs(cells) if (left := self.left(panel, test, job)).cells]
             mine = jobs if self.cfg.engine == "ring" else jobs[self.world.rank :: self.world.ranks]
             count = sum(len(job.needles) * len(job.cells) for job in mine)
             with tqdm(total=count, desc=panel.name[:40], disable=self.world.rank > 0) as bar:
@@ -541,18 +551,14 @@ class Bench:
                     for lines in test.probe(job, mine):
                         self.write(lines)
                         bar.update(len(lines))
-        ring.total(torch.zeros(1), self.waiting)  # what the others found is on disk
         self.known.clear()
-        self.known.update(read_cells(self.cfg.out, self.cfg.merge))
+        self.known.update(all_cells(self.cfg, self.waiting))
 
-    def known_needles(self, panel: Panel) -> set[str]:
-        """The needles that were asked about in any of a panel's cells."""
-        return {needle for (name, *_), found in self.known.items() if name == panel.name for needle in found}
-
-    def wanted(self, panel: Panel, test: Film | Story, job: Job) -> bool:
-        """Whether a job has a probe that is not known."""
-        names = {test.names[i] for i in job.needles}
-        return any(not names <= set(self.known.get((panel.name, *cell), ())) for cell in job.cells)
+    def left(self, panel: Panel, test: Film | Story, job: Job) -> Job:
+        """The part of a job that is not known: lengths that want a needle, and needles that a length wants."""
+        pairs = [(cell, i) for cell in job.cells for i in job.needles]
+        pairs = [(cell, i) for cell, i in pairs if test.names[i] not in self.known.get((panel.name, *cell), ())]
+        return job._replace(cells=tuple(sorted({c for c, _ in pairs})), needles=tuple(sorted({i for _, i in pairs})))
 
     def write(self, lines: list[dict]) -> None:
         """Keep what was found of a cell."""
@@ -567,12 +573,27 @@ class Bench:
 CELLS = "cells-{}.jsonl"  # of each rank
 
 
+def asked_names(cfg: Config, panel: Panel) -> list[str]:
+    """The names of all needles that a panel asks about; known before any model is loaded."""
+    if cfg.task == "text":
+        return [f"number-{i}" for i in range(cfg.number_count)]
+    return [needle.name for needle in asked(cfg, panel, pick_needles(cfg, panel)[0]) if needle]
+
+
+def all_cells(cfg: Config, world: ring.World) -> Known:
+    """What all ranks wrote. None goes on before all have read, or they would share out what is left differently."""
+    ring.total(torch.zeros(1), world)
+    known = read_cells(cfg.out, cfg.merge)
+    ring.total(torch.zeros(1), world)
+    return known
+
+
 def read_cells(folder: Path, merge: tuple[Path, ...] = ()) -> Known:
     """What runs found out: this one's, and those of other folders under the names of their needles and folders."""
     known: Known = {}
     for place in (folder, *merge):
         for file in sorted(place.glob(CELLS.format("*"))):
-            for line in map(json.loads, file.read_text().splitlines()):
+            for _, line in runs.entries(file):
                 cell = known.setdefault((line["panel"], line["length"], line["depth"]), {})
                 cell[line["needle"] if place == folder else f"{place}/{line['needle']}"] = line
     return known
@@ -644,7 +665,7 @@ def main(cfg: Config) -> None:
 
 def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[dict, Known]:
     """(what the results depend on, what earlier runs with the same found out); a torn last line is probed again."""
-    if cfg.plot_only and not (cfg.out / "config.json").is_file() and not cfg.merge:
+    if cfg.plot_only and not list(cfg.out.glob(CELLS.format("*"))) and not cfg.merge:
         raise ValueError(f"{cfg.out} holds no run to draw; run without --plot-only first, or name others with --merge")
     for folder in cfg.merge:
         if not list(folder.glob(CELLS.format("*"))):
@@ -658,8 +679,9 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
             runs.open_run(cfg.out, stamp)
             for file in cfg.out.glob(CELLS.format("*")):
                 runs.rewind(cfg.out, None, file.name)
-    ring.total(torch.zeros(1), ring.patient(world))
-    return stamp, read_cells(cfg.out, cfg.merge)
+    elif world.rank == 0:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    return stamp, all_cells(cfg, ring.patient(world))
 
 
 LOOKS = ("merge", "plot_only", "colours", "trained_on", "device", "keep")  # change no score
@@ -707,23 +729,13 @@ def keep_results(cfg: Config, stamp: dict, told: dict, known: Known) -> None:
         low, high = needles.wilson(sum(hits), len(hits))
         cell = {"panel": panel, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
         cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": found})
-    results = {"settings": stamp, "versions": versions(), "panels": before.get("panels", {}) | told, "cells": cells}
+    results = {"settings": stamp, "versions": runs.versions(), "panels": before.get("panels", {}) | told}
+    results = ((cfg.plot_only and before) or results) | {"cells": cells}  # a drawing changes nothing of the run
     runs.replace_text(file, json.dumps(results, indent=1, default=str) + "\n")
     print(f"results: {file}   pictures: {cfg.out / 'heatmap.png'}, {cfg.out / 'comparison.png'}")
     if not cfg.weights:
         after = "python vniah.py text" if cfg.task == "vision" else "python train_text.py --preset tiny-base"
         print(f"next:    {after}")
-
-
-def versions() -> dict[str, str]:
-    """Of all that takes part in a score."""
-    found = {}
-    for name in ("torch", "numpy", "pillow", "av", "safetensors", "tiktoken", "sentencepiece"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def trained(cfg: Config, panel: Panel) -> tuple[float, int]:

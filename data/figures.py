@@ -14,7 +14,7 @@ import numpy as np
 
 from data.needles import wilson
 
-SHADES = " ░▒▓█"  # none found to all found
+SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
 COLOURS = {"safe": "cividis", "paper": "RdYlGn"}
 
 Grid = dict[tuple[int, float], list[bool]]  # (length, depth) -> was each needle found?
@@ -62,24 +62,30 @@ def blocks(one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str)
     return "\n".join([f"{one.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows])
 
 
+def short(count: int) -> str:
+    """A number of frames or tokens for an axis: 224K for 224,000."""
+    return f"{count / 1000:.3g}K" if count >= 10_000 else str(count)
+
+
 def draw(ax, one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str, per_unit: int, colours: str):  # noqa: ANN001, ANN201
     """One heatmap, as in the paper's Figure 4; the upper axis counts tokens where the lower one counts frames."""
     grid = one.array(lengths, depths)
     picture = ax.imshow(grid, vmin=0, vmax=1, cmap=COLOURS[colours], aspect="auto")
-    dark = (lambda x: x < 0.55) if colours == "safe" else (lambda x: False)
-    size = 7 if len(lengths) <= 8 else 5
+    ax.set_facecolor("0.88")  # cells of which nothing is known
+    size, turned = (7, 0) if len(lengths) <= 8 else (6, 60)
     for y, x in np.ndindex(*grid.shape):
         if not np.isnan(value := grid[y, x]):
-            ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=size, color="w" if dark(value) else "k")
-    ax.set_xticks(range(len(lengths)), lengths, rotation=0 if len(lengths) <= 8 else 60, fontsize=8)
+            bright = np.dot(picture.cmap(value)[:3], (0.299, 0.587, 0.114)) > 0.45
+            ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=size, color="k" if bright else "w")
+    ax.set_xticks(range(len(lengths)), map(short, lengths), rotation=turned, fontsize=8)
     ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths], fontsize=8)
     mean = np.nanmean(grid) if not np.isnan(grid).all() else float("nan")
     ax.set(xlabel=unit, ylabel="depth")
     ax.set_title(f"{one.name}: {mean:.2f}", fontsize=10)
     if per_unit > 1:
         above = ax.secondary_xaxis("top")
-        tokens = [f"{n * per_unit / 1000:.3g}K" if n * per_unit >= 10_000 else f"{n * per_unit}" for n in lengths]
-        above.set_xticks(range(len(lengths)), tokens, rotation=0 if len(lengths) <= 8 else 60, fontsize=6)
+        tokens = [short(n * per_unit) for n in lengths]
+        above.set_xticks(range(len(lengths)), tokens, rotation=turned, fontsize=6)
         above.set_xlabel("tokens", fontsize=7)
     inside = sum(length <= one.trained for length in lengths)  # cells left of the line lie within what was trained
     for ink, style, width in (("w", "-", 3), ("k", ":", 1.8)):  # seen on light and dark
@@ -102,9 +108,10 @@ def heatmap(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cols = len(maps) if len(maps) < 3 else 2 if len(maps) == 4 else 3
+    narrow = len(lengths) <= 8
+    cols = (1 if len(maps) < 4 else 2) if not narrow else 2 if len(maps) == 4 else min(3, len(maps))
     rows = -(-len(maps) // cols)
-    wide, high = (4.6, 2.5) if len(lengths) <= 8 else (6.4, 3.0)
+    wide, high = (4.6, 2.5) if narrow else (7.0, 3.2)
     size = (wide * cols + 0.6, (high + 0.35 * (per_unit > 1)) * rows + 0.3)
     figure, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat[len(maps) :]:
@@ -137,7 +144,7 @@ def comparison(file: Path, maps: Sequence[Map], lengths: Sequence[int], unit: st
     for trained in {one.trained for one in maps if one.trained <= lengths[-1]}:
         ax.axvline(trained, color="0.5", linestyle=":", linewidth=1)
     ax.set(xlabel=unit, ylabel="found", ylim=(-0.03, 1.03), xscale="log" if lengths[-1] > 20 * lengths[0] else "linear")
-    ax.set_xticks(lengths, lengths, fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
+    ax.set_xticks(lengths, map(short, lengths), fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
     ax.minorticks_off()
     figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=130)

@@ -20,12 +20,19 @@ from data import video, weights
 from data.config import LongVAConfig, to_dict
 
 
+def digest(film: Path | str) -> str:
+    """Of a film's bytes, or of a folder's pictures in order. Raises ValueError where there is neither."""
+    film = Path(film)
+    if not film.exists():
+        raise ValueError(f"{film}: no such video file or folder of pictures")
+    return weights.sha_of(video.picture_files(film) if film.is_dir() else [film])
+
+
 def facts(cfg: Any, config: LongVAConfig, dtype: torch.dtype, before: list[int]) -> dict:
     """All that decides what a cache holds of a film: its bytes, the model, the ids before, and how it is shown."""
-    files = video.picture_files(cfg.video) if cfg.video.is_dir() else [cfg.video]
     shown = {"frames": None if cfg.fps else cfg.frames, "fps": cfg.fps, "how": "crop", "before": before}
     model = {"config": to_dict(config), "weights": weights.sha(cfg.weights), "dtype": str(dtype)}
-    return {"film": weights.sha_of(files), **shown, **model}
+    return {"film": digest(cfg.video), **shown, **model}
 
 
 def place(root: Path, facts: dict) -> Path:

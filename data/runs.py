@@ -10,6 +10,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
 
@@ -85,15 +87,17 @@ def rewind(folder: Path, step: int | None = None, name: str = "log.jsonl") -> No
     file = folder / name
     if not file.exists():
         return
-    kept = []
+    kept = [line + "\n" for line, entry in entries(file) if step is None or entry["step"] < step]
+    replace_text(file, "".join(kept))
+
+
+def entries(file: Path) -> Iterator[tuple[str, dict]]:
+    """(line, what it says) of a log; one that was torn when its writer was killed is left out."""
     for line in file.read_text(errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            yield line, json.loads(line)
         except json.JSONDecodeError:
             continue
-        if step is None or entry["step"] < step:
-            kept.append(line + "\n")
-    replace_text(file, "".join(kept))
 
 
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
@@ -133,3 +137,14 @@ def draw_curve(folder: Path) -> Path:
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
     return folder / "curve.png"
+
+
+def versions() -> dict[str, str]:
+    """Of every package that takes part in a result."""
+    found = {}
+    for name in ("torch", "numpy", "pillow", "av", "safetensors", "tiktoken", "sentencepiece"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

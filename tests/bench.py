@@ -8,6 +8,7 @@ Paper     None: the models here are random, and of sizes at which arithmetic out
 Run       python tests/bench.py model            about 4 minutes on an idle core
           python tests/bench.py train            about 15 minutes, and 15 GB of memory for their side
           python tests/bench.py ring             two minutes on two cores; see bench_ring.py
+          python tests/bench.py needles          two minutes; see bench_needles.py
           python tests/bench.py model --quick    toy sizes: only shows that every case still runs and agrees
 Key       that of longva.py
 Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdpa, its own growing cache, `labels`.
@@ -444,6 +445,9 @@ def measure(case: Case, quick: bool) -> bool:
     return agree
 
 
+ELSEWHERE = ("ring", "needles")  # bench_*.py
+
+
 def main(arguments: list[str]) -> int:
     """Measure a group of cases: 0, or 1 where results differ. Ratios fail nothing: they are for people to read."""
     torch.set_num_threads(1)
@@ -455,11 +459,12 @@ def main(arguments: list[str]) -> int:
         with torch.inference_mode(not case.learns):
             print(alone(case, side, Path(folder), case.n))
         return 0
-    if not arguments or arguments[0] not in [*CASES, "ring"] or arguments[1:] not in ([], ["--quick"]):
-        print(f"usage: python tests/bench.py {'|'.join([*CASES, 'ring'])} [--quick]")
+    if not arguments or arguments[0] not in [*CASES, *ELSEWHERE] or arguments[1:] not in ([], ["--quick"]):
+        print(f"usage: python tests/bench.py {'|'.join([*CASES, *ELSEWHERE])} [--quick]")
         return 2
-    if arguments[0] == "ring":  # a process that its ranks can be made from without importing transformers
-        return subprocess.run([sys.executable, Path(__file__).with_name("bench_ring.py"), *arguments[1:]]).returncode
+    if arguments[0] in ELSEWHERE:  # processes that ranks can be made from without importing transformers
+        script = Path(__file__).with_name(f"bench_{arguments[0]}.py")
+        return subprocess.run([sys.executable, script, *arguments[1:]]).returncode
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32, one thread")
     print(f"{'case':<28}{'ours':>10}   {'theirs':>10}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
     agree = [measure(case, quick="--quick" in arguments) for case in CASES[arguments[0]]]

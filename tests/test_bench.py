@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests import bench, bench_ring
+from tests import bench, bench_needles, bench_ring
 
 pytestmark = pytest.mark.oracle
 
@@ -49,6 +49,24 @@ def test_the_ring_runs_and_agrees(capfd):
     assert "WRONG" not in said
 
 
+def test_the_needle_engines_run_and_agree(capfd):
+    assert bench.main(["needles", "--quick"]) == 0
+    said = capfd.readouterr().out
+    assert all(word in said for word in ("450 probes", "one pass per probe", "--engine ring", "--engine cache"))
+    assert "WRONG" not in said and "short" not in said.splitlines()[4]
+
+
+def test_needle_engines_that_differ_are_seen(capsys, monkeypatch):
+    real = bench_needles.answers_of
+
+    def wrong(film, engine, cells):
+        found, spent = real(film, engine, cells)
+        return (found if engine == "ring" else {probe: not hit for probe, hit in found.items()}), spent
+
+    monkeypatch.setattr(bench_needles, "answers_of", wrong)
+    assert bench_needles.main(["--quick"]) == 1 and "WRONG" in capsys.readouterr().out
+
+
 def test_a_ring_that_errs_is_seen(capsys):
     right = {"ring": [1e-7] * 4, "alone": [1e-7] * 4}
     tables = {R: dict.fromkeys(map(str, bench_ring.BOUNDS), right) for R in (1, 2)}
@@ -64,4 +82,4 @@ def test_a_ring_that_errs_is_seen(capsys):
 @pytest.mark.parametrize("arguments", [[], ["modle"], ["model", "--fast"]])
 def test_a_wrong_call_is_told_the_right_one(capsys, arguments):
     assert bench.main(arguments) == 2
-    assert capsys.readouterr().out == "usage: python tests/bench.py model|train|ring [--quick]\n"
+    assert capsys.readouterr().out == "usage: python tests/bench.py model|train|ring|needles [--quick]\n"

@@ -1,7 +1,10 @@
-"""The needle test: cells equal one forward pass per probe, a killed grid goes on, mistakes get one sentence."""
+"""The needle test: cells equal one pass per probe, killed runs go on, ranks agree, mistakes get one sentence."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +13,15 @@ from PIL import Image
 
 import clip
 import longva
+import ring
 import unires
 import vniah
-from data import chat, needles, parameters, synthetic, tokenizer, video, weights
+from data import chat, figures, needles, parameters, runs, synthetic, tokenizer, weights
+from tests import bench_needles, ranks, shapes
 
 torch.set_num_threads(1)
 EYE = clip.ClipConfig(16, 32, 2, 2, 8, synthetic.SIDE)
+ALONE = ring.World(0, 1, torch.device("cpu"))
 
 
 def lm_config(words):
@@ -38,139 +44,767 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def cfg(tmp_path, folders):
-    return vniah.Config(
-        weights=folders / "sees",
-        out=tmp_path / "out",
-        frames=(3, 6),
-        depths=(0.0, 0.5, 1.0),
-        needle_count=5,
-        number_count=5,
-        device="cpu",
-    )
+    grid = {"frames": (3, 6), "depths": (0.0, 0.5, 1.0), "needle_count": 5, "distractors": 0, "speak": 2, "digits": 2}
+    return vniah.settle(vniah.Config(weights=folders / "sees", out=tmp_path / "out", device="cpu", seed=7, **grid))
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    """The shipped model, which finds most needles but not all."""
+    grid = {"frames": (3, 40), "depths": (0.0, 0.5), "needle_count": 3, "distractors": 2, "speak": 4}
+    return vniah.settle(vniah.Config("vision", "tiny", runs.TINY / "longva", out=tmp_path / "out", **grid))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take longer than all else."""
+    for name in ("heatmap", "comparison"):
+        monkeypatch.setattr(figures, name, lambda *a: None)
 
 
 def write_needles(folder, answers=("7", "12", "red", "3")):
     """Needles whose questions and answers differ in length."""
-    rng = np.random.default_rng(0)
-    made = [
-        needles.Needle(
-            f"n{i}", synthetic.photograph(rng, 1, 1, synthetic.cast(rng, 1)), "Which number?" + " star" * i, answer
-        )
-        for i, answer in enumerate(answers)
-    ]
+    rng, made = np.random.default_rng(0), []
+    for i, answer in enumerate(answers):
+        picture = synthetic.photograph(rng, 1, 1, synthetic.cast(rng, 1))
+        made.append(needles.Needle(f"n{i}", picture, "\n" * (i % 2) + "Which number?" + " star" * (i // 2), answer))
     needles.write_needles(folder, made)
     return made
 
 
-def naive(cfg, panel, frames, depth):
-    """The slow way: for each needle the whole sequence in one pass, no cache, no batch."""
-    model, words = longva.load(panel.folder, "cpu"), tokenizer.load_tokenizer(panel.folder)
+def moved(needle, rng):
+    """In place of the real needles.shuffled_options: something else is asked, and not about every needle."""
+    if needle.name.endswith("1"):
+        return None
+    return replace(needle, question=f"{needle.question} {rng.integers(10)}", answer=str(rng.integers(10)))
+
+
+def by_cell(cells):
+    """results.json's cells as {(panel, length, depth): {needle: what was found}}."""
+    return {(c["panel"], c["length"], c["depth"]): c["probes"] for c in cells}
+
+
+def results(cfg):
+    return json.loads((cfg.out / "results.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+
+
+def in_one_pass(model, ids, seen, answer):
+    """Logits of the answer's places, the whole sequence read at once."""
+    ids = [*ids, *answer]
+    h = model.model(model.embed(torch.tensor([ids]), seen), torch.arange(len(ids)))
+    return model.logits(h[:, -len(answer) - 1 : -1])[0]
+
+
+def see(model, pictures):
+    """Visual tokens x_NMD."""
+    x_TD = model.see(unires.frames(pictures, synthetic.SIDE, "pad"), [unires.Layout(1, len(pictures))])
+    return x_TD.unflatten(0, (len(pictures), -1))
+
+
+def naive(cfg, panel, model, words):
+    """The slow way: for each probe its own sequence and pass; {probe: (hit, logits, tokens)}."""
     hidden, signs = vniah.pick_needles(cfg, panel)
-    film = list(vniah.open_film(cfg, panel, frames))
-    for i, sign in enumerate(signs[:frames]):
-        film[int((i + 0.5) * frames / len(signs[:frames]))] = sign.picture
-    found, (pre, post) = [], chat.template_ids(words)
-    for needle in hidden:
-        pictures = list(film)
-        if panel.needle:
-            pictures.insert(int(depth * frames), needle.picture)
-        pixels = unires.frames(pictures, synthetic.SIDE, "pad")
-        seen = model.see(pixels, [unires.Layout(1, len(pictures))])
-        answer = words.encode(needle.answer)
-        ids = [*pre, *[chat.IMAGE] * len(seen), *words.encode("\n" + needle.question), *post, *answer]
-        h = model.model(model.embed(torch.tensor([ids]), seen), torch.arange(len(ids)))
-        best = model.logits(h[:, -len(answer) - 1 : -1]).argmax(-1)[0]
-        found.append(best.tolist() == answer)
+    rng = np.random.default_rng([0x0B7, cfg.seed])
+    asked = [moved(one, rng) for one in hidden] if panel.control == "shuffled" else hidden
+    found, (pre, post) = {}, chat.template_ids(words)
+    for frames in cfg.frames:
+        film = list(vniah.open_film(cfg, panel, frames))
+        for i, sign in enumerate(signs[:frames]):
+            film[int((i + 0.5) * frames / len(signs[:frames]))] = sign.picture
+        film_NMD, needle_NMD = (see(model, pictures) for pictures in (film, [one.picture for one in hidden]))
+        for depth in cfg.depths:
+            for i, needle in enumerate(asked):
+                if needle is None:
+                    continue
+                parts = [film_NMD[: int(depth * frames)], needle_NMD[i : i + 1], film_NMD[int(depth * frames) :]]
+                seen = torch.cat(parts if panel.control != "no needle" else parts[::2]).flatten(0, 1)
+                question = words.encode("\n" + needle.question.removeprefix("\n"))
+                ids, answer = [*pre, *[chat.IMAGE] * len(seen), *question, *post], words.encode(needle.answer)
+                logits = in_one_pass(model, ids, seen, answer)
+                hit = logits.argmax(-1).tolist() == answer
+                found[frames, depth, needle.name] = hit, logits, len(ids)
     return found
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("needle", [True, False])
-def test_cells_equal_one_pass_per_probe(cfg, tmp_path, own, needle, monkeypatch):
+def listen(monkeypatch):
+    """The logits of what each call scores, whichever engine calls: a random model is right by luck alone."""
+    heard, real = [], longva.hits
+
+    def hits(h_BTD, head_VD, targets_BT, *rest):
+        heard.append((h_BTD[targets_BT != chat.IGNORE] @ head_VD.T)[None])
+        return real(h_BTD, head_VD, targets_BT, *rest)
+
+    monkeypatch.setattr(longva, "hits", hits)
+    monkeypatch.setattr(longva.LM, "logits", lambda self, h: heard.append(x := self.lm_head(h).float()) or x)
+    return heard
+
+
+def probed(test, jobs, heard):
+    """{probe: (hit, logits, tokens)} of these jobs; speak is 0, so that each list of lines was scored in one call."""
+    found = {}
+    for job in jobs:
+        for lines in test.probe(job, jobs):
+            rows = [row for call in heard for row in call]
+            for line, logits in zip(lines, rows, strict=True):
+                probe = line["length"], line["depth"], line["needle"]
+                assert probe not in found and line["spoken"] is None and line["said"] == ""
+                found[probe] = line["hit"], logits, line["tokens"]
+            heard.clear()
+    return found
+
+
+def same(fast, slow):
+    assert fast.keys() == slow.keys() and fast
+    for probe, (hit, logits, tokens) in slow.items():
+        assert fast[probe][0] == hit and fast[probe][2] == tokens, probe
+        torch.testing.assert_close(fast[probe][1], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["cache", "ring"])
+@pytest.mark.parametrize("own", [False, True], ids=["drawn", "own"])
+@pytest.mark.parametrize("control, distractors", [("", 0), ("", 3), ("no needle", 2), ("shuffled", 0)])
+def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own, control, distractors):
+    """Places 0, 1 and 3 are shared by several lengths; questions and answers differ in length; jobs in any order."""
     if own:
         write_needles(tmp_path / "needles")
         cfg = replace(cfg, needles=tmp_path / "needles")
-    panel = vniah.Panel("x", cfg.weights, needle=needle)
+    cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), speak=0)
+    monkeypatch.setattr(needles, "shuffled_options", moved)
+    panel = vniah.Panel("x", cfg.weights, None, distractors, control)
     model, words = longva.load(panel.folder, "cpu"), tokenizer.load_tokenizer(panel.folder)
-    # A random model is right by luck alone, so the likeliest ids themselves are compared.
-    seen = []
-    monkeypatch.setattr(longva.LM, "logits", lambda self, h: seen.append(x := self.lm_head(h).float()) or x)
-    film = vniah.Film(cfg, panel, model, words)
-    for frames in (6, 3):
-        for depth in (0.0, 0.4, 1.0):
-            seen.clear()
-            cell = film.cell(frames, depth)
-            fast = sorted(row.flatten().tolist() for x in seen for row in x)
-            seen.clear()
-            assert cell == naive(cfg, panel, frames, depth)
-            slow = sorted(row.flatten().tolist() for x in seen for row in x)
-            for a, b in zip(fast, slow, strict=True):
-                torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
+    slow = naive(cfg, panel, model, words)
+    film, cells = vniah.Film(cfg, panel, model, words, ALONE), [(n, d) for n in cfg.frames for d in cfg.depths]
+    jobs = film.jobs(cells)
+    assert Counter((*cell, i) for job in jobs for cell in job.cells for i in job.needles).most_common(1)[0][1] == 1
+    if engine == "cache" and not len(film.sign_NMD):
+        assert any(len({length for length, _ in job.cells}) == 3 for job in jobs)  # shared places
+    heard = listen(monkeypatch)
+    same(probed(film, jobs, heard), slow)
+    film.enter(panel)
+    same(probed(film, [jobs[i] for i in np.random.default_rng(1).permutation(len(jobs))], heard), slow)
 
 
-def test_story_cells_equal_one_pass_per_probe(cfg, folders):
-    cfg = replace(cfg, task="text", weights=folders / "text", context=(40, 90), digits=2)
+@pytest.mark.parametrize("engine", ["cache", "ring"])
+@pytest.mark.parametrize("protocol", ["tiny", "paper"])
+def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine, protocol):
+    change = {"task": "text", "protocol": protocol, "engine": engine, "weights": folders / "text", "context": (40, 90)}
+    cfg = replace(cfg, **change, number_count=4, speak=0)
+    panel = vniah.Panel("x", cfg.weights, None, 3)
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    story = vniah.Story(cfg, vniah.Panel("x", cfg.weights, distractors=3), model, words)
-    probes = story.probes(90, 0.5)
-    slow = []
-    for ids, answer in probes:
-        whole = torch.tensor([ids + answer])
-        h = model.model(model.embed(whole), torch.arange(whole.shape[1]))
-        slow.append(model.logits(h[:, -len(answer) - 1 : -1]).argmax(-1)[0].tolist() == answer)
-    assert story.cell(90, 0.5) == slow and len(slow) == 5
-    assert probes != story.probes(90, 0.0) and probes == story.probes(90, 0.5)
+    story, slow = vniah.Story(cfg, panel, model, words, ALONE), {}
+    for context in cfg.context:
+        for depth in cfg.depths:
+            for i, (ids, answer) in enumerate(story.probes(context, depth)):
+                logits = in_one_pass(model, ids, None, answer)
+                slow[context, depth, f"number-{i}"] = logits.argmax(-1).tolist() == answer, logits, len(ids)
+    jobs = story.jobs([(n, d) for n in cfg.context for d in cfg.depths])
+    heard = listen(monkeypatch)
+    if engine == "cache":  # probes of one length are read together, so rows come sorted by length
+        monkeypatch.setattr(vniah, "alike", lambda sizes, tokens: [(i,) for i in range(len(sizes))])
+        same(probed(story, jobs[::-1], heard), slow)
+        monkeypatch.undo()
+        lines = [line for job in jobs for found in story.probe(job, jobs) for line in found]
+        assert [line["hit"] for line in lines] == [hit for hit, *_ in slow.values()]
+    else:
+        same(probed(story, jobs[::-1], heard), slow)
+    assert story.probes(90, 0.5) != story.probes(90, 0.0) and story.probes(90, 0.5) == story.probes(90, 0.5)
 
 
-def test_whole_run_resumes_and_reports(cfg, capsys):
+def test_a_story_reads_together_what_has_one_length(folders, cfg, monkeypatch):
+    cfg = replace(cfg, task="text", weights=folders / "text", context=(60,), number_count=6, speak=3)
+    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    story = vniah.Story(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
+    ids, answer = story.probes(60, 0.5)[0]
+    other = [ids[:-1] if i % 2 else [*ids, ids[-1]] if i == 4 else ids for i in range(6)]
+    uneven = [(row, answer[: 1 + (i == 0)]) for i, row in enumerate(other)]  # equal lengths, unlike answers
+    monkeypatch.setattr(story, "probes", lambda *cell: uneven)
+    (lines,) = story.probe(vniah.Job(0, 0, tuple(range(6)), ((60, 0.5),)), [])
+    assert [line["tokens"] for line in lines] == [len(row) for row in other]
+    for line, (row, wanted) in zip(lines, uneven):
+        logits = in_one_pass(model, row, None, wanted)
+        assert line["hit"] == (logits.argmax(-1).tolist() == wanted)
+        assert line["said"].startswith(words.decode([logits[0].argmax().item()]))
+
+
+# ------------------------------------------------------------------------------------------------ the scores
+
+
+def test_judge_feeds_the_answer_then_lets_the_model_speak(folders):
+    model = longva.load(folders / "text", "cpu")
+    rng = torch.Generator().manual_seed(3)
+    before, ask = torch.randint(20, 600, (1, 9), generator=rng), torch.randint(20, 600, (3, 6), generator=rng)
+
+    def greedy(row, count):
+        ids = [*before[0].tolist(), *row]
+        for _ in range(count):
+            h = model.model(model.embed(torch.tensor([ids])), torch.arange(len(ids)))
+            ids.append(model.logits(h[:, -1:]).argmax().item())
+        return ids[-count:]
+
+    unaided = [greedy(row, 5) for row in ask.tolist()]
+    answer = torch.tensor([row[:3] for row in unaided])
+    answer[1, 0] += 1  # wrong at once
+    answer[2, 2] += 1  # wrong at the end
+    stops = [unaided[1][2]]
+
+    def cut(row):
+        return row[: row.index(stops[0])] if stops[0] in row else row
+
+    whole = longva.KVCache(model.model.config, 1, 9, model.embed(before))
+    longva.read(model, model.embed(before), whole)
+    cache = whole.branch(9, 3, 6 + 5)
+    known = cache.kv[:, :, :, :9].clone()
+    hits, said = vniah.judge(model, model.embed(ask), answer, cache, 5, stops)
+    assert hits == [True, False, False]  # fed as given: a wrong answer's tail does not matter, its head does
+    assert said == [cut(row) for row in unaided] and len(said[1]) <= 2
+    assert cache.length == 9 and torch.equal(cache.kv[:, :, :, :9], known)
+    again = vniah.judge(model, model.embed(ask), answer, cache, 5, [])
+    assert again == (hits, unaided) and cache.length == 9
+    assert vniah.judge(model, model.embed(ask), answer, cache, 0, stops) == (hits, [[], [], []])
+    assert vniah.judge(model, model.embed(ask), answer, cache, 1, [])[1] == [row[:1] for row in unaided]
+    assert vniah.judge(model, model.embed(ask), answer, cache, 5, [row[0] for row in unaided])[1] == [[]] * 3
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("7", "7", True), (" 7.", "7", True), ("17", "7", False), ("It is 7 there", "7", True), ("72", "7", False),
+    ("Yellow", "yellow", True), ("a yellow balloon.", "Yellow", True), ("yellowish", "yellow", False),
+    ("B", "B", True), ("b", "B", True), ("B.", "B", True), ("(B) the cup", "B", True), ("B. cup", "B", True),
+    ("Bird", "B", False), ("The answer is B", "B", False), ("A dog", "A", False), ("A: a dog", "A", True),
+    ("A's", "A", False), ("", "7", False), ("200 mg", "200", True), ("a+b", "a+b", True), ("aab", "a+b", False),
+    ("the number is 2965478.", "2965478", True), ("29654780", "2965478", False), ("E", "E", True), ("e\n", "E", True),
+])  # fmt: skip
+def test_says(text, answer, right):
+    assert vniah.says(text, answer) == right
+
+
+def test_speech_ends_at_the_tokenizer_s_stops(cfg):
+    """Folders without generation_config.json have them, too."""
+    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    assert not (cfg.weights / "generation_config.json").exists()
+    film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
+    assert film.stops == sorted(words.stop_ids) and film.stops
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
+    vniah.main(shipped)
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("95 % interval", "heatmap.png", "no needle", "by what the models say"))
+    found = results(shipped)
+    hidden, _ = vniah.pick_needles(shipped, vniah.Panel("", None, None, 2))
+    assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
+    assert found["settings"]["weights"] == {str(shipped.weights): weights.sha(shipped.weights)}
+    assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
+    panel = found["panels"]["longva"]
+    assert len(set(panel["haystack"])) > 20 and len(panel["haystack"]) == 40
+    assert panel["haystack"][0] == vniah.digest(next(synthetic.film(7)))
+    told = panel["prompts"]
+    assert [one["question"] for one in told["needles"]] == [one.question for one in hidden]
+    assert [one["picture"] for one in told["needles"]] == [vniah.digest(one.picture) for one in hidden]
+    assert told["template"] == "qwen_1_5" and told["pre"] and told["post"]
+    cells = by_cell(found["cells"])
+    assert len(cells) == 2 * 2 + 2 and {name for name, *_ in cells} == {"longva", "longva, no needle"}
+    for cell in found["cells"]:
+        hits = [probe["hit"] for probe in cell["probes"].values()]
+        assert (cell["found"], cell["of"]) == (sum(hits), 3) and set(cell["probes"]) == {n.name for n in hidden}
+        assert cell["wilson"] == [round(x, 4) for x in needles.wilson(sum(hits), 3)]
+    assert all(probe["hit"] and probe["spoken"] for probe in cells["longva", 3, 0.0].values())
+    assert not all(probe["hit"] for probe in cells["longva, no needle", 40, 0.5].values())
+    for name in ("heatmap.png", "heatmap-1.png", "comparison.png"):
+        assert min(Image.open(shipped.out / name).size) > 200
+
+
+def counted(monkeypatch, stop_after=None):
+    """Lines as they are written; the run is killed in place of the write number `stop_after`."""
+    written, real = [], vniah.Bench.write
+
+    def write(self, lines):
+        if stop_after is not None and len(written) == stop_after:
+            raise KeyboardInterrupt
+        written.append(len(lines))
+        real(self, lines)
+
+    monkeypatch.setattr(vniah.Bench, "write", write)
+    return written
+
+
+@pytest.mark.parametrize("task", ["vision", "text"])
+def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_path, monkeypatch, task):
+    write_needles(tmp_path / "needles")  # four sizes: at each place four jobs
+    cfg = replace(cfg, needles=tmp_path / "needles", speak=0)
+    if task == "text":
+        change = {"context": (30, 50), "number_count": 3, "distractor_counts": (0, 2)}
+        cfg = replace(cfg, task="text", weights=folders / "text", **change)
+    whole = replace(cfg, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        written = counted(patch)
+        vniah.main(whole)
+    want, writes, total = by_cell(results(whole)["cells"]), len(written), sum(written)
+    for kill in (1, 2, 5, 8, writes - 1):
+        at = replace(cfg, out=tmp_path / f"killed-{kill}")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            before = counted(patch, kill)
+            vniah.main(at)
+        with open(at.out / "cells-0.jsonl", "a") as file:
+            file.write('{"panel": "sees", "leng')  # torn
+        with monkeypatch.context() as patch:
+            after = counted(patch)
+            vniah.main(at)
+        assert by_cell(results(at)["cells"]) == want and sum(before) + sum(after) == total
+    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
+    vniah.main(whole)
+    assert by_cell(results(whole)["cells"]) == want
+
+
+def test_a_lost_line_alone_is_found_out_again(undrawn, cfg, monkeypatch):
     vniah.main(cfg)
-    first = capsys.readouterr().out
-    assert "95 % interval" in first and "heatmap.png" in first and "no needle" in first
-    result = json.loads((cfg.out / "results.json").read_text())
-    assert len(result["cells"]) == 2 * 3 + 2
-    picture = Image.open(cfg.out / "heatmap.png")
-    assert min(picture.size) > 200
-    file = cfg.out / vniah.CELLS
-    whole = file.read_text()
-    file.write_text("".join(whole.splitlines(keepends=True)[:3]) + '{"panel": "se')  # killed while writing
+    file, want = cfg.out / "cells-0.jsonl", by_cell(results(cfg)["cells"])
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3] + lines[4:]))
+    written = counted(monkeypatch)
     vniah.main(cfg)
-    assert capsys.readouterr().out == first and file.read_text() == whole
+    assert written == [1] and sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert by_cell(results(cfg)["cells"]) == want
 
 
-def test_finished_cells_are_not_probed_again(cfg, monkeypatch):
+def test_one_cell_whose_first_jobs_are_done_is_not_taken_for_whole(undrawn, cfg, tmp_path, monkeypatch):
+    """With one place, each size of question is a job; those not begun are known from no line."""
+    write_needles(tmp_path / "needles")
+    cfg = replace(cfg, needles=tmp_path / "needles", frames=(4,), depths=(0.0,), controls=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, 1)
+        vniah.main(cfg)
     vniah.main(cfg)
+    (cell,) = results(cfg)["cells"]
+    assert set(cell["probes"]) == {"n0", "n1", "n2", "n3"}
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def whole_run(world, cfg):
+    """A run as torchrun would start it, in a process that is a rank already."""
+    start, stop = ring.start, ring.stop
+    ring.start, ring.stop = lambda device: world, lambda world: None
+    try:
+        vniah.main(cfg)
+    finally:
+        ring.start, ring.stop = start, stop
+
+
+def ring_on_ranks(world, folder, cfgs):
+    """--engine ring: leave the logits of the places that this rank holds, and see that it pads to 2 * ranks."""
+    cfg, real, heard = cfgs["logits"], longva.hits, []
+
+    def hits(h_BTD, head_VD, targets_BT, *rest):
+        assert h_BTD.shape[1] % 2 == 0
+        idx_T = ring.zigzag_index(h_BTD.shape[1] * world.ranks, world)
+        heard.append({t.item(): h @ head_VD.T for t, h, y in zip(idx_T, h_BTD[0], targets_BT[0]) if y != chat.IGNORE})
+        return real(h_BTD, head_VD, targets_BT, *rest)
+
+    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 2), model, words, world)
+    jobs, longva.hits = film.jobs([(n, d) for n in cfg.frames for d in cfg.depths]), hits
+    try:
+        lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
+    finally:
+        longva.hits = real
+    torch.save((lines, heard), folder / f"heard-{world.rank}.pt")
+
+
+def runs_on_ranks(world, folder, cfgs):
+    for name in ("ring", "cache", "resumed", "text"):
+        whole_run(world, cfgs[name])
+
+
+@pytest.mark.ranks
+def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, tmp_path, capfd, monkeypatch):
+    write_needles(tmp_path / "needles", ("7", "12", "red", "345"))
+    base = replace(shipped, device="cpu")
+    cfgs = {
+        "logits": replace(cfg, engine="ring", needles=tmp_path / "needles", frames=(3, 4), speak=0),
+        "ring": replace(base, engine="ring", out=tmp_path / "ring"),
+        "cache": replace(base, out=tmp_path / "cache", keep=False),
+        "resumed": replace(base, out=tmp_path / "resumed"),
+        "text": replace(base, task="text", weights=runs.TINY / "extended", context=(128, 256), out=tmp_path / "text",
+                        number_count=3, distractor_counts=(0, 3)),
+    }  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, 3)
+        vniah.main(cfgs["resumed"])
+    runs.HELD.pop(cfgs["resumed"].out.resolve()).close()  # what was killed holds its folder no longer
+    ranks.run(2, [ring_on_ranks, runs_on_ranks], tmp_path, cfgs)
+
+    # 1 the ring's logits, put together from both ranks, are those of one pass
+    panel = vniah.Panel("x", cfg.weights, None, 2)
+    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    slow = naive(cfgs["logits"], panel, model, words)
+    (lines, first), (_, second) = (torch.load(tmp_path / f"heard-{rank}.pt") for rank in (0, 1))
+    assert len(lines) == len(first) == len(second) == len(slow)
+    assert any(first) and len({line["tokens"] % 4 for line in lines}) > 1  # some lengths need padding
+    for line, *parts in zip(lines, first, second):
+        hit, logits, tokens = slow[line["length"], line["depth"], line["needle"]]
+        places = parts[0] | parts[1]
+        assert sorted(places) == list(range(tokens - 1, tokens - 1 + len(logits))) and line["tokens"] == tokens
+        torch.testing.assert_close(torch.stack([places[t] for t in sorted(places)]), logits, rtol=1e-4, atol=1e-4)
+        assert line["hit"] == hit
+
+    # 2 whole runs give one process's cells, whoever began them
+    vniah.main(replace(base, out=tmp_path / "alone"))
+    want = by_cell(results(replace(base, out=tmp_path / "alone"))["cells"])
+    assert by_cell(results(cfgs["cache"])["cells"]) == by_cell(results(cfgs["resumed"])["cells"]) == want
+    vniah.main(replace(cfgs["text"], out=tmp_path / "alone-text"))
+    alone = results(replace(base, out=tmp_path / "alone-text"))["cells"]
+    assert by_cell(results(cfgs["text"])["cells"]) == by_cell(alone)
+    hits = {cell: {name: probe["hit"] for name, probe in found.items()} for cell, found in want.items()}
+    rung = by_cell(results(cfgs["ring"])["cells"])
+    assert {cell: {name: probe["hit"] for name, probe in found.items()} for cell, found in rung.items()} == hits
+    assert len({hit for found in hits.values() for hit in found.values()}) == 2
+
+    # 3 both had work, and no probe was asked twice
+    for name in ("cache", "resumed", "text"):
+        lines = [[json.loads(line) for line in file.read_text().splitlines()]
+                 for file in sorted(cfgs[name].out.glob("cells-*.jsonl"))]  # fmt: skip
+        assert len(lines) == 2 and all(lines)
+        asked = Counter((x["panel"], x["length"], x["depth"], x["needle"]) for part in lines for x in part)
+        assert asked.most_common(1)[0][1] == 1 and len(asked) == sum(
+            map(len, by_cell(results(cfgs[name])["cells"]).values())
+        )
+    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
+    vniah.main(cfgs["resumed"])  # one process again: all is known
+
+
+def test_one_process_rings_alone(undrawn, shipped):
+    vniah.main(shipped)
+    alone = replace(shipped, engine="ring", out=shipped.out.with_name("ring"))
+    vniah.main(alone)
+    want, rung = by_cell(results(shipped)["cells"]), by_cell(results(alone)["cells"])
+    assert want.keys() == rung.keys()
+    for cell, found in rung.items():
+        assert {name: probe["hit"] for name, probe in found.items()} == {n: p["hit"] for n, p in want[cell].items()}
+        assert all(probe["spoken"] is None for probe in found.values())  # nothing is said by itself
+
+
+# ------------------------------------------------------------------------------------------------ work
+
+
+def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
+    """What bench_needles counts is what the engine reads."""
+    write_needles(tmp_path / "needles")
+    cfg = replace(cfg, needles=tmp_path / "needles", frames=(3, 6, 8), depths=(0.0, 0.4, 0.5, 1.0), speak=0)
+    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
+    cells = [(n, d) for n in cfg.frames for d in cfg.depths]
+    jobs, done, real = film.jobs(cells), [], longva.read
+
+    def read(model, x_BTD, cache, *rest):
+        done.append((*x_BTD.shape[:2], cache.length))
+        return real(model, x_BTD, cache, *rest)
+
+    monkeypatch.setattr(longva, "read", read)
+    lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
+    assert done == list(bench_needles.cache_reads(film, cells))
+    singles = list(bench_needles.single_reads(film, cells))
+    assert len(singles) == len(lines)
+    tokens = sum(line["tokens"] for line in lines) + sum(len(film.answers[i]) - 1 for i in film.asked) * len(cells)
+    assert bench_needles.work(singles)[0] == tokens
+
+
+def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
+    table = bench_needles.paper_work()
+    single, ours = table.values()
+    assert single[0] == sum(
+        5 * 6 * (14 + 144 * (n + 1) + 5) + 6 * (76 + 47 + 29 + 41 + 53 + 2) for n in range(200, 3001, 200)
+    )
+    assert single[0] / ours[0] >= bench_needles.WANTED and single[1] / ours[1] >= bench_needles.WANTED
+
+
+# ------------------------------------------------------------------------------------------------ the protocol
+
+
+def test_the_paper_s_protocol():
+    cfg = vniah.settle(vniah.Config(protocol="paper"))
+    assert cfg.frames == tuple(200 * i for i in range(1, 16)) and cfg.depths == (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    assert (cfg.needle_count, cfg.distractors, cfg.seed, cfg.digits) == (5, 0, 24242424, 7)
+    cfg = vniah.settle(vniah.Config(task="text", protocol="paper"))
+    assert cfg.context == tuple(32_000 * i for i in range(1, 17)) and cfg.number_count == 5
+    assert cfg.depths == tuple(i / 10 for i in range(11)) and cfg.distractor_counts == (0, 3, 5)
+    assert vniah.settle(replace(cfg, depths=(0.5,), seed=3)) == replace(cfg, depths=(0.5,), seed=3)
+
+
+def released(cfg, words, ids, distractors):
+    """The release's probes, written out: one generator, all numbers, then the grid cell by cell."""
+    rng = np.random.RandomState(24242424)
+    mine = [str(rng.randint(10**7)) for _ in range(5)]
+    others = [str(rng.randint(10**7)) for _ in range(distractors)]
+    stops, made = needles.period_ids(words.encode), {}
+    prefix, question = (
+        "This is a very long story book: <book>",
+        (
+            "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
+            "Answer: The special magic Singapore number is: "
+        ),
+    )
+    cities = ("New York", "London", "Paris", "Tokyo", "Beijing")
+
+    def hide(book, start, city, number, snap=True):
+        at = start
+        while snap and at < len(book) and book[at] not in stops:
+            at += 1
+        at = start if not snap or at == len(book) else at + 1
+        return book[:at] + words.encode(f"\nThe special magic {city} number is: {number}.\n") + book[at:]
+
+    for context in cfg.context:
+        for depth in cfg.depths:
+            for number in mine:
+                book = (ids * (context // len(ids) + 1))[:context]
+                for city, other in zip(cities, others):
+                    book = hide(book, rng.randint(len(book)), city, other)
+                book = hide(book, int(len(book) * depth), "Singapore", number, snap=depth > 0)
+                whole = words.encode(prefix) + book + words.encode(question + number)
+                made.setdefault((context, depth), []).append(whole)
+    return mine, others, made
+
+
+@pytest.mark.parametrize("distractors", [0, 3, 5])
+def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, tmp_path, distractors):
+    text = tmp_path / "essay.txt"
+    text.write_text("the cup is red. the star is blue and large. one tree.\n" * 30)
+    grid = {"context": (200, 333, 700), "depths": (0.0, 0.3, 0.7, 1.0), "digits": None, "seed": None}
+    cfg = replace(cfg, task="text", weights=folders / "text", haystack=str(text), number_count=None, **grid)
+    cfg, words = vniah.settle(cfg), tokenizer.load_tokenizer(cfg.weights)
+    story = vniah.Story(cfg, vniah.Panel("x", cfg.weights, None, distractors), None, words, ALONE)
+    mine, others, made = released(cfg, words, words.encode(text.read_text()), distractors)
+    assert mine == ["2965478", "7624612", "7182423", "9211957", "7727364"]
+    assert others == ["7875983", "1540810", "5050145", "4209505", "9134486"][:distractors]
+    assert story.draws[0] == mine + others
+    for i in np.random.default_rng(0).permutation(len(made)):
+        cell = list(made)[i]
+        probes = story.probes(*cell)
+        assert [ids + answer for ids, answer in probes] == made[cell]
+        assert [words.decode(answer).strip() for _, answer in probes] == mine
+
+
+def test_the_full_stops_of_the_release(cfg, folders):
+    cfg = replace(cfg, task="text", weights=folders / "text", context=(40,), number_count=2)
+    words, panel = tokenizer.load_tokenizer(cfg.weights), vniah.Panel("x", cfg.weights, None, 0)
+    assert vniah.Story(replace(cfg, legacy_periods=True), panel, None, words, ALONE).stops == {29889, 869}
+    assert vniah.Story(cfg, panel, None, words, ALONE).stops == needles.period_ids(words.encode)
+
+
+def test_a_trial_has_other_needles(cfg, folders):
+    for protocol in ("paper", "tiny"):
+        for task, test in (("text", "Story"), ("vision", "")):
+            at = replace(cfg, task=task, protocol=protocol, context=(40,), number_count=4, digits=7)
+            panels = [vniah.Panel("x", folders / "text", None, 0, trial=trial) for trial in (False, True)]
+            if test:
+                words = tokenizer.load_tokenizer(folders / "text")
+                stories = [vniah.Story(at, panel, None, words, ALONE) for panel in panels]
+                asked = [{words.decode(answer) for _, answer in story.probes(40, 0.5)} for story in stories]
+                assert stories[0].ids != stories[1].ids
+            else:
+                asked = [{vniah.digest(n.picture) for n in vniah.pick_needles(at, panel)[0]} for panel in panels]
+            assert len(asked[0]) >= 4 and not asked[0] & asked[1]
+
+
+def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
+    """Every round(rate)-th frame, where time stamps would take another: 29.97 frames per second."""
+    pytest.importorskip("av")
+    from tests import test_data_video as films
+
+    file = films.film(tmp_path / "film.mp4", [i * 1001 / 30000 for i in range(200)], clock=Fraction(1001, 30000))
+    cfg, panel = replace(cfg, haystack=str(file)), vniah.Panel("x", cfg.weights)
+    shown = [films.number(picture) for picture in vniah.open_film(cfg, panel, 9)]
+    assert shown == [0, 30, 60, 90, 120, 150, 180]
+    by_time = [films.number(picture) for picture in vniah.open_film(replace(cfg, protocol="tiny"), panel, 9)]
+    assert by_time == [0, 30, 59, 89, 119, 149, 179]
+    odd = films.film(tmp_path / "pal.mkv", [i / 25 for i in range(80)], clock=Fraction(1, 1000))
+    shown = [films.number(p) for p in vniah.open_film(replace(cfg, haystack=str(odd)), panel, 9)]
+    assert shown == [0, 25, 50, 75]
+
+
+# ------------------------------------------------------------------------------------------------ merge, plot, keep
+
+
+def test_merged_runs_add_their_probes(shipped, capsys, monkeypatch):
+    base = replace(shipped, controls=False, speak=0)
+    other = replace(base, seed=8, out=base.out.with_name("other"))
+    vniah.main(base)
+    vniah.main(other)
+    own, foreign = (by_cell(results(one)["cells"]) for one in (base, other))
+    with open(other.out / "cells-0.jsonl", "a") as file:
+        file.write('{"torn')
+    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model to draw"))
+    monkeypatch.setattr(weights, "sha", lambda *a: pytest.fail("read weights to draw"))
+    before = results(base)
+    vniah.main(replace(base, plot_only=True, merge=(other.out,)))
+    merged = results(base)
+    assert "n=24" in capsys.readouterr().out
+    assert {name: merged[name] for name in ("settings", "versions", "panels")} == {
+        name: before[name] for name in ("settings", "versions", "panels")
+    }
+    for cell in merged["cells"]:
+        at = cell["panel"], cell["length"], cell["depth"]
+        theirs = {f"{other.out}/{name}": probe for name, probe in foreign[at].items()}
+        assert cell["probes"] == own[at] | theirs and cell["of"] == 6
+        assert cell["wilson"] == [round(x, 4) for x in needles.wilson(cell["found"], 6)]
+    new = base.out.with_name("new")
+    vniah.main(replace(base, plot_only=True, merge=(base.out, other.out), out=new))
+    assert (new / "heatmap.png").is_file() and all(cell["of"] == 6 for cell in results(replace(base, out=new))["cells"])
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_nothing_to_draw_gets_one_sentence(cfg, made):
+    if made:
+        runs.open_run(cfg.out, {})
+    with pytest.raises(ValueError, match="holds no run to draw"):
+        vniah.main(replace(cfg, plot_only=True))
+    with pytest.raises(ValueError, match="holds no results"):
+        vniah.main(replace(cfg, plot_only=True, merge=(cfg.out,)))
+
+
+def test_the_encoded_film_is_kept(undrawn, cfg, capsys, monkeypatch):
+    looked, real = [], vniah.look
+
+    def look(model, pictures):
+        seen = real(model, pictures)
+        looked.append(len(seen[1]))
+        return seen
+
+    monkeypatch.setattr(vniah, "look", look)
+    vniah.main(cfg)
+    assert looked == [6, 5]  # film, needles
+    want, shown = by_cell(results(cfg)["cells"]), results(cfg)["panels"]
+    (kept,) = (cfg.out / "seen").iterdir()
+    for damage, wanted in ((None, [5]), (100, [6, 5]), (0, [6, 5])):
+        if damage is not None:
+            kept.write_bytes(kept.read_bytes()[:damage])
+        (cfg.out / "cells-0.jsonl").unlink()
+        looked.clear()
+        vniah.main(cfg)
+        assert looked == wanted and by_cell(results(cfg)["cells"]) == want and results(cfg)["panels"] == shown
+        assert ("cannot be read" in capsys.readouterr().err) == (damage is not None)
+    assert [file.name for file in (cfg.out / "seen").iterdir()] == [kept.name]
+    free = replace(cfg, keep=False, out=cfg.out.with_name("free"))
+    vniah.main(free)
+    assert by_cell(results(free)["cells"]) == want and not (free.out / "seen").exists()
+
+
+def test_another_film_or_model_is_looked_at_anew(cfg, monkeypatch):
+    model, names = longva.load(cfg.weights, "cpu"), set()
+    for change, panel in (({}, {}), ({"seed": 8}, {}), ({"frames": (3, 7)}, {}), ({}, {"trial": True})):
+        vniah.encode_film(replace(cfg, **change), vniah.Panel("x", cfg.weights, **panel), model, ALONE)
+        names = {file.name for file in (cfg.out / "seen").iterdir()} | names
+    assert len(names) == 4
+
+
+# ------------------------------------------------------------------------------------------------ panels
+
+
+def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
+    loaded, real, thetas = [], longva.load, []
+    monkeypatch.setattr(longva, "load", lambda *a: loaded.append(a) or real(*a))
+    forward = longva.Decoder.forward
+    monkeypatch.setattr(
+        longva.Decoder, "forward", lambda self, *a: thetas.append(self.config.rope_theta) or forward(self, *a)
+    )
+    cfg = replace(cfg, rope_theta=(1e5, 1e7), speak=0)
+    vniah.main(cfg)
+    cells = by_cell(results(cfg)["cells"])
+    names = ["sees", "sees, RoPE base 100000", "sees, RoPE base 1e+07"]
+    assert {name for name, *_ in cells} == {*names, "sees, no needle"} and len(loaded) == 1
+    assert list(dict.fromkeys(thetas)) == [1e4, 1e5, 1e7] and thetas[-1] == 1e4  # the control has its own again
+    panels, controls, trials = vniah.systems(replace(cfg, task="text", distractor_counts=(0, 3)))
+    assert len(panels) == 6 and not controls and not trials
+    assert (panels[3].name, panels[3].rope_theta, panels[3].distractors) == (
+        "sees, RoPE base 100000, 3 distractors", 1e5, 3
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["vision", "text"])
+def test_the_miniature_figure(tmp_path, capsys, task):
+    grid = {"frames": (2, 4), "context": (60, 90), "depths": (0.0, 0.5), "needle_count": 2, "number_count": 2}
+    rest = {"speak": 0, "distractor_counts": (0, 2), "rope_theta": (3e4, 1e6), "distractors": 1}
+    cfg = vniah.Config(task, "tiny", out=tmp_path / "out", **grid, **rest)
+    vniah.main(cfg)
+    said, found = capsys.readouterr().out, results(cfg)
+    names = {cell["panel"] for cell in found["cells"]}
+    assert "RoPE bases tried with another haystack and other needles" in said and "next:" in said
+    assert {"trial 30000", "trial 1e+06"} < names and any("untrained" in name for name in names)
+    assert sum("untrained" in name for name in names) == 1
+    vniah.main(replace(cfg, plot_only=True))
+    assert by_cell(results(cfg)["cells"]) == by_cell(found["cells"])
+
+
+def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(needles, "shuffled_options", moved)
+    write_needles(tmp_path / "needles")
+    cfg = replace(cfg, needles=tmp_path / "needles")
+    vniah.main(cfg)
+    cells = by_cell(results(cfg)["cells"])
+    assert {name for name, *_ in cells} == {"sees", "sees, no needle", "sees, options moved"}
+    assert set(cells["sees, options moved", 3, 0.5]) == {"n0", "n2", "n3"}
     monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
     vniah.main(cfg)
 
 
-def test_a_film_file_is_a_haystack(cfg, tmp_path):
-    folder = tmp_path / "film"
-    folder.mkdir()
-    for i, frame in zip(range(6), synthetic.film(1)):
-        frame.save(folder / f"{i}.png")
-    write_needles(tmp_path / "needles")
-    cfg = replace(cfg, haystack=str(folder), needles=tmp_path / "needles")
-    vniah.main(cfg)
-    assert len(list(video.frames(folder))) == 6
+# ------------------------------------------------------------------------------------------------ mistakes
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"frames": (3, 600), "haystack": "{film}"}, "longest haystack"),
+    ({"frames": (3, 600), "haystack": "{film}"}, "gives 1 frames .* longest haystack has 600"),
     ({"weights": "{text}"}, "cannot see"),
     ({"depths": (0.5, 1.5)}, "1.5"),
-    ({"haystack": "nowhere.mp4"}, "nowhere.mp4"),
+    ({"haystack": "nowhere.mp4"}, "nowhere.mp4: no such video file or folder"),
+    ({"haystack": "{noise}"}, "noise.mp4: not a video"),
+    ({"haystack": "nowhere.txt", "task": "text", "weights": "{text}"}, "nowhere.txt"),
     ({"needles": "{film}"}, "questions.json"),
+    ({"template": "tarot"}, "unknown template 'tarot'"),
+    ({"frames": (6, 3)}, "name each length once, from short to long"),
+    ({"frames": (0, 3)}, "above 0"),
+    ({"distractors": 99}, "--distractors 99"),
+    ({"distractor_counts": (0, 9)}, "6 other cities"),
+    ({"needle_count": 0}, "--needle-count 0"),
+    ({"rope_theta": (0.5,)}, "--rope-theta 0.5"),
+    ({"merge": ("{film}",)}, "holds no results"),
+    ({"out": "{noise}"}, "is a file"),
 ])  # fmt: skip
-def test_mistakes_get_one_sentence(cfg, folders, tmp_path, change, complaint):
-    film = tmp_path / "film"
+def test_mistakes_get_one_sentence(undrawn, cfg, folders, tmp_path, change, complaint):
+    film, noise = tmp_path / "film", tmp_path / "noise.mp4"
     film.mkdir()
     next(synthetic.film(0)).save(film / "0.png")
-    fill = {"{film}": film, "{text}": folders / "text"}
-    change = {name: fill.get(value, value) for name, value in change.items()}
+    noise.write_bytes(b"not a film" * 100)
+    fill = {"{film}": film, "{text}": folders / "text", "{noise}": noise}
+    change = {name: fill.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
     if "haystack" in change:
         change["haystack"] = str(change["haystack"])
-    with pytest.raises(ValueError, match=complaint):
+    if "merge" in change:
+        change["merge"] = (film,)
+    with pytest.raises(ValueError, match=complaint) as error:
         vniah.main(replace(cfg, **change))
+    assert "\n" not in str(error.value)
+
+
+def test_shape_suffixes_tell_the_truth(undrawn, cfg, folders):
+    cfg = replace(cfg, needle_count=2, number_count=2, context=(30, 50), distractor_counts=(2,), frames=(3, 4))
+    with shapes.watched(Path(vniah.__file__).parent) as told:
+        for i, engine in enumerate(("cache", "ring")):
+            for task, folder in (("vision", "sees"), ("text", "text")):
+                at = replace(cfg, task=task, engine=engine, out=cfg.out.with_name(f"{task}-{i}"), distractors=1)
+                vniah.main(replace(at, weights=folders / folder))
+    assert not told, "\n".join(told)
+
+
+def test_other_settings_need_another_folder(undrawn, cfg):
+    vniah.main(cfg)
+    with pytest.raises(ValueError, match=r"other settings \(seed was 7, is 8\)"):
+        vniah.main(replace(cfg, seed=8))
+    vniah.main(replace(cfg, colours="paper", trained_on=16))  # looks alone
 
 
 def test_training_never_sees_what_is_tested():
@@ -178,12 +812,3 @@ def test_training_never_sees_what_is_tested():
     tested = {n.picture.tobytes() for seed in (7, 1007) for n in synthetic.draw_needles(seed, 24, 3)[0]}
     trained = {p.tobytes() for step in range(3) for p in synthetic.captioned_grids(42, step, 100)[0]}
     assert not tested & trained and len(tested) == 48
-
-
-def test_table_and_rate():
-    panel = vniah.Panel("p", None)
-    cells = {("p", 8, 0.0): [True, False], ("p", 8, 1.0): [True, True], ("p", 16, 0.0): [False, False]}
-    assert vniah.rate(cells, panel) == (3, 6) and vniah.rate(cells, panel, 8) == (3, 4)
-    assert vniah.rate(cells, panel, depth=0.0) == (1, 4)
-    low, high = needles.wilson(3, 6)
-    assert f"{low:.3f} to {high:.3f}" in vniah.table(cells, [panel], (8, 16), "frames")

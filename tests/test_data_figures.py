@@ -1,0 +1,68 @@
+"""Tables count what the cells hold; pictures are drawn whatever is missing."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import figures, needles
+
+LENGTHS, DEPTHS = (8, 16, 32), (0.0, 0.5, 1.0)
+
+
+def some(lengths, depths, name="a model", trained=16, gaps=False, seed=0):
+    """A map whose rates fall with the length; with `gaps`, some cells are not there and some are empty."""
+    rng, grid = np.random.default_rng(seed), {}
+    for n in lengths:
+        for d in depths:
+            if not gaps or rng.random() < 0.7:
+                grid[n, d] = (rng.random(5) > n / lengths[-1] * 0.8).tolist() if not gaps or rng.random() < 0.8 else []
+    return figures.Map(name, grid, trained)
+
+
+def test_rates():
+    one = figures.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(depth=0.0) == (1, 4) and one.rate(99) == (0, 0)
+    want = [[0.5, 0, np.nan], [1, np.nan, np.nan]]
+    np.testing.assert_array_equal(one.array((8, 16, 32), (0.0, 1.0)), want)
+
+
+def test_table():
+    one = figures.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    none = figures.Map("nothing known", {}, 8)
+    head, row, empty = figures.table([one, none], LENGTHS, "frames").splitlines()
+    low, high = needles.wilson(3, 6)
+    assert head.split() == ["frames", "8", "16", "32", "mean", "95", "%", "interval"]
+    assert row.split() == ["p", "0.75", "0.00", "0.500", f"{low:.3f}", "to", f"{high:.3f}", "(n=6)"]
+    assert "nothing known" in empty and empty.split()[2:] == ["-", "0.000", "to", "1.000", "(n=0)"]
+    assert head.index("mean") + 4 == row.index("0.500") + 4 and len({line.rindex("  ") for line in (row, empty)}) == 1
+
+
+def test_blocks():
+    grid = {(8, 0.0): [True] * 4, (16, 0.0): [True, False], (32, 0.0): [False], (8, 0.5): [True, False, False, False]}
+    text = figures.blocks(figures.Map("p", grid, 16), LENGTHS, DEPTHS, "frames").splitlines()
+    assert text[0].startswith("p, frames 8 to 32")
+    assert text[1:] == ["  0% ███▒▒▒|   ", " 50% ░░░  ?|  ?", "100%   ?  ?|  ?"]
+    assert "|" in figures.blocks(figures.Map("p", {}, 999), LENGTHS, DEPTHS, "frames")
+
+
+@pytest.mark.parametrize("colours", ["safe", "paper"])
+@pytest.mark.parametrize("lengths, depths, count, gaps", [
+    (LENGTHS, DEPTHS, 4, True), ((16,), (0.5,), 1, False), ((16,), DEPTHS, 3, True),
+    (tuple(range(32_000, 480_001, 32_000)), tuple(i / 10 for i in range(11)), 2, False),
+])  # fmt: skip
+def test_pictures(tmp_path, colours, lengths, depths, count, gaps):
+    maps = [some(lengths, depths, f"model {i}", seed=i, gaps=gaps) for i in range(count)]
+    maps[-1] = figures.Map("nothing known", {}, 10**9) if gaps else maps[-1]
+    figures.heatmap(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4, colours)
+    figures.heatmap(tmp_path / "plain.png", maps, lengths, depths, "tokens", colours=colours)
+    figures.comparison(tmp_path / "comparison.png", maps, lengths, "frames")
+    for name in ("heatmap", "plain", "comparison"):
+        picture = Image.open(tmp_path / f"{name}.png")
+        assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
+
+
+def test_the_two_palettes_differ(tmp_path):
+    for colours in ("safe", "paper"):
+        figures.heatmap(tmp_path / f"{colours}.png", [some(LENGTHS, DEPTHS)], LENGTHS, DEPTHS, "frames", 1, colours)
+    safe, paper = (np.asarray(Image.open(tmp_path / f"{c}.png").convert("RGB"), int) for c in ("safe", "paper"))
+    assert safe.shape == paper.shape and np.abs(safe - paper).max() > 100
