@@ -398,9 +398,14 @@ class LongVA(LM):
         pixels_NCYX: Tensor,
         layout: list[unires.Layout],
         attend: Attend = causal_attend,
+        row_I: Tensor | None = None,
     ) -> tuple:
-        """The training question, as LM.forward, with pictures in the places of chat.IMAGE."""
+        """The training question, as LM.forward, with pictures in the places of chat.IMAGE.
+
+        `row_I`: which of the visual tokens goes where, if they are not used once each and in order (unires.Parts).
+        """
         seen_ID = self.see(pixels_NCYX, layout)
+        seen_ID = seen_ID if row_I is None else seen_ID[row_I]
         h_BTD = self.model(self.embed(ids_BT, seen_ID), pos_T, attend)
         return nll(h_BTD, self.lm_head.weight, targets_BT)
 

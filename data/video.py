@@ -103,6 +103,16 @@ def _turn(picture: Image.Image) -> str | None:
         return None
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture as read_picture will return it, by its header alone; ValueError as there."""
+    path = Path(path)
+    picture = _open_picture(path)
+    with _blame(path), picture:
+        across = picture.size
+        sideways = "TRANSPOSE ROTATE_90 ROTATE_270 TRANSVERSE".split()
+        return across[::-1] if _turn(picture) in sideways else across
+
+
 def read_picture(path: str | Path) -> Image.Image:
     """Read one picture as upright RGB; raises ValueError, naming the file, if unreadable or absurdly large.
 
