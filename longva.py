@@ -140,49 +140,66 @@ class KVCache:
 class ChunkedNLL(torch.autograd.Function):
     """Head and cross-entropy over `chunk` positions at a time, so that no step ever holds all the logits.
 
-    At 224,000 tokens the logits alone are 68 GB in bfloat16: the limit the paper ran into. Only the
-    log-normaliser of each position is kept; backward makes the chunk's logits again.
+    At 224,000 tokens the logits alone are 68 GB in bfloat16: the limit the paper ran into. A chunk's gradients are
+    made while its logits are there, for positions of equal weight. Backward scales them; only where weights differ,
+    as in DPO, it makes the logits again.
     """
 
     @staticmethod
-    def forward(ctx, h_ND, head_VD, targets_N, chunk):  # noqa: ANN001
-        """Negative log-likelihood of every position, float32[N]."""
-        nll, lse = [], []
-        for h, target in zip(h_ND.split(chunk), targets_N.split(chunk)):
-            logits = (h @ head_VD.T).float()
-            lse.append(logits.logsumexp(-1))
-            nll.append(lse[-1] - logits.gather(-1, target[:, None])[:, 0])
-        none = h_ND.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(h_ND, head_VD, targets_N, torch.cat([none, *lse]))
-        ctx.chunk = chunk
-        return torch.cat([none, *nll])
+    def sweep(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int, learns: tuple) -> tuple:
+        """Negative log-likelihoods, and the gradients of their weighted sum where asked for: (nll_N, dh_ND, dhead_VD).
+
+        The head's gradient adds up in float32, 2.2 GB at Qwen2-7B's size. All chunks' logits take one memory: fresh
+        pages would cost a CPU as much time as the softmax.
+        """
+        nll_N, dh_ND = torch.empty_like(weight_N), torch.empty_like(h_ND) if any(learns) else None
+        dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32) if learns[1] else None
+        room = h_ND.new_empty(min(chunk, len(h_ND)), len(head_VD))
+        for i in range(0, len(h_ND), chunk):
+            h_UD, target_U1, weight_U1 = (x[i : i + chunk] for x in (h_ND, targets_N[:, None], weight_N[:, None]))
+            logits_UV = torch.mm(h_UD, head_VD.T, out=room[: len(h_UD)]).float()
+            said_U1, top_U1 = logits_UV.gather(1, target_U1), logits_UV.amax(1, keepdim=True)
+            sum_U1 = logits_UV.sub_(top_U1).exp_().sum(1, keepdim=True)
+            nll_N[i : i + chunk] = (sum_U1.log() + top_U1 - said_U1)[:, 0]
+            if any(learns):  # softmax minus one-hot
+                p_UV = logits_UV.mul_(weight_U1 / sum_U1).scatter_add_(1, target_U1, -weight_U1).to(h_ND.dtype)
+                torch.mm(p_UV, head_VD, out=dh_ND[i : i + chunk])
+            if learns[1] and p_UV.dtype == torch.float32:
+                dhead_VD.addmm_(p_UV.T, h_UD)
+            elif learns[1]:
+                dhead_VD += p_UV.T @ h_UD
+        return nll_N, dh_ND, dhead_VD
+
+    @staticmethod
+    def forward(ctx, h_ND, head_VD, targets_N, chunk, learns):  # noqa: ANN001
+        """Negative log-likelihood of every position, float32[N]; does h, does the head learn?"""
+        ones_N = torch.ones_like(targets_N, dtype=torch.float32)
+        nll_N, *ctx.made = ChunkedNLL.sweep(h_ND, head_VD, targets_N, ones_N, chunk, learns)
+        ctx.save_for_backward(h_ND, head_VD, targets_N)
+        ctx.rest = chunk, learns
+        return nll_N
 
     @staticmethod
     def backward(ctx, grad_N):  # noqa: ANN001
-        """Softmax minus one-hot, chunk by chunk; the head's gradient adds up in float32."""
-        h_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]  # a frozen head needs no gradient: 2.2 GB at Qwen2-7B's size
-        dh_ND, dhead_VD = torch.empty_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
-        for i in range(0, len(h_ND), ctx.chunk):
-            here = slice(i, i + ctx.chunk)
-            p_UV = ((h_ND[here] @ head_VD.T).float() - lse_N[here, None]).exp_()
-            p_UV.scatter_add_(1, targets_N[here, None], torch.full_like(lse_N[here, None], -1.0))
-            p_UV.mul_(grad_N[here, None])
-            p_UV = p_UV.to(h_ND.dtype)
-            dh_ND[here] = p_UV @ head_VD
-            if learns:
-                dhead_VD += (p_UV.T @ h_ND[here]).float()
-        return dh_ND, dhead_VD.to(head_VD.dtype) if learns else None, None, None
+        """What forward made, scaled, where all positions weigh the same."""
+        weight, inputs = grad_N[:1].sum(), ctx.saved_tensors
+        made, ctx.made = ctx.made, None  # a second backward must not scale them twice
+        if made and (grad_N == weight).all():
+            dh_ND, dhead_VD = (x if x is None else x.mul_(weight) for x in made)
+        else:
+            _, dh_ND, dhead_VD = ChunkedNLL.sweep(*inputs, grad_N, *ctx.rest)
+        return dh_ND, None if dhead_VD is None else dhead_VD.to(inputs[1].dtype), None, None, None
 
 
-def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood and number of targets of each row, float32 (nll_B, count_B).
 
     A target of -100 counts nothing and costs nothing: its logits are never computed.
     """
     wanted_BT = targets_BT != chat.IGNORE
     row_N = wanted_BT.nonzero()[:, 0]
-    nll_N = ChunkedNLL.apply(h_BTD[wanted_BT], head_VD, targets_BT[wanted_BT], chunk)
+    learns = tuple(torch.is_grad_enabled() and x.requires_grad for x in (h_BTD, head_VD))
+    nll_N = ChunkedNLL.apply(h_BTD[wanted_BT], head_VD, targets_BT[wanted_BT], chunk, learns)
     nll_B = nll_N.new_zeros(len(targets_BT)).index_add(0, row_N, nll_N)
     return nll_B, wanted_BT.sum(1).float()
 

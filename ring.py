@@ -13,7 +13,7 @@ Departures from the release, with reasons:
     - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
     - Partial results are merged and gradients summed in fp32 (fp64 for fp64), so errors do not grow with R.
     - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
-    - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2, log-sum-exp included.
+    - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2 with its log-sum-exp.
 """
 
 import ctypes
@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from data import state
+from data import rollcall, state
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 Starts = list[list[int]]  # where documents begin in each row of a batch
@@ -86,12 +87,15 @@ def start(device: str = "auto") -> World:
     if ranks > 1:
         if sys.platform == "linux":  # else ranks outlive a killed torchrun, hold the GPUs and write on
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        dist.init_process_group(BACKENDS[kind], timeout=TIMEOUT)
+        table, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(BACKENDS[kind], store=table, rank=rank, world_size=ranks, timeout=TIMEOUT)
+        rollcall.join(dist.PrefixStore("roll", table.clone()), rank, ranks)  # a connection of its own
     return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
 
 
 def stop(world: World) -> None:
     """Leave the process group. Ranks need not arrive together, so it may stand in a `finally`."""
+    rollcall.note(rollcall.DONE)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -363,8 +367,8 @@ def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tens
 
 
 # 5. The ring ------------------------------------------------------------------------------------------------
-# A rank's two chunks are numbers r and 2R - 1 - r of the sequence. After `hop` hops it holds the keys of rank
-# r - hop (mod R). A chunk sees earlier ones whole, itself causally, later ones not at all.
+# A rank's chunks are numbers r and 2R - 1 - r. After `hop` hops it holds the keys of rank r - hop (mod R). A chunk
+# sees earlier ones whole, itself causally, later ones not at all.
 
 
 class Area(NamedTuple):
@@ -456,6 +460,7 @@ def ring_forward(
             if not causal:  # a query's own square comes first, and there is nothing yet to merge with
                 part = merge(o_BTHK[b, t], lse_BHT[b, :, t], *part)
             o_BTHK[b, t], lse_BHT[b, :, t] = part
+            del part
     return o_BTHK, lse_BHT
 
 
@@ -472,10 +477,10 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
         for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
             asked = (x[b, t] for x in (do_BTHK, q_BTHK))
             known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
-            dq, *dk_dv = block_attention_backward(*asked, *known, causal, kernel)
-            dq_BTHK[b, t] += dq
-            for sum_BSGK, new in zip(dkv, dk_dv):
-                sum_BSGK[b, s] += new
+            part = block_attention_backward(*asked, *known, causal, kernel)
+            for so_far, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
+                so_far += new
+            del part, new  # not to be held while the next is computed
         if hop > 0:
             follower = Hop(dkv, world)
     dk_BTGK, dv_BTGK = home + follower.wait() if follower else home
@@ -708,23 +713,35 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
 # 8. Saved state ---------------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
+def save_state(
+    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, world: World, saver: state.Saver | None = None
+) -> None:
     """Save parameters and optimizer moments as `folder`/step-N; the last two states are kept.
 
     All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
-    step, and random numbers, of which the model draws none.
+    step, and random numbers, of which the model draws none. A `saver` that saves apart writes from a copy in CPU
+    memory while training goes on; from a GPU each save makes that copy, else it is extra.
     """
+    apart = saver is not None and saver.apart
+    if apart:
+        saver.wait()  # for the state before, and its copy's memory
     tensors = state.tensors(model, optimizer).items()
-    ours = {key: my_rows(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
-    state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
+    mine = {key: my_rows(x)[0] for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
+    ours = {key: x.detach().to("cpu", copy=apart) for key, x in mine.items()}
+    if apart:
+        crew = world.rank, world.ranks, TIMEOUT.total_seconds()
+        saver.start(partial(state.save_apart, Path(folder), step, ours, *crew))
+    else:
+        state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
+def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> int:
     """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
 
     The number of ranks may differ from that of the save; the same number continues bit for bit. All ranks
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
     state is damaged, if ranks see different folders, or if the state is of another model.
     """
+    rollcall.resumable(partial(state.saved_steps, Path(folder)))
     newest = state.newest(Path(folder), world.rank, partial(gather, world=world))
     return state.restore(newest, model, optimizer, fill) if newest else 0

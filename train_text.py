@@ -5,7 +5,7 @@ Paper     Sec. 3.1: Qwen2-7B-Instruct, 224,000 tokens, RoPE base 1e9, 1000 steps
 Run       python train_text.py --preset tiny-base                      the tiny base model, its context short
           torchrun --nproc-per-node 2 train_text.py                    its extension: two ranks, one sequence
           torchrun --nproc-per-node 8 train_text.py --preset longva --weights Qwen2-7B-Instruct --corpus TOKENS.npy
-Key       B sequences   S tokens of the whole sequence   T tokens held by this rank
+Key       B sequences   S tokens of the whole sequence   T tokens held by this rank   P parts
 Deviates  The loss is the mean over all targets of a step, not the mean of its parts' and ranks' means.
           The learning rate is the one asked for; the release's flag is ignored by its scheduler.
           max_position_embeddings is set to the new length, which other programs go by; the release leaves 32768.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, needles, parameters, plan, runs, synthetic, text, tokenizer, weights
+from data import chat, needles, parameters, plan, plan_training, runs, state, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -69,14 +69,17 @@ class Config:
     eval_windows: int = knob(8, "windows for its perplexity, half a sequence apart (ours)")
     eval_needles: int = knob(1, "magic numbers to be found at each of five depths (App. A)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
+    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
+    plan: bool = knob(False, "print the memory that a step would take, and the longest sequence; load nothing (ours)")
+    host_gb: float | None = knob(None, "with plan: CPU memory of a machine, 10^9 bytes; none: this one's (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
     def __post_init__(self):
         at_least(self, seq_len=2, short_len=2, batch=1, accumulate=1, ring=1, steps=1, save_every=1)
         at_least(self, short_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, max_norm=0)
-        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1)
+        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1, host_gb=1)
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
@@ -102,6 +105,8 @@ PRESETS = {
     },
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
+PLANNING = ("plan", "host_gb")  # settings that are no part of a run
+SHOWN = ("loss", "norm", "tokens_per_s", "mfu", "gb")  # in the bar, of a line of the log
 NEXT = {
     "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
     "tiny-extended": "python train_text.py --preset tiny-control",
@@ -149,6 +154,16 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
         return *synthetic.text_batch(words, cfg.seed, part, cfg.batch * cfg.seq_len // S, S), None
 
     return story
+
+
+def language_model(cfg: Config) -> longva.LMConfig:
+    """The sizes of the model to train. Raises ValueError for one that sees."""
+    if not cfg.weights:
+        return replace(TINY_LM, vocab_size=tokenizer.load_tokenizer(synthetic.TOKENIZER).size)
+    config = longva.read_config(cfg.weights)
+    if not isinstance(config, longva.LMConfig):
+        raise ValueError(f"{cfg.weights} sees already; long text trains a language model before it learns to see")
+    return config
 
 
 def check(cfg: Config, circle: ring.World, circles: int) -> None:
@@ -253,16 +268,16 @@ def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle:
 
 def main(cfg: Config) -> None:
     """Train, save, export; resumes where a killed run of the same settings stopped."""
+    if cfg.plan:
+        plan_training.show(language_model(cfg), cfg)
+        return
     # 1 processes
     world = ring.start(cfg.device)
     circle, number, circles = ring.rings(world, cfg.ring or world.ranks)  # parts of a step go round the rings
     check(cfg, circle, circles)
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
-    words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
-    config = longva.read_config(cfg.weights) if cfg.weights else replace(TINY_LM, vocab_size=words.size)
-    if not isinstance(config, longva.LMConfig):
-        raise ValueError(f"{cfg.weights} sees already; long text trains a language model before it learns to see")
+    words, config = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER), language_model(cfg)
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
@@ -287,24 +302,26 @@ def main(cfg: Config) -> None:
 
     # 5 resume
     if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
+        runs.open_run(cfg.out, {name: value for name, value in asdict(cfg).items() if name not in PLANNING})
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
         runs.rewind(cfg.out, first + 1, EVALUATED)
 
     # 6 the loop
+    saver = state.Saver(cfg.async_save)
     kernel = None if cfg.kernel == "auto" else cfg.kernel
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
-        began, loss = time.perf_counter(), torch.zeros((), device=world.device)
+        saver.check()
+        began, loss_P = time.perf_counter(), torch.zeros(cfg.accumulate, device=world.device)
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
-        for ids_BT, targets_BT, starts in parts:
+        for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
             nll_B, _ = model(ids_BT, idx_T, targets_BT, ring.zigzag_attend(circle, kernel, starts))
             ring.global_mean(nll_B.sum(), count, world).backward()
-            loss += nll_B.detach().sum()
-        loss = (ring.total(loss, world) / ring.total(count, world)).item()
+            loss_P[part % cfg.accumulate] += nll_B.detach().sum()
+        loss = runs.finite(step, (ring.total(loss_P, world) / ring.total(count, world)).tolist())
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
@@ -315,14 +332,16 @@ def main(cfg: Config) -> None:
             line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
             work = plan.train_flop(config, ids_BT.shape[1] * circle.ranks) * speed / world.ranks / 1e12
             line |= {"tokens_per_s": round(speed), "tflop_per_s_and_rank": float(f"{work:.4g}")}
+            line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
             if world.device.type == "cuda":
-                line |= {"mfu": round(work / cfg.peak_tflop, 4), "gb": torch.cuda.max_memory_allocated() / 1e9}
+                line |= {"mfu": round(work / cfg.peak_tflop, 4)}
             runs.log(cfg.out, line)
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
+            bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if cfg.held_out:
                 evaluate(cfg, model, *exam, circle, step + 1)
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
+    saver.wait()
 
     # 7 export
     export(cfg, config, model, world)

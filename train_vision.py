@@ -44,7 +44,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, runs, synthetic, text, tokenizer, weights
+from data import chat, llava, parameters, plan, runs, state, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
 
 
@@ -81,6 +81,7 @@ class Config:
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
     offload: bool = knob(False, "parameters and optimizer in CPU memory (release: zero3.json)")
     save_every: int = knob(500, "steps between saved states (ours)")
+    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(42, "of new weights and of the order of data (release: finetune.sh)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
@@ -485,6 +486,7 @@ def prefer(part: Part, nll_B: Tensor, before_N2: Tensor, beta: float, circle: ri
 
 # ----------------------------------------------------------------------------------------------------- main
 
+SHOWN = ("loss", "margin", "preferred", "norm", "samples_per_s", "gb")  # in the bar, of a line of the log
 PREFERENCE = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # per pair: see `prefer`
 
 
@@ -559,12 +561,15 @@ def train(cfg: Config, world: ring.World) -> None:
     skipped = ring.total(torch.tensor(sum(runs.logged(cfg.out, "skipped")) if world.rank == 0 else 0), world).item()
 
     # 6 the loop
+    saver = state.Saver(cfg.async_save)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
+        saver.check()
         began = time.perf_counter()
         parts, left_out = batch(step)
         report(cfg, world, left_out, step)
         told = learn(cfg, model, parts, before, world, circle)
+        runs.finite(step, [told["loss"]])
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
@@ -576,11 +581,13 @@ def train(cfg: Config, world: ring.World) -> None:
             seconds = time.perf_counter() - began
             line = {"step": step, **told, "norm": norm, "lr": learning_rate(cfg.lr, cfg, step)}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4), "skipped": lost}
+            line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
             runs.log(cfg.out, line)
-            bar.set_postfix(loss=f"{told['loss']:.3f}", samples_per_s=f"{cfg.batch / seconds:.1f}")
+            bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
         refuse_many(cfg, skipped, max((step + 1) * cfg.batch, data[0].size or 0) if data else 0)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
+    saver.wait()
 
     # 7 export
     export(cfg, model, world)

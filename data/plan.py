@@ -14,6 +14,8 @@ Deviates  The paper tells no such figures; each is derived where it stands, by c
 """
 
 import os
+import resource
+import sys
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,13 @@ def room_bytes(device: str, ranks: int) -> int:
         limit = Path("/sys/fs/cgroup", file)
         rooms += [int(text) for text in [limit.read_text().strip()] if text != "max"] if limit.is_file() else []
     return min(rooms) // ranks - PROCESS
+
+
+def most_held(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of tensors on a GPU, or in all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def show(config: Model, cfg: Any) -> None:

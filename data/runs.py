@@ -5,9 +5,13 @@ What      config.json (the settings), log.jsonl (one line per step), curve.png (
 Run       imported by train_text.py, train_vision.py and vniah.py (cells.jsonl); rank 0 alone writes.
 """
 
+import fcntl
 import json
+import math
 import os
+import time
 from pathlib import Path
+from typing import TextIO
 
 TINY = Path(__file__).parent / "tiny"  # the shipped models
 
@@ -18,14 +22,41 @@ def made(run: str, shipped: str) -> Path:
     return own if (own / "config.json").is_file() else TINY / shipped
 
 
-def open_run(folder: Path, settings: dict) -> None:
-    """Make the folder and keep the settings in config.json.
+HELD: dict[Path, TextIO] = {}  # open while this process lives, however it ends: the lock goes with it
 
-    Raises ValueError where another run, with other settings, lives there: mixing two would spoil both.
+
+def hold(folder: Path, patience: float = 3.0) -> None:
+    """Keep other processes out of a run's folder as long as this one lives, where the file system knows locks.
+
+    Waits `patience` seconds, for a run that was just killed may not be gone. Raises ValueError after that.
+    """
+    if folder.resolve() in HELD:
+        return
+    file, deadline = open(folder / ".lock", "w"), time.monotonic() + patience  # noqa: SIM115
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                file.close()
+                raise ValueError(f"another run writes to {folder}; let it end, or choose another --out") from error
+            time.sleep(0.1)
+            continue
+        except OSError:  # some network file systems have none
+            pass
+        HELD[folder.resolve()] = file
+        return
+
+
+def open_run(folder: Path, settings: dict) -> None:
+    """Make the folder, keep other processes out of it, and keep the settings in config.json.
+
+    Raises ValueError where another run is at work, or one with other settings lives: mixing two would spoil both.
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file, but a run needs a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    hold(folder)
     file = folder / "config.json"
     new = json.loads(json.dumps(settings, default=str))
     if file.exists():
@@ -67,8 +98,20 @@ def rewind(folder: Path, step: int | None = None, name: str = "log.jsonl") -> No
 
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
     """Append one line for programs to read."""
-    with open(folder / name, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        with open(folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"{folder / name} cannot be written ({error.strerror})") from error
+
+
+def finite(step: int, losses: list[float]) -> float:
+    """The loss of a step, the sum of its parts' shares; FloatingPointError, before the update, if one is not finite."""
+    for part, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            where = f"step {step}" + (f", part {part} of {len(losses)}" if len(losses) > 1 else "")
+            raise FloatingPointError(f"{where}: the loss is {loss}; stopped before it reached the parameters")
+    return sum(losses)
 
 
 def logged(folder: Path, key: str) -> list[float]:

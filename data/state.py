@@ -14,12 +14,15 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,16 +63,78 @@ def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 # Writing ----------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], rank: int, gather: Gather) -> None:
-    """Save one rank's tensors, in CPU memory, as its part of `folder`/step-N; all ranks call it together."""
+def write_part(folder: Path, step: int, tensors: dict[str, Tensor], rank: int) -> bytes:
+    """Write one rank's part of the draft `folder`/step-N.tmp; its checksum, when all of it is on the disk."""
     part = folder / f"step-{step}.tmp" / PART.format(rank)
     part.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, part)
+    try:
+        save_file({key: x.contiguous() for key, x in tensors.items()}, part)
+    except SafetensorError as error:
+        raise OSError(f"{part} cannot be written ({error})") from error
     flush(part)
-    sums = gather(torch.tensor(list(sha256(part))))  # and by now every part is on disk
+    return sha256(part)
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], rank: int, gather: Gather) -> None:
+    """Save one rank's tensors, in CPU memory, as its part of `folder`/step-N; all ranks call it together."""
+    sums = gather(torch.tensor(list(write_part(folder, step, tensors, rank))))  # and by now every part is on disk
     if rank == 0:
         publish(folder, step, [bytes(x.tolist()) for x in sums])
     gather(torch.zeros(1))  # no one goes on before the new state is in place
+
+
+def save_apart(folder: Path, step: int, tensors: dict[str, Tensor], rank: int, ranks: int, patience: float) -> None:
+    """The same without an exchange of messages, so that a thread can do it: ranks find each other's checksums on disk.
+
+    Raises OSError if the others take more than `patience` seconds longer.
+    """
+    draft, digest = folder / f"step-{step}.tmp", write_part(folder, step, tensors, rank)
+    checksums = [draft / f"{PART.format(r)}.sha256" for r in range(ranks)]
+    checksums[rank].with_suffix(".part").write_bytes(digest)
+    checksums[rank].with_suffix(".part").rename(checksums[rank])
+    wanted = checksums if rank == 0 else [folder / f"step-{step}" / SEAL]
+    deadline = time.monotonic() + patience
+    while missing := [path for path in wanted if not path.exists()]:
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"{missing[0]} did not come within {patience:.0f} seconds; do all machines share this folder?"
+            )
+        time.sleep(0.05)
+    if rank == 0:
+        sums = [path.read_bytes() for path in checksums]
+        for path in checksums:
+            path.unlink()
+        publish(folder, step, sums)
+
+
+class Saver:
+    """Saves while training goes on, if `apart`: one state at a time, in a thread."""
+
+    def __init__(self, apart: bool):
+        self.apart, self.thread, self.error = apart, None, None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin to save; the save before must have ended (`wait`)."""
+
+        def attempt() -> None:
+            try:
+                work()
+            except OSError as error:
+                self.error = error
+
+        self.thread = Thread(target=attempt, daemon=True)  # a run that fails does not wait for it
+        self.thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, as soon as it is known: OSError."""
+        if self.error:
+            raise self.error
+
+    def wait(self) -> None:
+        """Until the state is in place, or raise."""
+        if self.thread:
+            self.thread.join()
+        self.check()
 
 
 def publish(folder: Path, step: int, sums: list[bytes]) -> None:
@@ -89,7 +154,8 @@ def publish(folder: Path, step: int, sums: list[bytes]) -> None:
     flush(folder)
     before = max((n for n in saved_steps(folder) if n < step), default=step)
     for path in folder.glob("step-*"):
-        if path.name not in (f"step-{step}", f"step-{before}"):
+        next_draft = path.suffix == ".tmp" and int(re.findall(r"\d+", path.name)[0]) > step  # others may be ahead
+        if path.name not in (f"step-{step}", f"step-{before}") and not next_draft:
             shutil.rmtree(path)
 
 
@@ -125,9 +191,16 @@ def newest(folder: Path, rank: int, gather: Gather) -> Path | None:
     """
     for path in folder.glob("step-*.tmp") if rank == 0 else ():
         shutil.rmtree(path)
+    probe = secrets.randbits(62) if rank == 0 else 0
+    probe = folder / f".probe-{gather(torch.tensor(probe))[0].item()}"
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
     gather(torch.zeros(1))
     steps = saved_steps(folder)
-    views = [view.tolist() for view in gather(torch.tensor([len(steps), sum(steps)]))]
+    views = [view.tolist() for view in gather(torch.tensor([probe.exists(), len(steps), sum(steps)]))]
+    if rank == 0:
+        probe.unlink()
     if any(view != views[0] for view in views):
         raise ValueError(f"ranks see different states in {folder}; all machines must share this folder")
     for state in (folder / f"step-{step}" for step in reversed(steps)):

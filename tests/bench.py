@@ -6,9 +6,11 @@ What      Each case computes one thing twice, here and there, and both must give
           Memory is measured in a process of its own for each side: how far it grows above the loaded model (Linux).
 Paper     None: the models here are random, and of sizes at which arithmetic outweighs overhead on one core.
 Run       python tests/bench.py model            about 4 minutes on an idle core
+          python tests/bench.py train            about 15 minutes, and 15 GB of memory for their side
+          python tests/bench.py ring             two minutes on two cores; see bench_ring.py
           python tests/bench.py model --quick    toy sizes: only shows that every case still runs and agrees
 Key       that of longva.py
-Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdpa, its own growing cache.
+Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdpa, its own growing cache, `labels`.
 
 A ratio above 1 means that ours takes less time; a share below 1, that ours takes less memory.
 """
@@ -22,9 +24,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,13 +38,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import longva
 from clip import ClipVision
-from data import parameters
+from data import chat, parameters
 from data.config import ClipConfig
 
+# parameters of which 512 rows of the gradient are compared
+LOOKED_AT = ["h", "head", "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
+             "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]  # fmt: skip
 NEW = 64  # tokens said in a decoding case
 PAGE = 4 / 1024  # MB; no growth is less than one
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors leave at once: the peak is of tensors, the same each time
-Run = Callable[[int], Tensor]  # n tokens or grids -> what was computed
+Found = dict[str, Tensor]
+Run = Callable[[int], Tensor | Found]  # n tokens or grids -> what was computed
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Case:
     error: float = 1e-5  # allowed, as a share of the largest value
     memory: bool = False
     rounds: int = 3
+    learns: bool = False  # forward and backward
 
 
 # ------------------------------------------------------------------------------------------ models and inputs
@@ -204,14 +213,95 @@ def their_first_word(folder: Path, n: int) -> Run:
     return lambda T: their_words(model, some_ids(model.config.vocab_size, T), 1)
 
 
-def lm(D: int, F: int, L: int, H: int, G: int, K: int, V: int) -> dict:
+def some_lesson(V: int, T: int, eighths: int) -> tuple[Tensor, Tensor]:
+    """Ids and what should follow each (ids_1T, targets_1T), where only so many eighths of them ask for an answer."""
+    ids_1T = some_ids(V, T)
+    asked_T = torch.arange(T) % 8 < eighths
+    targets_1T = ids_1T.roll(-1, 1).where(asked_T, chat.IGNORE)
+    targets_1T[:, -1] = chat.IGNORE
+    return ids_1T, targets_1T
+
+
+def learnt(loss: Tensor, model: torch.nn.Module) -> Found:
+    """Go backward: the loss and some of the gradients, of which none is left in the model."""
+    loss.backward()
+    gradients = dict(model.named_parameters())
+    found = {name: gradients[name].grad[:512].clone() for name in LOOKED_AT if name in gradients}
+    model.zero_grad()
+    return found | {"loss": loss.detach()}
+
+
+def our_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
+    """Forward and backward of a training step, without the optimizer."""
+    model = longva.load(folder).requires_grad_()
+    model.model.remat = remat
+
+    def step(T: int) -> Found:
+        ids_1T, targets_1T = some_lesson(model.config.vocab_size, T, eighths)
+        nll_1, count_1 = model(ids_1T, torch.arange(T), targets_1T)
+        return learnt(nll_1.sum() / count_1.sum(), model)
+
+    return step
+
+
+def their_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
+    """The same with `labels`, which they shift themselves."""
+    model = their(Qwen2ForCausalLM, folder).train()
+    if remat:  # renamed in transformers 5
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def step(T: int) -> Found:
+        ids_1T, targets_1T = some_lesson(model.config.vocab_size, T, eighths)
+        labels_1T = F.pad(targets_1T, (1, -1), value=chat.IGNORE)
+        return learnt(model(ids_1T, labels=labels_1T, use_cache=False).loss, model)
+
+    return step
+
+
+def make_head(folder: Path, sizes: dict) -> None:
+    """Write a random head."""
+    head_VD = torch.randn(sizes["V"], sizes["D"], generator=torch.Generator().manual_seed(0)) * sizes["D"] ** -0.5
+    save_file({"head": head_VD}, folder / "head")
+
+
+def a_loss(folder: Path, n: int, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+    """Forward and backward of a summed loss(h_TD, head_VD, targets_T), with 7/8 of the targets."""
+    head_VD = load_file(folder / "head")["head"].clone()
+    model = torch.nn.ParameterDict({"head": head_VD})
+
+    def run(T: int) -> Found:
+        V, D = model["head"].shape
+        model["h"] = torch.randn(T, D, generator=torch.Generator().manual_seed(1))
+        return learnt(loss(model["h"], model["head"], some_lesson(V, T, 7)[1][0]), model)
+
+    return run
+
+
+def chunked_loss(h_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Ours."""
+    return longva.nll(h_TD[None], head_VD, targets_T[None])[0].sum()
+
+
+def plain_loss(h_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """The loss that holds all the logits."""
+    return F.cross_entropy(h_TD @ head_VD.T, targets_T, reduction="sum")
+
+
+def torchs_loss(h_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Torch's own chunked loss."""
+    how = {"reduction": "sum", "ignore_index": chat.IGNORE, "options": torch.nn.LinearCrossEntropyOptions()}
+    return F.linear_cross_entropy(h_TD, head_VD, targets_T, **how)
+
+
+def lm(D: int, F_: int, L: int, H: int, G: int, K: int, V: int) -> dict:
     """Sizes by their letters."""
-    return {"D": D, "F": F, "L": L, "H": H, "G": G, "K": K, "V": V}
+    return {"D": D, "F": F_, "L": L, "H": H, "G": G, "K": K, "V": V}
 
 
-def tower(E: int, F: int, L: int, H: int, side: int) -> dict:
+def tower(E: int, F_: int, L: int, H: int, side: int) -> dict:
     """Sizes under their names."""
-    sizes = {"hidden_size": E, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": H}
+    sizes = {"hidden_size": E, "intermediate_size": F_, "num_hidden_layers": L, "num_attention_heads": H}
     return sizes | {"patch_size": 14, "image_size": side}
 
 
@@ -230,13 +320,39 @@ MODEL = [
     Case("prompt of 32k tokens", make_lm, our_first_word, their_first_word, lm(512, 2752, 2, 2, 1, 64, 32768), 32768,
          0.6, "mask of a chunk; theirs the MLP of the whole prompt", (TOY, 3072), error=0, memory=True),
 ]  # fmt: skip
-CASES = {"model": MODEL}
+WORDS = 151_936
+STEP, LONG_STEP = lm(512, 1408, 8, 8, 2, 64, WORDS), lm(256, 704, 4, 4, 2, 64, WORDS)
+SHORT, LONG = {"eighths": 7}, {"eighths": 4, "remat": True}
+
+
+def both(name: str, case: tuple, n: int, quick: tuple, speed: float, share: float, bound: str, rounds: int) -> list:
+    """A training case twice: for its time and for its memory."""
+    (make, ours, theirs, sizes), rest = case, {"learns": True, "error": 1e-4, "rounds": rounds}
+    how = {"make": make, "ours": ours, "theirs": theirs, "sizes": sizes, "n": n, "quick": quick}
+    return [
+        Case(f"{name}: time", wanted=speed, bound=f"matrix products; {bound}", **how, **rest),
+        Case(f"{name}: memory", wanted=share, bound="gradients; theirs all logits", memory=True, **how, **rest),
+    ]
+
+
+TRAIN = [
+    *both("step, 2k tokens", (make_lm, partial(our_step, **SHORT), partial(their_step, **SHORT), STEP), 2048, (TOY, 32),
+          1.25, 0.3, "theirs the head of ignored tokens, too", 2),
+    *both("step, 8k, remat", (make_lm, partial(our_step, **LONG), partial(their_step, **LONG), LONG_STEP), 8192,
+          (TOY, 64), 2.0, 0.08, "half of the tokens are ignored", 1),
+    *both("loss, 8k tokens", (make_head, partial(a_loss, loss=chunked_loss), partial(a_loss, loss=plain_loss), LONG_STEP),
+          8192, (TOY, 700), 2.0, 0.05, "theirs fresh memory as well", 1),
+]  # fmt: skip
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    case = (make_head, partial(a_loss, loss=chunked_loss), partial(a_loss, loss=torchs_loss), LONG_STEP)
+    TRAIN += both("loss, beside torch's", case, 8192, (TOY, 700), 3.0, 1.5, "theirs in smaller pieces", 1)
+CASES = {"model": MODEL, "train": TRAIN}
 
 
 # ------------------------------------------------------------------------------------------------- measurements
 
 
-def cpu_seconds(run: Run, n: int) -> tuple[float, Tensor]:
+def cpu_seconds(run: Run, n: int) -> tuple[float, Tensor | Found]:
     """CPU time of one call, and its result."""
     gc.collect()
     begun = time.process_time()
@@ -260,11 +376,11 @@ def alone(case: Case, side: str, folder: Path, n: int) -> float:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = resident("VmRSS")
-    save_file({"result": run(n).contiguous()}, folder / f"{side}.result")
+    save_file(named(run(n)), folder / f"{side}.result")
     return max(resident("VmHWM") - before, PAGE)
 
 
-def measure_memory(case: Case, folder: Path, quick: bool) -> tuple[float, float, Tensor, Tensor]:
+def measure_memory(case: Case, folder: Path, quick: bool) -> tuple[float, float, Found, Found]:
     """Both sides, each in a process of its own: MB, MB, results."""
     grown = []
     for side in ("ours", "theirs"):
@@ -274,16 +390,22 @@ def measure_memory(case: Case, folder: Path, quick: bool) -> tuple[float, float,
             command = [sys.executable, __file__, "alone", case.name, side, str(folder)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC)
             grown.append(float(done.stdout.split()[-1]))
-    return *grown, *(load_file(folder / f"{side}.result")["result"] for side in ("ours", "theirs"))
+    return *grown, *(load_file(folder / f"{side}.result") for side in ("ours", "theirs"))
 
 
-def measure_time(case: Case, folder: Path, n: int, rounds: int) -> tuple[float, float, Tensor, Tensor]:
+def measure_time(case: Case, folder: Path, n: int, rounds: int) -> tuple[float, float, Found, Found]:
     """Both sides here, in turns: the best seconds of each, results."""
     runs = case.ours(folder, n), case.theirs(folder, n)
     turns = [[cpu_seconds(run, n) for run in runs] for _ in range(rounds)]
     ours, theirs = zip(*turns)
     best = (min(seconds for seconds, _ in side) for side in (ours, theirs))
-    return *best, ours[0][1], theirs[0][1]
+    return *best, named(ours[0][1]), named(theirs[0][1])
+
+
+def named(result: Tensor | Found) -> Found:
+    """What was computed, by name."""
+    found = result if isinstance(result, dict) else {"result": result}
+    return {name: x.contiguous() for name, x in found.items()}
 
 
 def difference(mine: Tensor, other: Tensor) -> float:
@@ -297,14 +419,15 @@ def difference(mine: Tensor, other: Tensor) -> float:
 def measure(case: Case, quick: bool) -> bool:
     """Print a case's line of the table; did both sides agree?"""
     sizes, n = case.quick if quick else (case.sizes, case.n)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode(not case.learns):
         case.make(folder := Path(name), sizes)
         gc.collect()
         if case.memory:
             ours, theirs, mine, other = measure_memory(case, folder, quick)
         else:
             ours, theirs, mine, other = measure_time(case, folder, n, 1 if quick else case.rounds)
-    error = difference(mine, other)
+    assert mine.keys() == other.keys(), f"{[*mine]} here, {[*other]} there"
+    error = max(difference(mine[name], other[name]) for name in mine)
     if case.memory:
         ratio, unit, sign = ours / theirs, "MB", "<="
         fits = ratio <= case.wanted
@@ -314,14 +437,13 @@ def measure(case: Case, quick: bool) -> bool:
     agree = error <= case.error
     verdict = "WRONG" if not agree else "agrees" if quick else "ok" if fits else "short"
     print(
-        f"{case.name:<28}{ours:>9.3f} {unit}{theirs:>9.3f} {unit}{ratio:>7.2f}  {sign} {case.wanted:<6}"
+        f"{case.name:<28}{ours:>10.3f} {unit}{theirs:>10.3f} {unit}{ratio:>7.2f}  {sign} {case.wanted:<6}"
         f"{verdict:<7}{error:<9.1e}{case.bound}",
         flush=True,
     )
     return agree
 
 
-@torch.inference_mode()
 def main(arguments: list[str]) -> int:
     """Measure a group of cases: 0, or 1 where results differ. Ratios fail nothing: they are for people to read."""
     torch.set_num_threads(1)
@@ -330,13 +452,16 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["alone"]:  # called by measure_memory
         _, name, side, folder = arguments
         case = next(case for cases in CASES.values() for case in cases if case.name == name)
-        print(alone(case, side, Path(folder), case.n))
+        with torch.inference_mode(not case.learns):
+            print(alone(case, side, Path(folder), case.n))
         return 0
-    if not arguments or arguments[0] not in CASES or arguments[1:] not in ([], ["--quick"]):
-        print(f"usage: python tests/bench.py {'|'.join(CASES)} [--quick]")
+    if not arguments or arguments[0] not in [*CASES, "ring"] or arguments[1:] not in ([], ["--quick"]):
+        print(f"usage: python tests/bench.py {'|'.join([*CASES, 'ring'])} [--quick]")
         return 2
+    if arguments[0] == "ring":  # a process that its ranks can be made from without importing transformers
+        return subprocess.run([sys.executable, Path(__file__).with_name("bench_ring.py"), *arguments[1:]]).returncode
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32, one thread")
-    print(f"{'case':<28}{'ours':>9}   {'theirs':>9}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
+    print(f"{'case':<28}{'ours':>10}   {'theirs':>10}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
     agree = [measure(case, quick="--quick" in arguments) for case in CASES[arguments[0]]]
     return 0 if all(agree) else 1
 

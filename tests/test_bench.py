@@ -7,23 +7,27 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests import bench
+from tests import bench, bench_ring
 
 pytestmark = pytest.mark.oracle
 
 
-def test_every_case_runs_and_both_sides_agree(capsys):
-    assert bench.main(["model", "--quick"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.startswith(case.name) for line, case in zip(lines[2:], bench.MODEL, strict=True)] == [True] * 6
+@pytest.mark.parametrize("group", bench.CASES)
+def test_every_case_runs_and_both_sides_agree(capsys, group):
+    assert bench.main([group, "--quick"]) == 0
+    lines, cases = capsys.readouterr().out.splitlines(), bench.CASES[group]
+    assert all(line.startswith(case.name) for line, case in zip(lines[2:], cases, strict=True))
+    assert len({case.name for case in cases}) == len(cases) >= 6
     assert not any("WRONG" in line for line in lines)
 
 
-@pytest.mark.parametrize("case", [bench.MODEL[1], bench.MODEL[4]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [bench.MODEL[1], bench.MODEL[4], *bench.TRAIN[:2]], ids=lambda case: case.name)
 def test_a_difference_is_seen(capsys, monkeypatch, case):
     def wrong(folder, n):
         run = case.ours(folder, n)
-        return lambda n: run(n) + 1
+        return lambda n: {
+            name: x + (name in ("result", "model.norm.weight")) for name, x in bench.named(run(n)).items()
+        }
 
     monkeypatch.setitem(bench.CASES, "model", [replace(case, ours=wrong)])
     assert bench.main(["model", "--quick"]) == 1
@@ -37,7 +41,27 @@ def test_error_is_relative_and_zero_only_for_equal_bits():
     assert bench.difference(torch.tensor([3, 5]), torch.tensor([3, 4])) > 0
 
 
+@pytest.mark.ranks
+def test_the_ring_runs_and_agrees(capfd):
+    assert bench.main(["ring", "--quick"]) == 0
+    said = capfd.readouterr().out
+    assert all(word in said for word in ("one process", "ours", "torch", "ring of 2", "3 messages"))
+    assert "WRONG" not in said
+
+
+def test_a_ring_that_errs_is_seen(capsys):
+    right = {"ring": [1e-7] * 4, "alone": [1e-7] * 4}
+    tables = {R: dict.fromkeys(map(str, bench_ring.BOUNDS), right) for R in (1, 2)}
+    tables[1]["torch.float64"] = tables[2]["torch.float64"] = {"ring": [1e-15] * 4, "alone": [1e-15] * 4}
+    times = {"seconds": {"one process": 1.0, "ours": 1.0, "torch": 1.0}, "error": {"ours": 1e-7, "torch": 1e-7}}
+    assert bench_ring.say_errors(tables, 32) and bench_ring.say_time(times, 64)
+    tables[2]["torch.float32"] = {"ring": [1e-7, 1e-7, 1e-4, 1e-7], "alone": []}
+    assert not bench_ring.say_errors(tables, 32)
+    assert not bench_ring.say_time(times | {"error": {"ours": 1e-4, "torch": 1e-7}}, 64)
+    assert capsys.readouterr().out.count("WRONG") == 2
+
+
 @pytest.mark.parametrize("arguments", [[], ["modle"], ["model", "--fast"]])
 def test_a_wrong_call_is_told_the_right_one(capsys, arguments):
     assert bench.main(arguments) == 2
-    assert capsys.readouterr().out == "usage: python tests/bench.py model [--quick]\n"
+    assert capsys.readouterr().out == "usage: python tests/bench.py model|train|ring [--quick]\n"

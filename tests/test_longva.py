@@ -164,7 +164,7 @@ class Sizes(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
-                if func is torch.ops.aten.mm.default and tensor.shape[-1] == self.V:
+                if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) and tensor.shape[-1] == self.V:
                     self.rows += len(tensor)
         return out
 
@@ -314,18 +314,26 @@ def plain_nll(h, head, targets):
 
 @pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("chunk", [1, 3, 11, 12, 1000])
-def test_nll_is_cross_entropy(chunk, dtype, off):
+@pytest.mark.parametrize("row_grad", [(0.5, 3.0, -2.0), (0.7, 0.7, 0.7)], ids=str)
+def test_nll_is_cross_entropy(chunk, dtype, off, row_grad):
     """Also with another incoming gradient for each row, as DPO sends them. Logits are float32 at best."""
     h, head, targets = loss_case(dtype)
-    row_grad = torch.tensor([0.5, 3.0, -2.0])
+    row_grad = torch.tensor(row_grad)
     want = plain_nll(h, head, targets)
     want_h, want_head = torch.autograd.grad(want, (h, head), row_grad.double())
     got, count = nll(h, head, targets, chunk)
     assert got.dtype == count.dtype == torch.float32 and count.tolist() == [5, 0, 6]
-    got_h, got_head = torch.autograd.grad(got, (h, head), row_grad)
-    assert got_h.dtype == got_head.dtype == dtype
-    for a, b in (got, want), (got_h, want_h), (got_head, want_head):
-        assert (a.double() - b.double()).abs().max() <= off * b.double().abs().max()
+    for keep in (True, False):  # twice, as retain_graph allows
+        got_h, got_head = torch.autograd.grad(got, (h, head), row_grad, retain_graph=keep)
+        assert got_h.dtype == got_head.dtype == dtype
+        for a, b in (got, want), (got_h, want_h), (got_head, want_head):
+            assert (a.double() - b.double()).abs().max() <= off * b.double().abs().max()
+    for frozen, learning, want in [(head, h, got_h), (h, head, got_head)]:
+        frozen.requires_grad_(False)
+        got, _ = nll(h, head, targets, chunk)
+        (alone,) = torch.autograd.grad(got, learning, row_grad)
+        assert (alone - want).abs().max() <= off * want.abs().max()
+        frozen.requires_grad_()
 
 
 def test_nll_of_nothing_is_zero():
@@ -343,7 +351,7 @@ def test_nll_never_holds_all_logits_and_skips_what_is_ignored():
     with Sizes(101) as seen:
         nll(h, head, targets, 4)[0].sum().backward()
     assert seen.largest <= 3 * 96 * 8  # as h itself; a chunk of logits is 404, the head 808
-    assert seen.rows == 2 * wanted
+    assert seen.rows == wanted  # once, in both passes together
     with Sizes(101) as seen:
         F.cross_entropy((h @ head.T).flatten(0, 1), targets.flatten()).backward()
     assert seen.largest == 3 * 96 * 101

@@ -76,7 +76,7 @@ def worst(got, want):
 
 
 def check_attention(world, out):
-    for dtype, bound in [(torch.float64, 1e-10), (torch.float32, 1e-5)]:
+    for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
         for kernel in ["math", "cpu"]:
             for shape in [c for c in CASES if c[0] % (2 * world.ranks) == 0]:
                 q, k, v, do = case(*shape, dtype)
@@ -436,6 +436,11 @@ CHECKS = [
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_ranks(n, tmp_path):
     ranks.run(n, CHECKS, tmp_path)
+
+
+@pytest.mark.ranks
+def test_eight_ranks(tmp_path):
+    ranks.run(8, [check_attention, check_traffic], tmp_path)
 
 
 def test_one_process(tmp_path):

@@ -1,0 +1,143 @@
+"""What a training step may hold and compute, counted and not timed: tensors, bytes for backward, calls, pairs of a rank.
+
+The deterministic twins of `python tests/bench.py train` and `ring`.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import longva
+import ring
+from data.config import LMConfig
+from tests import ranks
+
+S, V, D, F_, L, H, G, K, CHUNK = 2048, 8192, 64, 160, 3, 4, 2, 16, 512
+ALONE = ring.World(0, 1, torch.device("cpu"))
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def lm(layers=L, remat=False, around=False):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F_, "num_hidden_layers": layers}
+    model = longva.LM(LMConfig(**sizes, num_attention_heads=H, num_key_value_heads=G, head_dim=K))
+    model.model.remat = remat
+    for block in model.model.layers:
+        block.around = around
+    return model
+
+
+def forward(model, T, attend=longva.causal_attend):
+    ids = torch.randint(V, (1, T + 1), generator=torch.Generator().manual_seed(0))
+    return model(ids[:, :-1], torch.arange(T), ids[:, 1:], attend)[0].sum()
+
+
+class Seen(TorchDispatchMode):
+    """The size of the largest tensor that an operation returns, and how often each operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.calls = 0, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls[func] += 1
+        made = [x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *made])
+        return out
+
+
+@pytest.mark.parametrize("how", [{}, {"remat": True}, {"around": True}], ids=str)
+def test_no_tensor_of_a_step_is_as_large_as_the_logits(how):
+    model = lm(**how)
+    with Seen() as seen:
+        forward(model, S).backward()
+    assert seen.largest == max(V * D, CHUNK * V, S * F_) < S * V / 3
+
+
+def test_the_plain_loss_would_be_seen():
+    h, head = torch.randn(S, 8, requires_grad=True), torch.randn(V, 8)
+    with Seen() as seen:
+        F.cross_entropy(h @ head.T, torch.zeros(S, dtype=torch.int64)).backward()
+    assert seen.largest == S * V
+
+
+def kept(T, **how):
+    """Bytes of all memories that backward will read, parameters left out."""
+    model, memories = lm(**how), {}
+
+    def keep(x):
+        memories[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        held = forward(model, T)
+    assert held.requires_grad
+    return sum(size for place, size in memories.items() if place not in own)
+
+
+def per_token_and_layer(T=256, **how):
+    """Numbers of 4 bytes that one more layer keeps of one token."""
+    more = kept(T, layers=3, **how) - kept(T, layers=2, **how)
+    assert more % (4 * T) == 0
+    return more // (4 * T)
+
+
+ASKED = 2 * H * K + 2 * G * K + H  # q, k, v, the answer and its log-sum-exp
+
+
+@pytest.mark.parametrize("how, bound", [
+    ({}, ASKED + 6 * D + 4 * F_ + 2),  # two norms: before, between, after, and a scale; four of the MLP
+    ({"around": True}, ASKED + D),
+    ({"remat": True}, D),  # one hidden state
+], ids=str)  # fmt: skip
+def test_what_a_layer_keeps_of_a_token(how, bound):
+    assert D <= per_token_and_layer(**how) <= bound
+
+
+@pytest.mark.parametrize("attend", [longva.causal_attend, ring.zigzag_attend(ALONE)], ids=["one process", "ring"])
+@pytest.mark.parametrize("how, again", [({}, 0), ({"around": True}, 0), ({"remat": True}, L)], ids=str)
+def test_attention_runs_once_forward(how, again, attend):
+    """Around attention nothing of it is computed again; with remat, all of it."""
+    model = lm(**how)
+    with Seen() as there:
+        lost = forward(model, 64, attend)
+    with Seen() as back:
+        lost.backward()
+    assert there.calls[FORWARD] == L and there.calls[BACKWARD] == 0
+    assert back.calls[FORWARD] == again and back.calls[BACKWARD] == L
+
+
+def check_balance(world):
+    """Every rank computes as many pairs of query and key, and all together each causal pair once."""
+    S, pairs, real = 48 * world.ranks, {"forward": 0, "backward": 0}, ring.KERNELS["math"]
+
+    def counting(way, kernel, q_at):
+        def run(*args):
+            T, keys, causal = args[q_at].shape[1], args[q_at + 1].shape[1], args[-1]
+            pairs[way] += T * (T + 1) // 2 if causal else T * keys
+            return kernel(*args)
+
+        return run
+
+    ring.KERNELS["math"] = counting("forward", real[0], 0), counting("backward", real[1], 1)
+    try:
+        q, k, v = (torch.randn(1, S // world.ranks, n, 8, requires_grad=True) for n in (H, G, G))
+        ring.zigzag_attend(world, "math")(0, q, k, v).sum().backward()
+    finally:
+        ring.KERNELS["math"] = real
+    for mine in pairs.values():
+        everyone = ring.total(torch.tensor(mine), world).item()
+        assert everyone == S * (S + 1) // 2
+        assert abs(mine - everyone / world.ranks) <= 0.02 * everyone / world.ranks
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_share_the_work_evenly(n):
+    ranks.run(n, [check_balance])
