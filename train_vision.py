@@ -25,6 +25,7 @@ Ranks share a step's samples, or with --ring a sample's tokens; parameters are s
 goes on, on a CPU to the bit.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -242,6 +243,22 @@ def trained(cfg: Config, model: nn.Module) -> list[dict]:
     return [{"params": params, "peak": rate} for rate, params in groups.items() if params]
 
 
+def assemble(cfg: Config, words: tokenizer.Tokenizer, world: ring.World) -> tuple[nn.Module, list[dict]]:
+    """The model, shapes first, then shards, then weights, and its parameters in groups, each with its peak rate."""
+    model = build(cfg, words)
+    trained(cfg, model)  # FSDP2 must know what is frozen; the optimizer is told below of what it made
+    units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
+    if cfg.stage != "tower":
+        model.model.remat = model.tower.recompute = cfg.remat
+    ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
+    initial_weights(cfg, model)
+    groups = trained(cfg, model)
+    learning = sum(p.numel() for g in groups for p in g["params"])
+    whole = sum(p.numel() for p in model.parameters())
+    ring.say(world, f"{whole:,} parameters, {learning:,} of them learn, on {world.ranks} rank(s), {world.device}")
+    return model, groups
+
+
 # ------------------------------------------------------------------------------------------------- its data
 
 
@@ -251,10 +268,11 @@ class Source(NamedTuple):
     size: int | None
     pick: Callable[[int], list[int]]
     sample: Callable[[int], tuple[llava.Shown, list[llava.Turns]]]
+    bad: list[dict] = []  # records that this rank found unusable  # noqa: RUF012
 
 
 def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> Source:
-    """The samples that --data names; what cannot be used of a file is reported in skipped-RANK.jsonl."""
+    """The samples that --data names."""
     if cfg.data == "synthetic":
         return synthetic_source(cfg)
     words_per_token = 0.75  # of English: lengths need only be like each other
@@ -276,13 +294,15 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
         return ring.total(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
 
     records = llava.open_records(cfg.data, measure, cfg.max_bad, (world.rank, world.ranks), share)
-    report(cfg, world, [{"record": i, "id": called, "why": why} for i, called, why in records.bad])
     if lost := records.count - len(records):
-        ring.say(world, f"{lost:,} of {records.count:,} records cannot be used: {cfg.out / 'skipped-*.jsonl'} says why")
+        ring.say(
+            world, f"{lost:,} of {records.count:,} records cannot be used: {cfg.out / 'unusable-*.jsonl'} says why"
+        )
     return Source(
         len(records),
         lambda step: llava.pick(records.tokens, cfg.seed, step, cfg.batch),
         lambda i: llava.sample(records[i], cfg.images, cfg.frames),
+        [{"record": i, "id": called, "why": why} for i, called, why in records.bad],
     )
 
 
@@ -313,14 +333,6 @@ def measure_picture(cfg: Config, config: longva.LongVAConfig, size: tuple[int, i
     rows, cols = unires.choose_grids(*size, config.vision.side, config.rule, cfg.grids)
     unpad = None if config.rule == "floor" else size
     return unires.token_count(rows, cols, config.vision.patches, config.scheme, unpad)
-
-
-def report(cfg: Config, world: ring.World, faults: list[dict], step: int = -1) -> None:
-    """Note which samples this rank could not use, and at which step that showed (-1: before the first)."""
-    if faults:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-    for fault in faults:
-        runs.log(cfg.out, {"step": step, **fault}, f"skipped-{world.rank}.jsonl")
 
 
 class Example(NamedTuple):
@@ -486,6 +498,7 @@ def prefer(part: Part, nll_B: Tensor, before_N2: Tensor, beta: float, circle: ri
 
 # ----------------------------------------------------------------------------------------------------- main
 
+SKIPPED = "skipped-{}.jsonl"  # of each rank, in the run's folder
 SHOWN = ("loss", "margin", "preferred", "norm", "samples_per_s", "gb")  # in the bar, of a line of the log
 PREFERENCE = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # per pair: see `prefer`
 
@@ -531,19 +544,9 @@ def train(cfg: Config, world: ring.World) -> None:
     if cfg.batch % many:
         raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {many} ranks or rings; change --batch")
 
-    # 2 model: shapes first, then shards, then weights
+    # 2 model
     words = tokenizer.load_tokenizer(synthetic.TOKENIZER if cfg.stage == "tower" else cfg.weights)
-    model = build(cfg, words)
-    trained(cfg, model)  # FSDP2 must know what is frozen; the optimizer is told below of what it made
-    units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
-    if cfg.stage != "tower":
-        model.model.remat = model.tower.recompute = cfg.remat
-    ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
-    initial_weights(cfg, model)
-    groups = trained(cfg, model)
-    learning = sum(p.numel() for g in groups for p in g["params"])
-    whole = sum(p.numel() for p in model.parameters())
-    ring.say(world, f"{whole:,} parameters, {learning:,} of them learn, on {world.ranks} rank(s), {world.device}")
+    model, groups = assemble(cfg, words, world)
 
     # 3 data
     batch, data = make_batches(cfg, model, words, world, circles)
@@ -557,6 +560,9 @@ def train(cfg: Config, world: ring.World) -> None:
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
+    runs.rewind(cfg.out, first, SKIPPED.format(world.rank))
+    if data and data[0].bad:
+        runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", "\n".join(map(json.dumps, data[0].bad)) + "\n")
     before = reference(cfg, model, world, circles, data, first) if cfg.stage == "dpo" else None
     skipped = ring.total(torch.tensor(sum(runs.logged(cfg.out, "skipped")) if world.rank == 0 else 0), world).item()
 
@@ -567,7 +573,8 @@ def train(cfg: Config, world: ring.World) -> None:
         saver.check()
         began = time.perf_counter()
         parts, left_out = batch(step)
-        report(cfg, world, left_out, step)
+        for fault in left_out:
+            runs.log(cfg.out, {"step": step, **fault}, SKIPPED.format(world.rank))
         told = learn(cfg, model, parts, before, world, circle)
         runs.finite(step, [told["loss"]])
         norm = ring.clip_gradients(model, cfg.max_norm, world)
@@ -607,7 +614,7 @@ def refuse_many(cfg: Config, skipped: int, seen: int) -> None:
     if skipped > cfg.max_bad * seen:
         raise ValueError(
             f"{skipped:,} samples of {seen:,} could not be read, more than --max-bad {cfg.max_bad:g} allows; "
-            f"{cfg.out / 'skipped-*.jsonl'} says which and why: mend them, or allow more"
+            f"{cfg.out / SKIPPED.format('*')} says which and why: mend them, or allow more"
         )
 
 
