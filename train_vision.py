@@ -147,8 +147,10 @@ def settle(cfg: Config) -> Config:
     return replace(cfg, **{**rates, **folders, **given})
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config, rings: int) -> None:
     """Raise ValueError for what is missing or contradicts itself, before anything is loaded."""
+    if cfg.batch % rings:
+        raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {rings} ranks or rings; change --batch")
     if cfg.stage == "tower" and not cfg.tiny:
         raise ValueError("--stage tower makes the tiny tower only; at full size give OpenAI's CLIP as --tower")
     for name in {"tower": (), "align": ("weights", "tower")}.get(cfg.stage, ("weights",)):
@@ -295,9 +297,7 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
 
     records = llava.open_records(cfg.data, measure, cfg.max_bad, (world.rank, world.ranks), share)
     if lost := records.count - len(records):
-        ring.say(
-            world, f"{lost:,} of {records.count:,} records cannot be used: {cfg.out / 'unusable-*.jsonl'} says why"
-        )
+        ring.say(world, f"{lost:,} of {records.count:,} records are bad: {cfg.out / 'unusable-*.jsonl'} says why")
     return Source(
         len(records),
         lambda step: llava.pick(records.tokens, cfg.seed, step, cfg.batch),
@@ -539,10 +539,8 @@ def main(cfg: Config) -> None:
 def train(cfg: Config, world: ring.World) -> None:
     """Train one stage, save, export; resumes where a killed run of the same settings stopped."""
     # 1 processes
-    check(cfg)
     circles = circle, _, many = ring.rings(world, cfg.ring)
-    if cfg.batch % many:
-        raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {many} ranks or rings; change --batch")
+    check(cfg, many)
 
     # 2 model
     words = tokenizer.load_tokenizer(synthetic.TOKENIZER if cfg.stage == "tower" else cfg.weights)

@@ -274,16 +274,17 @@ def sample(record: dict, folder: str | Path | None, frames: int = 10) -> tuple[S
 def pick(tokens: np.ndarray, seed: int, step: int, batch: int) -> list[int]:
     """The numbers of a step's `batch` records, of like length; a pure function of its arguments.
 
-    Every record comes once per epoch. Of each GROUP steps the records are sorted by `tokens`, shortest first, cut into
-    batches, and these shuffled.
+    Every record comes once per epoch. Of each GROUP steps, or as many as an epoch has, the records are sorted by
+    `tokens`, shortest first, cut into batches, and these shuffled.
     """
-    return group(tokens.tobytes(), seed, step // GROUP, batch)[step % GROUP]
+    steps = min(GROUP, max(1, len(tokens) // batch))
+    return group(tokens.tobytes(), seed, step // steps, steps, batch)[step % steps]
 
 
 @lru_cache(1)
-def group(tokens: bytes, seed: int, number: int, batch: int) -> list[list[int]]:
-    """The batches of GROUP steps."""
+def group(tokens: bytes, seed: int, number: int, steps: int, batch: int) -> list[list[int]]:
+    """The batches of some steps."""
     lengths = np.frombuffer(tokens, dtype=np.int64)
-    drawn = sorted(shuffled(len(lengths), seed, number * GROUP * batch, GROUP * batch), key=lambda i: lengths[i])
-    order = np.random.default_rng([seed, number]).permutation(GROUP)
+    drawn = sorted(shuffled(len(lengths), seed, number * steps * batch, steps * batch), key=lambda i: lengths[i])
+    order = np.random.default_rng([seed, number]).permutation(steps)
     return [drawn[k * batch : (k + 1) * batch] for k in order]
