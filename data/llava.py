@@ -63,10 +63,7 @@ class Records:
         return len(self.spans)
 
     def __getitem__(self, i: int) -> dict:
-        start, stop = self.spans[i].tolist()
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return json.loads(file.read(stop - start))
+        return fetch(self.path, *self.spans[i].tolist())
 
 
 def open_records(
@@ -101,10 +98,18 @@ def open_records(
         raise ValueError(f"{path} holds no record; expected a list of conversations")
     tokens = share(np.array(tokens))
     if (lost := int((tokens == 0).sum())) > max_bad * len(tokens):
-        first = "; ".join(f"record {i} (id {called}) {why}" for i, called, why in bad[:5])
+        found = [(i, fetch(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
+        first = "; ".join(f"record {i} (id {name(r)}) {weigh(r, measure)}" for i, r in found)  # others' as well as ours
         allowed = f", more than --max-bad {max_bad:g} allows" if max_bad else ""
         raise ValueError(f"{path}: {lost:,} of {len(tokens):,} records are bad{allowed}: {first}")
     return Records(path, spans, tokens, bad)
+
+
+def fetch(path: Path, start: int, stop: int) -> object:
+    """One record of a file, by its first byte and the one behind its last."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return parse(file.read(stop - start))
 
 
 def weigh(record: object, measure: Callable[[dict], int]) -> int | str:
