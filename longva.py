@@ -405,7 +405,10 @@ class LongVA(LM):
         newline_D = getattr(self.model, "image_newline", None)
         parts = x_NPD.split([picture.grids for picture in layout])
         tokens = [picture.arrange(part, newline_D) for picture, part in zip(layout, parts)]
-        return torch.cat([x_NPD.flatten(0, 1)[:0], *tokens])  # no picture at all gives no token
+        none = [x_NPD.flatten(0, 1)[:0]]  # no picture at all gives no token
+        if newline_D is not None:  # videos have no newline, yet all ranks must use the same parameters
+            none.append(newline_D[None][:0].to(x_NPD.dtype))
+        return torch.cat([*none, *tokens])
 
     def forward(  # all in one call: sharded parameters are whole only inside the root's forward
         self,

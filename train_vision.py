@@ -270,6 +270,7 @@ class Source(NamedTuple):
     size: int | None
     pick: Callable[[int], list[int]]
     sample: Callable[[int], tuple[llava.Shown, list[llava.Turns]]]
+    name: Callable[[int], dict] = lambda i: {"sample": i}  # how a number is reported
     bad: list[dict] = []  # records that this rank found unusable  # noqa: RUF012
 
 
@@ -302,6 +303,7 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
         len(records),
         lambda step: llava.pick(records.tokens, cfg.seed, step, cfg.batch),
         lambda i: llava.sample(records[i], cfg.images, cfg.frames),
+        lambda i: {"record": records.numbers[i].item(), "id": records[i].get("id")},
         [{"record": i, "id": called, "why": why} for i, called, why in records.bad],
     )
 
@@ -362,11 +364,12 @@ def write(cfg: Config, words: tokenizer.Tokenizer, turns: llava.Turns, lengths: 
     """(ids, labels); questions are left out from the end until it fits, never a part of a picture or of a turn."""
     template, clean = "plain" if cfg.stage == "align" else "qwen_1_5", cfg.labels == "clean"
     while len((example := chat.example(words, turns, lengths, template, clean))[0]) > cfg.max_len:
-        if len(turns) <= 2 or chat.PLACEHOLDER in turns[-2][1]:
+        last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=0)
+        if chat.PLACEHOLDER in turns[last][1] or "assistant" not in [role for role, _ in turns[1:last]]:
             raise ValueError(
                 f"with {sum(lengths)} visual tokens does not fit --max-len {cfg.max_len}; raise it or lower --grids"
             )
-        turns = turns[:-2]
+        turns = turns[:last]
     return example
 
 
@@ -413,7 +416,7 @@ def make_parts(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, source
                 examples.append(prepare(cfg, model.config, words, source, i))
             except (ValueError, OSError) as e:
                 examples.append(None)
-                faults[i] = {"sample": i, "why": str(e)}
+                faults[i] = {**source.name(i), "why": str(e)}
         # a ring leaves out together what one of its ranks could not read
         lost = ring.total(torch.tensor([example is None for example in examples]).int().to(circle.device), circle)
         kept = [example for example, bad in zip(examples, lost.tolist()) if not bad]
@@ -533,6 +536,7 @@ def main(cfg: Config) -> None:
         raise ValueError("--stage both is for the miniature, in its own folders; at full size run align, then sft")
     for stage in stages:
         train(settle(replace(cfg, stage=stage)), world)
+        ring.total(torch.zeros(1, device=world.device), world)  # rank 0 has written what the next one reads
     ring.stop(world)
 
 
@@ -573,6 +577,9 @@ def train(cfg: Config, world: ring.World) -> None:
         parts, left_out = batch(step)
         for fault in left_out:
             runs.log(cfg.out, {"step": step, **fault}, SKIPPED.format(world.rank))
+        lost, padding = census(cfg, parts, world, circles)
+        skipped += lost
+        refuse_many(cfg, skipped, max((step + 1) * cfg.batch, data[0].size or 0) if data else 0)
         told = learn(cfg, model, parts, before, world, circle)
         runs.finite(step, [told["loss"]])
         norm = ring.clip_gradients(model, cfg.max_norm, world)
@@ -580,8 +587,6 @@ def train(cfg: Config, world: ring.World) -> None:
             group["lr"] = learning_rate(group["peak"], cfg, step)
         optimizer.step()
         optimizer.zero_grad()
-        lost, padding = census(cfg, parts, world, circles)
-        skipped += lost
         if world.rank == 0:
             seconds = time.perf_counter() - began
             line = {"step": step, **told, "norm": norm, "lr": learning_rate(cfg.lr, cfg, step)}
@@ -589,7 +594,6 @@ def train(cfg: Config, world: ring.World) -> None:
             line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
             runs.log(cfg.out, line)
             bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
-        refuse_many(cfg, skipped, max((step + 1) * cfg.batch, data[0].size or 0) if data else 0)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
     saver.wait()
@@ -629,6 +633,8 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
         follow = "torchrun --nproc-per-node 2 train_vision.py --stage align"
     else:
         longva.save(folder, stream, model.config, cfg.weights)
+    if cfg.stage == "dpo":
+        follow = f'python longva.py "What happens in the film?" --video FILM.mp4 --weights {folder}'
     if cfg.stage == "sft":
         padding = runs.logged(cfg.out, "padding")
         print(f"padding: {sum(padding) / len(padding):.1%} of all ids")

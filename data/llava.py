@@ -50,12 +50,12 @@ Shown = list[Image.Image | list[Image.Image]]  # pictures, and films as their fr
 class Records:
     """The records of a file that can be used, each read from the disk when it is asked for.
 
-    `tokens`, int64 per record: how long its sample will be, about. `bad`: (number in the file, id, why) of those
-    that this rank found unusable.
+    `tokens`, int64 per record: how long its sample will be, about. `numbers`: its place in the file. `bad`: (place in
+    the file, id, why) of those that this rank found unusable.
     """
 
     def __init__(self, path: Path, spans: array, tokens: np.ndarray, bad: list[tuple[int, str, str]]):
-        used = np.flatnonzero(tokens)
+        self.numbers = used = np.flatnonzero(tokens)
         self.path, self.bad, self.count = path, bad, len(tokens)
         self.spans, self.tokens = np.array(spans, dtype=np.int64).reshape(-1, 2)[used], tokens[used]
 

@@ -201,9 +201,9 @@ def test_some_may_be_bad(tmp_path, lines):
 
     records = llava.open_records(file, measure, max_bad=0.2)
     assert [records[i] for i in range(len(records))] == GOOD + GOOD and records.count == 10
-    assert records.tokens.tolist() == [4, 4, 7, 4] * 2
+    assert records.tokens.tolist() == [4, 4, 7, 4] * 2 and records.numbers.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert records.bad == [(4, "'none'", "has no list of turns 'conversations'"), (9, "9", "is too small")]
-    with pytest.raises(ValueError, match="2 of 10 records are bad, more than --max-bad 0.19 allows: record 4 .* 9 "):
+    with pytest.raises(ValueError, match=r"2 of 10 records are bad, more than --max-bad 0.19 allows: record 4 .* 9 "):
         llava.open_records(file, measure, max_bad=0.19)
 
 
@@ -335,7 +335,7 @@ def test_missing_and_broken_pictures_are_named(images):
             llava.sample({**PAIR, "video": path}, images)
     with pytest.raises(ValueError, match=r"^shows none\.mp4: there is no such video"):
         llava.sizes({**PAIR, "video": "none.mp4"}, images)
-    with pytest.raises(ValueError, match="^shows film: .*12.* 13"):
+    with pytest.raises(ValueError, match=r"^shows film: .*12.* 13"):
         llava.sample(PAIR, images, frames=13)
 
 
@@ -415,5 +415,5 @@ def test_the_training_script_reads_it(tmp_path, images):
     assert source.size == len(GOOD) and not source.bad
     seen = [said for step in (2, 3) for i in source.pick(step) for said in source.sample(i)[1]]  # the second epoch
     assert sorted(seen) == sorted(said for record in GOOD for said in llava.sample(record, images)[1])
-    with pytest.raises(ValueError, match="4 of 4 .* no 'chosen' and 'rejected' answer"):
+    with pytest.raises(ValueError, match=r"4 of 4 .* no 'chosen' and 'rejected' answer"):
         train_vision.open_source(train_vision.replace(cfg, stage="dpo"), config, ring.World(0, 1, torch.device("cpu")))
