@@ -54,7 +54,7 @@ class Records:
     the file, id, why) of those that this rank found unusable.
     """
 
-    def __init__(self, path: Path, spans: array, tokens: np.ndarray, bad: list[tuple[int, str, str]]):
+    def __init__(self, path: Path, spans: array, tokens: np.ndarray, bad: list[tuple[int, object, str]]):
         self.numbers = used = np.flatnonzero(tokens)
         self.path, self.bad, self.count = path, bad, len(tokens)
         self.spans, self.tokens = np.array(spans, dtype=np.int64).reshape(-1, 2)[used], tokens[used]
@@ -89,7 +89,7 @@ def open_records(
                 ours = [record if i % ranks == rank else None for i, (*_, record) in enumerate(some, len(tokens))]
                 for (start, stop, record), weight in zip(some, pool.map(lambda one: weigh(one, measure), ours)):
                     if isinstance(weight, str):
-                        bad.append((len(tokens), name(record), weight))
+                        bad.append((len(tokens), record.get("id") if isinstance(record, dict) else None, weight))
                     spans.extend((start, stop))
                     tokens.append(0 if isinstance(weight, str) else weight)
     except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as e:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -19,7 +17,7 @@ import train_vision as tv
 from data import chat, synthetic, tokenizer
 from data.runs import TINY
 from tests import ranks
-from tests.test_train import ROOT, here, kill_and_resume, losses, weights_of
+from tests.test_train import ROOT, here, kill_and_resume, losses, run, weights_of
 
 ALONE = ring.World(0, 1, torch.device("cpu"))
 WORDS = tokenizer.load_tokenizer(synthetic.TOKENIZER)
@@ -102,7 +100,7 @@ def rings_agree(world, scheme, at_once):
     same(learn(replace(cfg, at_once=at_once), world, MIXED), learn(replace(cfg, ring=1), ALONE, MIXED))
 
 
-def all_of_a_part_may_be_broken(world):
+def all_of_a_part_may_be_broken(world, *_):
     """What one rank cannot read, or one ring, is left out everywhere, and the rest is learned as if alone."""
     samples = ["is broken" if i % 2 else sample for i, sample in enumerate(MIXED)]
     cfg = settings(weights=TINY / "longva", max_len=2048)
@@ -113,32 +111,43 @@ def all_of_a_part_may_be_broken(world):
         assert faults == [{"sample": i, "why": "is broken"} for i in mine] and lost == 4 and 0 < padding < 1
 
 
-def preference_on(world):
+def preference_on(world, *_):
     cfg = settings("dpo", weights=TINY / "longva", beta=0.3)
-    for size in (1, world.ranks):
-        for at_once in (1, None):
-            same(learn(replace(cfg, ring=size, at_once=at_once), world, PAIRS, BEFORE), textbook(cfg))
+    one = textbook(cfg)
+    for size, at_once in ((1, None), (1, 1), (world.ranks, 1)):
+        same(learn(replace(cfg, ring=size, at_once=at_once), world, PAIRS, BEFORE), one)
 
 
-def ring_of_unires(world):
+def ring_of_unires(world, *_):
     rings_agree(world, "unires", None)
 
 
-def ring_of_anyres(world):
+def ring_of_anyres(world, *_):
     rings_agree(world, "anyres", 1)
 
 
-def stages_without_a_picture(world):
+def stages_without_a_picture(world, *_):
     """A rank without a picture, and one with a film alone, use the parameters that the others use."""
     cfg = settings(weights=TINY / "anyres", max_len=2048)
     for samples in ([ask(picture(0)), ask()], [ask(film(0)), ask(picture(0))]):
         same(learn(cfg, world, samples), learn(cfg, ALONE, samples))
 
 
+def both_stages_one_after_the_other(world, folder):
+    """Rank 1 of a ring has nothing to write, and still begins with sft when rank 0 has written what align made."""
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "start", lambda device: world)
+        patch.setattr(ring, "stop", lambda world: None)
+        flags = "--stage both --device cpu --steps 2 --batch 2 --ring 2".split()
+        assert here("train_vision.py", *flags) == 0
+    assert len(losses(folder / "runs/tiny-longva-sft")) == 2
+
+
 @pytest.mark.ranks
-def test_two_ranks():
+def test_two_ranks(tmp_path):
     checks = [ring_of_unires, ring_of_anyres, all_of_a_part_may_be_broken, preference_on, stages_without_a_picture]
-    ranks.run(2, checks)
+    ranks.run(2, [*checks, both_stages_one_after_the_other], tmp_path)
 
 
 @pytest.mark.ranks
@@ -155,15 +164,17 @@ def shares(scheme, samples):
     return [tv.collate(examples, config, WORDS, ring.World(rank, 2, ALONE.device)).arguments for rank in range(2)]
 
 
-@pytest.mark.parametrize("scheme", ["unires", "anyres"])
-def test_shards_cut_pictures(scheme):
-    """The batch above is a test of it: some row's picture is cut by a border, so that two ranks see one grid."""
-    (ids, idx, _, pixels, _, _, rows), (_, _, _, others, *_) = shares(scheme, MIXED)
-    cuts = [(row[a], row[b]) for row in ids.tolist() for a, b in [(len(idx) // 2 - 1, len(idx) // 2)]]
-    assert (chat.IMAGE, chat.IMAGE) in cuts and idx[len(idx) // 2] - idx[len(idx) // 2 - 1] > 1
-    assert len(rows) == (ids == chat.IMAGE).sum()
-    both = [{grid.numpy().tobytes() for grid in some} for some in (pixels, others)]
-    assert both[0] & both[1] and both[0] != both[1]
+def test_shards_cut_pictures_and_grids():
+    """The batch above does test it: a border lies inside a grid, which two ranks see, and each sees what it needs."""
+    sides = shares("unires", MIXED)
+    whole = torch.cat([ids_BT for ids_BT, *_ in sides], dim=1)[:, torch.cat([idx for _, idx, *_ in sides]).argsort()]
+    border = whole.shape[1] // 4  # where rank 1 takes over
+    before = (whole[:, :border] == chat.IMAGE).sum(1)
+    inside = (whole[:, border - 1] == chat.IMAGE) & (whole[:, border] == chat.IMAGE)
+    assert (inside & (before % 4 > 0)).any()
+    both = [{grid.numpy().tobytes() for grid in pixels} for _, _, _, pixels, *_ in sides]
+    assert both[0] & both[1] and both[0] - both[1] and both[1] - both[0]
+    assert all(len(rows) == (ids == chat.IMAGE).sum() for ids, _, _, _, _, _, rows in sides)
 
 
 # ---- what is seen, and what learns ----
@@ -186,7 +197,7 @@ def seen(model):
     ("sft", "unires", [ask(film(0)), ask(film(0)[:2])], 3),
     ("dpo", "unires", PAIRS[:1], 3),
     ("dpo", "unires", [PAIRS[0], PAIRS[0], PAIRS[2]], 6),
-    ("sft", "anyres", [ask(picture(1), picture(1)), ask(picture(1))], None),
+    ("sft", "anyres", [ask(picture(3, 16), picture(3, 16)), ask(picture(3, 16))], None),
 ])  # fmt: skip
 def test_each_grid_is_seen_once(stage, scheme, samples, grids):
     cfg = settings(stage, weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
@@ -194,7 +205,7 @@ def test_each_grid_is_seen_once(stage, scheme, samples, grids):
     calls, source = seen(model), tv.Source(len(samples), None, samples.__getitem__)
     (part,), _ = tv.make_parts(replace(cfg, at_once=None), model, WORDS, source, ALONE)([*range(len(samples))])
     model(*part.arguments)
-    grids = grids or len(longva.show(picture(1), model.config, cfg.grids)[0])
+    grids = grids or len(longva.show(picture(3, 16), model.config, cfg.grids)[0])
     assert calls == [(grids, grids)]
 
 
@@ -481,10 +492,34 @@ def test_what_is_exported(preferring):
 
 @pytest.mark.ranks
 def test_a_killed_preference_resumes_to_the_bit(tmp_path):
-    flags = "--stage dpo --device cpu --frames 2 --steps 5 --batch 8 --save-every 1".split()
+    """Pairs as a user has them, each about a film that is a folder of frames."""
+    written = []
+    for i in range(6):
+        (frames,), dialogues = synthetic.preference(1, i, 3)
+        (tmp_path / f"film-{i}").mkdir()
+        for j, frame in enumerate(frames):
+            frame.save(tmp_path / f"film-{i}" / f"{j}.png")
+        prompt, chosen, rejected = dialogues[0][0][1], dialogues[0][1][1], dialogues[1][1][1]
+        written.append({"id": i, "video": f"film-{i}", "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, written)))
+    flags = "--stage dpo --device cpu --frames 2 --steps 5 --batch 4 --save-every 1".split()
+    flags += ["--weights", TINY / "longva", "--data", tmp_path / "pairs.jsonl", "--images", tmp_path]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert here("train_vision.py", *flags, "--out", straight) == 0
+    assert "model:" in kill_and_resume("train_vision.py", flags, killed, 1)
+    assert (straight / "log.jsonl").exists() and losses(straight) == losses(killed) and len(losses(killed)) == 5
+    assert (straight / "reference.safetensors").read_bytes() == (killed / "reference.safetensors").read_bytes()
+    for name, tensor in weights_of(straight).items():
+        assert torch.equal(tensor, weights_of(killed)[name]), name
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_killed_ring_resumes_to_the_bit(tmp_path):
+    flags = "--stage sft --device cpu --ring 2 --steps 5 --batch 4 --save-every 1".split()
     flags += ["--weights", TINY / "longva"]
-    assert here("train_vision.py", *flags, "--out", tmp_path / "straight") == 0
-    assert "model:" in kill_and_resume("train_vision.py", flags, tmp_path / "killed", 1)
+    run("train_vision.py", *flags, "--out", tmp_path / "straight", ranks=2)
+    kill_and_resume("train_vision.py", flags, tmp_path / "killed", 2)
     assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
     for name, tensor in weights_of(tmp_path / "straight").items():
         assert torch.equal(tensor, weights_of(tmp_path / "killed")[name]), name
@@ -509,19 +544,6 @@ def test_both_stages_in_their_own_folders(tmp_path, monkeypatch):
 def test_both_stages_are_the_miniature_s(flags, capsys):
     assert here("train_vision.py", "--stage", "both", *flags) == 2
     assert "--stage both is for the miniature" in capsys.readouterr().err
-
-
-@pytest.mark.ranks
-def test_a_ring_waits_for_the_stage_before(tmp_path):
-    """Rank 1 has nothing to write, and still begins with sft when rank 0 has written what align made."""
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train_vision.py")]
-    flags = "--stage both --device cpu --steps 2 --batch 2 --ring 2".split()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *how, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "runs/tiny-longva-sft")) == 2
 
 
 def test_a_picture_that_cannot_be_shown_is_found_at_the_start(tmp_path, capsys):
