@@ -86,8 +86,10 @@ def open_records(
         with ThreadPoolExecutor(16) as pool, open(path, "rb") as file:
             records = scan(file)
             while some := list(islice(records, 1024)):
-                ours = [record if i % ranks == rank else None for i, (*_, record) in enumerate(some, len(tokens))]
-                for (start, stop, record), weight in zip(some, pool.map(lambda one: weigh(one, measure), ours)):
+                ours = [record for i, (*_, record) in enumerate(some, len(tokens)) if i % ranks == rank]
+                weights = pool.map(lambda one: weigh(one, measure), ours)
+                for start, stop, record in some:
+                    weight = next(weights) if len(tokens) % ranks == rank else 0
                     if isinstance(weight, str):
                         bad.append((len(tokens), record.get("id") if isinstance(record, dict) else None, weight))
                     spans.extend((start, stop))
@@ -113,9 +115,7 @@ def fetch(path: Path, start: int, stop: int) -> object:
 
 
 def weigh(record: object, measure: Callable[[dict], int]) -> int | str:
-    """The tokens of a record's sample, or why it cannot be used; 0 for None, a record of another rank."""
-    if record is None:
-        return 0
+    """The tokens of a record's sample, or why it cannot be used."""
     try:
         understand(record)
         return measure(record)

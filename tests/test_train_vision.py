@@ -63,18 +63,17 @@ PAIRS[1] = ([picture(5)], PAIRS[1][1])
 BEFORE = -torch.tensor([[3.0, 5.0], [9.0, 2.0], [1.0, 25.0], [30.0, 6.0]], dtype=torch.float64)
 
 
+def broken(why="is broken"):
+    raise ValueError(why)
+
+
 def learn(cfg, world, samples, before=None):
     """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
-
-    def sample(i):
-        if isinstance(samples[i], str):
-            raise ValueError(samples[i])
-        return samples[i]
-
     circles = circle, number, many = ring.rings(world, cfg.ring)
     model, _ = tv.assemble(replace(cfg, batch=len(samples)), WORDS, world)
-    source = tv.Source(len(samples), lambda step: [*range(len(samples))], sample)
-    parts, faults = tv.make_parts(cfg, model, WORDS, source, circle)(source.pick(0)[number::many])
+    numbers = [*range(len(samples))]
+    source = tv.Source(len(samples), None, lambda i: broken(samples[i]) if isinstance(samples[i], str) else samples[i])
+    parts, faults = tv.make_parts(cfg, model, WORDS, source, circle)(numbers[number::many])
     told = tv.learn(cfg, model, parts, before, world, circle)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
@@ -101,14 +100,16 @@ def rings_agree(world, scheme, at_once):
 
 
 def all_of_a_part_may_be_broken(world, *_):
-    """What one rank cannot read, or one ring, is left out everywhere, and the rest is learned as if alone."""
-    samples = ["is broken" if i % 2 else sample for i, sample in enumerate(MIXED)]
+    """What one rank cannot read, its ring leaves out, and the rest is learned as if alone."""
+    some = ["is broken" if i % 2 else sample for i, sample in enumerate(MIXED)]
     cfg = settings(weights=TINY / "longva", max_len=2048)
-    one = learn(cfg, ALONE, samples[::2])
-    for size, at_once, mine in ((1, None, [1, 3, 5, 7] * world.rank), (2, 1, [1, 3, 5, 7])):
+    one = learn(cfg, ALONE, MIXED[::2])
+    blind = some if world.rank else MIXED  # rank 1 alone
+    for size, at_once, samples in ((1, None, some), (2, 1, blind)):
         told, gradients, faults, (lost, padding) = learn(replace(cfg, ring=size, at_once=at_once), world, samples)
         same((told, gradients), one)
-        assert faults == [{"sample": i, "why": "is broken"} for i in mine] and lost == 4 and 0 < padding < 1
+        reported = [{"sample": i, "why": "is broken"} for i in (1, 3, 5, 7)]
+        assert faults == reported * world.rank and lost == 4 and 0 < padding < 1
 
 
 def preference_on(world, *_):
@@ -116,6 +117,25 @@ def preference_on(world, *_):
     one = textbook(cfg)
     for size, at_once in ((1, None), (1, 1), (world.ranks, 1)):
         same(learn(replace(cfg, ring=size, at_once=at_once), world, PAIRS, BEFORE), one)
+
+
+def reference_on(world, folder, *_):
+    """What is thought of a pair before training, of each once, the broken one apart; read again by a later run."""
+    cfg = settings("dpo", weights=TINY / "longva", batch=4)
+    known = torch.cat([slowly(cfg)[0].detach().double(), torch.zeros(1, 2)])
+    source = tv.Source(5, None, lambda i: PAIRS[i] if i < 4 else broken())
+    for size, at_once in ((1, 1), (2, None)):
+        cfg = replace(cfg, ring=size, at_once=at_once, out=folder / f"reference-{size}")
+        cfg.out.mkdir(exist_ok=True)
+        circles = circle, number, many = ring.rings(world, size)
+        model, _ = tv.assemble(cfg, WORDS, world)
+        parts = tv.make_parts(cfg, model, WORDS, source, circle)
+        found = tv.reference(cfg, model, world, circles, (source, parts), 0)
+        torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
+        ring.total(torch.zeros(1), world)  # rank 0 has written
+        assert torch.equal(found, tv.reference(cfg, None, world, circles, (source, None), 3))
+        told = tv.learn(cfg, model, parts([0, 1, 2, 3][number::many])[0], found, world, circle)
+        assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
 
 
 def ring_of_unires(world, *_):
@@ -133,21 +153,35 @@ def stages_without_a_picture(world, *_):
         same(learn(cfg, world, samples), learn(cfg, ALONE, samples))
 
 
-def both_stages_one_after_the_other(world, folder):
-    """Rank 1 of a ring has nothing to write, and still begins with sft when rank 0 has written what align made."""
-    os.chdir(folder)
+def on(world, *flags):
+    """Run the script on the ranks that are there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring, "start", lambda device: world)
         patch.setattr(ring, "stop", lambda world: None)
-        flags = "--stage both --device cpu --steps 2 --batch 2 --ring 2".split()
         assert here("train_vision.py", *flags) == 0
+
+
+def both_stages_one_after_the_other(world, folder, *_):
+    """Rank 1 of a ring has nothing to write, and still begins with sft when rank 0 has written what align made."""
+    os.chdir(folder)
+    on(world, *"--stage both --device cpu --steps 2 --batch 2 --ring 2".split())
     assert len(losses(folder / "runs/tiny-longva-sft")) == 2
+
+
+def each_rank_reports_what_it_found(world, folder, flags):
+    """Records 2 and 5 are missing, which ranks 0 and 1 see when they divide the file; 1 and 7 end early."""
+    out = folder / "reported"
+    on(world, *flags, "--max-bad", 0.4, "--batch", 10, "--steps", 1, "--out", out)
+    assert [line["id"] for line in lines(out / f"unusable-{world.rank}.jsonl")] == [["r2"], ["r5"]][world.rank]
+    both = [line["id"] for rank in (0, 1) if (f := out / f"skipped-{rank}.jsonl").exists() for line in lines(f)]
+    assert sorted(both) == ["r1", "r7"] and [line["skipped"] for line in lines(out / "log.jsonl")] == [2]
 
 
 @pytest.mark.ranks
 def test_two_ranks(tmp_path):
-    checks = [ring_of_unires, ring_of_anyres, all_of_a_part_may_be_broken, preference_on, stages_without_a_picture]
-    ranks.run(2, [*checks, both_stages_one_after_the_other], tmp_path)
+    checks = [ring_of_unires, ring_of_anyres, stages_without_a_picture, all_of_a_part_may_be_broken, preference_on]
+    checks += [reference_on, each_rank_reports_what_it_found, both_stages_one_after_the_other]
+    ranks.run(2, checks, tmp_path, records(tmp_path, missing=[2, 5], cut=[1, 7]))
 
 
 @pytest.mark.ranks
@@ -369,8 +403,8 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
 # ---- preference ----
 
 
-def textbook(cfg):
-    """(what is logged, gradients) of -logsigmoid(beta ((pc - pr) - (rc - rr))), from all logits, by autograd."""
+def slowly(cfg):
+    """(logp_P2 of the pairs' answers, from all logits, the model)."""
     model, _ = tv.assemble(cfg, WORDS, ALONE)
     logp = []
     for shown, dialogues in PAIRS:
@@ -381,7 +415,12 @@ def textbook(cfg):
             h_BTD = model.model(model.embed(torch.tensor([ids]), seen_ID), torch.arange(len(ids)))
             each = model.logits(h_BTD)[0, :-1].log_softmax(-1)
             logp.append(sum(each[t, label] for t, label in enumerate(labels[1:]) if label != X))
-    logp_P2 = torch.stack(logp).view(-1, 2)
+    return torch.stack(logp).view(-1, 2), model
+
+
+def textbook(cfg):
+    """(what is logged, gradients) of -logsigmoid(beta ((pc - pr) - (rc - rr))), by autograd."""
+    logp_P2, model = slowly(cfg)
     (chosen, rejected), (before_chosen, before_rejected) = logp_P2.T, BEFORE.T
     margin = cfg.beta * ((chosen - rejected) - (before_chosen - before_rejected))
     loss = -F.logsigmoid(margin).mean()
