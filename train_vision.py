@@ -28,7 +28,7 @@ goes on, on a CPU to the bit.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -45,7 +45,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, plan, runs, state, synthetic, text, tokenizer, weights
+from data import chat, llava, parameters, plan, runs, state, synthetic, text, tokenizer, video, weights
 from data.flags import at_least, knob, run
 
 
@@ -338,10 +338,10 @@ def measure_picture(cfg: Config, config: longva.LongVAConfig, size: tuple[int, i
 
 
 class Example(NamedTuple):
-    """A sample as tokens: what is shown, as (pixels_NCYX, layout); ids and labels of its text, or of a pair's two."""
+    """A sample as tokens: what is shown, as (pixels_NCYX, layout, keys); ids and labels of its text, or of a pair's."""
 
     number: int
-    shown: list[tuple[Tensor, unires.Layout]]
+    shown: list[tuple[Tensor, unires.Layout, list[bytes]]]
     texts: list[tuple[list[int], list[int]]]
 
 
@@ -350,7 +350,8 @@ def prepare(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer
     media, dialogues = source.sample(i)
     shown = [present(cfg, config, one) for one in media]
     lengths = [how.tokens(config.vision.patches) for _, how in shown]
-    return Example(i, shown, [write(cfg, words, turns, lengths) for turns in dialogues])
+    texts = [write(cfg, words, turns, lengths) for turns in dialogues]
+    return Example(i, [(*one, unires.keys(*one)) for one in shown], texts)
 
 
 def present(cfg: Config, config: longva.LongVAConfig, one: Image | list[Image]) -> tuple[Tensor, unires.Layout]:
@@ -406,29 +407,45 @@ def collate(
     return Part(arguments, [example.number for example in examples], targets_BT, padding)
 
 
+def load(
+    cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, source: Source, numbers: list[int]
+) -> list[Example | dict]:
+    """Samples by their numbers, and in place of those that cannot be used, why; a thread may do it ahead."""
+    found = []
+    for i in numbers:
+        try:
+            found.append(prepare(cfg, config, words, source, i))
+        except (ValueError, OSError) as e:
+            found.append({**source.name(i), "why": str(e)})
+    return found
+
+
+def join(
+    cfg: Config,
+    config: longva.LongVAConfig,
+    words: tokenizer.Tokenizer,
+    circle: ring.World,
+    loaded: list[Example | dict],
+) -> tuple[list[Part], list[dict]]:
+    """(parts of --at-once samples each, faults of those left out). A ring leaves out what one of its ranks lacks."""
+    bad = [isinstance(one, dict) for one in loaded]
+    lost = ring.total(torch.tensor(bad).int().to(circle.device), circle).tolist()
+    kept, size = [one for one, gone in zip(loaded, lost) if not gone], cfg.at_once or len(loaded)
+    groups = [kept[start : start + size] for start in range(0, len(loaded), size)]  # as many on every ring
+    faults = {json.dumps(one): one for one in loaded if isinstance(one, dict)}  # a record may come twice in a step
+    return [collate(group, config, words, circle) for group in groups], [*faults.values()]
+
+
 def make_parts(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, source: Source, circle: ring.World):  # noqa: ANN201
     """A function from some samples' numbers to (their parts, the faults of those that had to be left out)."""
-
-    def parts(numbers: list[int]) -> tuple[list[Part], list[dict]]:
-        examples, faults = [], {}
-        for i in numbers:
-            try:
-                examples.append(prepare(cfg, model.config, words, source, i))
-            except (ValueError, OSError) as e:
-                examples.append(None)
-                faults[i] = {**source.name(i), "why": str(e)}
-        # a ring leaves out together what one of its ranks could not read
-        lost = ring.total(torch.tensor([example is None for example in examples]).int().to(circle.device), circle)
-        kept = [example for example, bad in zip(examples, lost.tolist()) if not bad]
-        size = cfg.at_once or len(numbers)
-        groups = [kept[start : start + size] for start in range(0, len(numbers), size)]  # as many on every ring
-        return [collate(group, model.config, words, circle) for group in groups], [*faults.values()]
-
-    return parts
+    return lambda numbers: join(cfg, model.config, words, circle, load(cfg, model.config, words, source, numbers))
 
 
 def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, world: ring.World, circles: tuple):  # noqa: ANN201
-    """(a function from the step to this rank's parts and what was left out, the source and `make_parts`' function)."""
+    """(a function from some steps to each one's parts and faults, of this rank, the source and `make_parts`' function).
+
+    Samples are read and cut into grids one step ahead of the model.
+    """
     circle, number, many = circles
     if cfg.stage == "tower":  # every rank compares every picture with every caption: the stage is small
 
@@ -439,10 +456,15 @@ def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, worl
             pixels_NCYX = unires.frames(pictures, synthetic.SIDE, "pad").to(world.device)
             return [Part((pixels_NCYX, ids), [], torch.zeros(len(rows)), 0.0)], []
 
-        return captioned, None
+        return lambda steps: video.ahead(map(captioned, steps), 1), None
     source = open_source(cfg, model.config, world)
-    parts = make_parts(cfg, model, words, source, circle)
-    return lambda step: parts(source.pick(step)[number::many]), (source, parts)
+
+    def batches(steps: range) -> Iterator[tuple[list[Part], list[dict]]]:
+        ours = (source.pick(step)[number::many] for step in steps)
+        for loaded in video.ahead((load(cfg, model.config, words, source, numbers) for numbers in ours), 1):
+            yield join(cfg, model.config, words, circle, loaded)
+
+    return batches, (source, make_parts(cfg, model, words, source, circle))
 
 
 # --------------------------------------------------------------------------------------------------- preference
@@ -551,7 +573,7 @@ def train(cfg: Config, world: ring.World) -> None:
     model, groups = assemble(cfg, words, world)
 
     # 3 data
-    batch, data = make_batches(cfg, model, words, world, circles)
+    batches, data = make_batches(cfg, model, words, world, circles)
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -571,10 +593,9 @@ def train(cfg: Config, world: ring.World) -> None:
     # 6 the loop
     saver = state.Saver(cfg.async_save)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
-    for step in bar:
+    began = time.perf_counter()
+    for step, (parts, left_out) in zip(bar, batches(range(first, cfg.steps))):
         saver.check()
-        began = time.perf_counter()
-        parts, left_out = batch(step)
         for fault in left_out:
             runs.log(cfg.out, {"step": step, **fault}, SKIPPED.format(world.rank))
         lost, padding = census(cfg, parts, world, circles)
@@ -588,7 +609,7 @@ def train(cfg: Config, world: ring.World) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
-            seconds = time.perf_counter() - began
+            seconds, began = time.perf_counter() - began, time.perf_counter()
             line = {"step": step, **told, "norm": norm, "lr": learning_rate(cfg.lr, cfg, step)}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4), "skipped": lost}
             line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}

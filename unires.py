@@ -331,23 +331,31 @@ def show(
 # ------------------------------------------------------------------------- 4 each thing seen once, where it is needed
 
 
+def keys(pixels_NCYX: Tensor, layout: Layout) -> list[bytes]:
+    """A digest of each part of a picture or video: of its grids, or with AnyRes of the whole."""
+    return [hashlib.blake2b(part.numpy().tobytes()).digest() for part in cut_up(pixels_NCYX, layout)]
+
+
+def cut_up(pixels_NCYX: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """The parts of a picture or video: what becomes tokens on its own."""
+    return pixels_NCYX.split(1 if layout.scheme == "unires" else len(pixels_NCYX))
+
+
 class Parts:
     """What CLIP must see for a batch, each different thing once, and which of its tokens goes where in the text.
 
     A part is what becomes tokens on its own: with UniRes a grid, with AnyRes a picture. `row_I`, int64: for every
-    visual token of the batch, in order, its row among the tokens of all parts.
+    visual token of the batch, in order, its row among the tokens of all parts. `shown`: (pixels, layout, keys) of each.
     """
 
-    def __init__(self, shown: Iterable[tuple[Tensor, Layout]], patches: int, scheme: str):
+    def __init__(self, shown: Iterable[tuple[Tensor, Layout, list[bytes]]], patches: int, scheme: str):
         self.patches, self.scheme, self.pixels, self.layouts = patches, scheme, [], []
         known, rows = {}, []
         self.starts = [0]  # of the parts' tokens
-        for pixels_NCYX, layout in shown:
-            alone = layout.scheme == "unires"
-            for piece_NCYX in pixels_NCYX.split(1 if alone else len(pixels_NCYX)):
-                how = Layout(1, 1) if alone else layout
-                key = hashlib.blake2b(piece_NCYX.numpy().tobytes()).digest(), how
-                if key not in known:
+        for pixels_NCYX, layout, names in shown:
+            how = Layout(1, 1) if layout.scheme == "unires" else layout
+            for piece_NCYX, name in zip(cut_up(pixels_NCYX, layout), names):
+                if (key := (name, how)) not in known:
                     known[key] = range(self.starts[-1], self.starts[-1] + how.tokens(patches))
                     self.pixels.append(piece_NCYX)
                     self.layouts.append(how)

@@ -254,8 +254,8 @@ def test_repeated_grids_give_what_separate_ones_give():
         nll_B, _ = model(*part.arguments)
         for example, nll in zip(examples, nll_B):
             ids, targets = chat.pad(example.texts, WORDS.pad_id)
-            pixels = torch.cat([pixels for pixels, _ in example.shown] or [torch.zeros(0, 3, 32, 32)])
-            layout = [how for _, how in example.shown]
+            pixels = torch.cat([pixels for pixels, *_ in example.shown] or [torch.zeros(0, 3, 32, 32)])
+            layout = [how for _, how, _ in example.shown]
             plainly, _ = model(ids, torch.arange(ids.shape[1]), targets, pixels, layout)
             torch.testing.assert_close(plainly[0], nll, rtol=1e-4, atol=1e-4)
 
