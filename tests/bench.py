@@ -8,7 +8,7 @@ Paper     None: the models here are random, and of sizes at which arithmetic out
 Run       python tests/bench.py model            about 4 minutes on an idle core
           python tests/bench.py train            about 15 minutes, and 15 GB of memory for their side
           python tests/bench.py ring             two minutes on two cores; see bench_ring.py
-          python tests/bench.py vision           three minutes; see bench_vision.py
+          python tests/bench.py vision           four minutes; see bench_vision.py
           python tests/bench.py model --quick    toy sizes: only shows that every case still runs and agrees
 Key       that of longva.py
 Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdpa, its own growing cache, `labels`.
