@@ -493,9 +493,9 @@ def reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tup
                     logp_N2[part.numbers] = -ring.total(nll_B, circle).double().view(-1, 2)
                 else:
                     ring.total(nll_B, circle)
-    known = logp_N2 * (circle.rank == 0)
-    times = ring.total((known != 0).double(), world).clamp(min=1)  # the last pair may have been asked more than once
-    logp_N2 = ring.total(known, world) / times
+    # all ranks of a ring know a pair, and the last one may have been asked more than once
+    times = ring.total((logp_N2 != 0).double(), world).clamp(min=1)
+    logp_N2 = ring.total(logp_N2, world) / times
     if world.rank == 0:
         draft = file.with_suffix(".tmp")
         save_file({"logp": logp_N2.cpu()}, draft)

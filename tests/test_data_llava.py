@@ -102,7 +102,7 @@ def test_a_large_file_is_never_held(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(llava, "BLOCK", 2**18)
     said = [{"from": "human", "value": "What? " * 50}, {"from": "gpt", "value": "\u00e4" * 300}]
     peaks, file = [], tmp_path / "r.json"
-    for count in (2_500, 10_000):
+    for count in (4_000, 16_000):
         written = [json.dumps({"id": i, "conversations": said}, ensure_ascii=False) for i in range(count)]
         file.write_text("\n".join(written) if lines else f"[{','.join(written)}]")
         tracemalloc.start()

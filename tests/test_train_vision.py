@@ -122,8 +122,8 @@ def preference_on(world, *_):
 def reference_on(world, folder, *_):
     """What is thought of a pair before training, of each once, the broken one apart; read again by a later run."""
     cfg = settings("dpo", weights=TINY / "longva", batch=4)
-    known = torch.cat([slowly(cfg)[0].detach().double(), torch.zeros(1, 2)])
-    source = tv.Source(5, None, lambda i: PAIRS[i] if i < 4 else broken())
+    known = torch.cat([torch.zeros(1, 2), slowly(cfg)[0].detach().double()])
+    source = tv.Source(5, None, lambda i: PAIRS[i - 1] if i else broken())
     for size, at_once in ((1, 1), (2, None)):
         cfg = replace(cfg, ring=size, at_once=at_once, out=folder / f"reference-{size}")
         cfg.out.mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def reference_on(world, folder, *_):
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
         ring.total(torch.zeros(1), world)  # rank 0 has written
         assert torch.equal(found, tv.reference(cfg, None, world, circles, (source, None), 3))
-        told = tv.learn(cfg, model, parts([0, 1, 2, 3][number::many])[0], found, world, circle)
+        told = tv.learn(cfg, model, parts([1, 2, 3, 4][number::many])[0], found, world, circle)
         assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
 
 
