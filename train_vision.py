@@ -286,6 +286,8 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
         if (len(dialogues) == 2) != (cfg.stage == "dpo"):
             kind = "a pair of answers; use --stage dpo" if len(dialogues) == 2 else "no 'chosen' and 'rejected' answer"
             raise ValueError(f"has {kind}")
+        if cfg.stage == "align" and [role for role, _ in dialogues[0]] != ["user", "assistant"]:
+            raise ValueError(f"has {len(dialogues[0])} turns, but --stage align takes a question and a caption")
         spoken = max(sum(len(text.split()) for _, text in turns) for turns in dialogues)
         seen = [measure_picture(cfg, config, size) if size else cfg.frames * pooled for size in look(record)]
         return round(spoken / words_per_token) + sum(seen) + 1

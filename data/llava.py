@@ -38,6 +38,7 @@ FILM = "<video>"  # a video's placeholder
 MARK = re.compile(f"{PLACEHOLDER}|{FILM}")
 LONGEST = 64 * 2**20  # characters of a record: no list of conversations has a longer one
 BLOCK = 4 * 2**20  # bytes read at once
+IN_HAND = 1024  # records that are looked at together
 GROUP = 32  # steps whose records are sorted by length together
 
 Turns = list[tuple[str, str]]  # ("user" or "assistant", text)
@@ -85,7 +86,7 @@ def open_records(
     try:
         with ThreadPoolExecutor(16) as pool, open(path, "rb") as file:
             records = scan(file)
-            while some := list(islice(records, 1024)):
+            while some := list(islice(records, IN_HAND)):
                 ours = [record for i, (*_, record) in enumerate(some, len(tokens)) if i % ranks == rank]
                 weights = pool.map(lambda one: weigh(one, measure), ours)
                 for start, stop, record in some:

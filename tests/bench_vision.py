@@ -103,7 +103,7 @@ def some_lessons(config: LongVAConfig) -> list[Lesson]:
     for i in range(SAMPLES):
         shown = [] if i % 8 == 7 else [pictures[rng.integers(len(pictures))]]
         text = some_talk(rng, V, sum(layout.tokens(config.vision.patches) for _, layout, _ in shown))
-        example = train_vision.Example(i, [(pixels, layout) for pixels, layout, _ in shown], [text])
+        example = train_vision.Example(i, [(pixels, layout, []) for pixels, layout, _ in shown], [text])
         lessons.append(Lesson(example, [base for *_, base in shown]))
     return lessons
 
@@ -116,7 +116,7 @@ def even_lessons(config: LongVAConfig) -> list[Lesson]:
         picture = Image.fromarray(rng.integers(0, 256, (3 * side, 2 * side, 3), dtype=np.uint8))
         shown = longva.show(picture, config, GRIDS)
         ids = [*rng.integers(1, V, 4), *[chat.IMAGE] * shown[1].tokens(config.vision.patches), *rng.integers(1, V, 40)]
-        example = train_vision.Example(i, [shown], [(ids, rng.integers(1, V, len(ids)).tolist())])
+        example = train_vision.Example(i, [(*shown, [])], [(ids, rng.integers(1, V, len(ids)).tolist())])
         lessons.append(Lesson(example, [unires.base_grid(picture, side)]))
     return lessons
 
@@ -171,8 +171,12 @@ def our_model(folder: Path) -> longva.LongVA:
 
 
 def our_loss(model: longva.LongVA, lessons: list[Lesson]) -> float:
-    """Go forward and backward through a step of train_vision: its mean loss."""
-    part = train_vision.collate([lesson.example for lesson in lessons], model.config, WORDS, ALONE)
+    """Go forward and backward through a step of train_vision: its mean loss. Its loader's digests count as well."""
+    examples = [
+        example._replace(shown=[(pixels, layout, unires.keys(pixels, layout)) for pixels, layout, _ in example.shown])
+        for example, _ in lessons
+    ]
+    part = train_vision.collate(examples, model.config, WORDS, ALONE)
     return train_vision.learn(train_vision.Config(), model, [part], None, ALONE, ALONE)["loss"]
 
 
@@ -198,7 +202,7 @@ class Plain(nn.Module):
 
     def see(self, lessons: list[Lesson]) -> list[list[Tensor]]:
         """Visual tokens x_TD of each picture of each sample; all grids of a step go through the tower at once."""
-        shown = [(pixels, base) for example, bases in lessons for (pixels, _), base in zip(example.shown, bases)]
+        shown = [(pixels, base) for example, bases in lessons for (pixels, *_), base in zip(example.shown, bases)]
         keys = [id(pixels) if self.how.shared else i for i, (pixels, _) in enumerate(shown)]
         once = dict(zip(keys, shown))
         if not once:
@@ -331,10 +335,10 @@ def say_samples(config: LongVAConfig) -> None:
     """Print what the samples are, and how much of them is padding."""
     lessons = some_lessons(config)
     lengths = [len(lesson.example.texts[0][0]) for lesson in lessons]
-    grids = [layout.grids for lesson in lessons for _, layout in lesson.example.shown]
+    grids = [layout.grids for lesson in lessons for _, layout, _ in lesson.example.shown]
     kinds = {grouped: batches(lessons, grouped) for grouped in (False, True)}
     again = [
-        1 - len({id(x) for lesson in step for x, _ in lesson.example.shown}) / max(1, sum(len(s.base) for s in step))
+        1 - len({id(x) for lesson in step for x, *_ in lesson.example.shown}) / max(1, sum(len(s.base) for s in step))
         for step in kinds[True]
     ]
     print(f"{len(lessons)} samples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all, "

@@ -99,17 +99,18 @@ def test_spans_of_lines(tmp_path, end):
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_large_file_is_never_held(tmp_path, monkeypatch, lines):
     """Four times the records need no more memory, of which a fraction of the file's size is enough."""
-    monkeypatch.setattr(llava, "BLOCK", 2**18)
+    monkeypatch.setattr(llava, "BLOCK", 2**16)
+    monkeypatch.setattr(llava, "IN_HAND", 64)
     said = [{"from": "human", "value": "What? " * 50}, {"from": "gpt", "value": "\u00e4" * 300}]
     peaks, file = [], tmp_path / "r.json"
-    for count in (4_000, 16_000):
+    for count in (750, 3_000):
         written = [json.dumps({"id": i, "conversations": said}, ensure_ascii=False) for i in range(count)]
         file.write_text("\n".join(written) if lines else f"[{','.join(written)}]")
         tracemalloc.start()
         records = llava.open_records(file)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert len(records) == count and [records[i]["id"] for i in (0, 2_222, count - 1)] == [0, 2_222, count - 1]
+        assert len(records) == count and [records[i]["id"] for i in (0, 222, count - 1)] == [0, 222, count - 1]
     assert peaks[1] < 1.5 * peaks[0] and peaks[1] < file.stat().st_size / 3, (peaks, file.stat().st_size)
 
 
