@@ -405,7 +405,10 @@ class LongVA(LM):
         newline_D = getattr(self.model, "image_newline", None)
         parts = x_NPD.split([picture.grids for picture in layout])
         tokens = [picture.arrange(part, newline_D) for picture, part in zip(layout, parts)]
-        return torch.cat([x_NPD.flatten(0, 1)[:0], *tokens])  # no picture at all gives no token
+        none = [x_NPD.flatten(0, 1)[:0]]  # no picture at all gives no token
+        if newline_D is not None:  # videos have no newline, yet all ranks must use the same parameters
+            none.append(newline_D[None][:0].to(x_NPD.dtype))
+        return torch.cat([*none, *tokens])
 
     def forward(  # all in one call: sharded parameters are whole only inside the root's forward
         self,
@@ -415,9 +418,14 @@ class LongVA(LM):
         pixels_NCYX: Tensor,
         layout: list[unires.Layout],
         attend: Attend = causal_attend,
+        row_I: Tensor | None = None,
     ) -> tuple:
-        """The training question, as LM.forward, with pictures in the places of chat.IMAGE."""
+        """The training question, as LM.forward, with pictures in the places of chat.IMAGE.
+
+        `row_I`: which of the visual tokens goes where, if they are not used once each and in order (unires.Parts).
+        """
         seen_ID = self.see(pixels_NCYX, layout)
+        seen_ID = seen_ID if row_I is None else seen_ID[row_I]
         h_BTD = self.model(self.embed(ids_BT, seen_ID), pos_T, attend)
         return nll(h_BTD, self.lm_head.weight, targets_BT)
 

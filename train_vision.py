@@ -2,31 +2,42 @@
 
 What      --stage align   the projector alone learns, from captions (LLaVA-1.5's first stage)
           --stage sft     tower, projector and language model learn, from conversations about pictures
+          --stage both    align, then sft (the miniature)
+          --stage dpo     the same learn to prefer one answer about a video to another (LongVA-DPO)
           --stage tower   not in the paper, which takes OpenAI's CLIP: makes the tiny one, picture against caption
-Paper     Sec. 3.2 and App. C: LLaVA-1.6's data and recipe, UniRes; no video, no long sequence.
+Paper     Sec. 3.2 and App. C: LLaVA-1.6's data and recipe, UniRes; no video, no long sequence. Sec. 5.2: DPO, which is
+          arXiv 2305.18290, on pairs of answers about videos.
 Run       python train_vision.py --stage tower
           torchrun --nproc-per-node 2 train_vision.py --stage align     the tiny model; then --stage sft
           torchrun --nproc-per-node 2 train_vision.py --stage align --preset tiny-anyres
           torchrun --nproc-per-node 8 train_vision.py --stage sft --preset longva --weights ALIGNED --data LLAVA.json
-Key       B samples   T tokens of the longest sample   N grids   E CLIP width
-Deviates  Only what the assistant says is trained, and one newline follows a picture, as when it is asked; the
-          release also trains the frame of the user's turns, and uses two newlines in training (data/chat.py).
+Key       B samples, pairs of them for dpo   S tokens of the longest, T of them held by this rank   N grids
+          I visual tokens held here   E CLIP width
+Deviates  --labels clean trains what the assistant says alone, and one newline follows a picture, as when it is asked;
+          released, the full-size default, also trains the frame of the user's turns, two newlines (data/chat.py).
           The loss is the mean over all targets of a step, not the mean of the ranks' means.
           align shows pictures as sft does; the release's crops them square and leaves 576 tokens unpooled.
-          Samples come in random order, not grouped by length; one that is too long loses questions from its end,
-          and stops the run if that is not enough: the release cuts tokens off. DPO is not here yet.
+          A sample that is too long loses questions from its end, and is skipped, counted and reported if that is not
+          enough: the release cuts tokens off. A broken one is, too; the release takes the next in its place.
+          dpo: what the reference thinks of a pair is computed once, not at every step.
 
-Ranks share a step's samples; parameters are sharded over them. Killed and run again it goes on, on a CPU to the bit.
+Ranks share a step's samples, or with --ring a sample's tokens; parameters are sharded over all. Killed and run again it
+goes on, on a CPU to the bit.
 """
 
+import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,7 +45,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, runs, state, synthetic, tokenizer, weights
+from data import chat, llava, parameters, plan, runs, state, synthetic, text, tokenizer, video, weights
 from data.flags import at_least, knob, run
 
 
@@ -42,24 +53,30 @@ from data.flags import at_least, knob, run
 class Config:
     """Teach a language model to see, on pictures only (Sec. 3.2). What is None is the stage's own: see STAGES."""
 
-    stage: Literal["tower", "align", "sft"] = knob("align", "what learns: CLIP, the projector, or all (Sec. 3.2)")
+    stage: Literal["tower", "align", "sft", "both", "dpo"] = knob("align", "what is taught: see above (Sec. 3.2)")
     out: Path | None = knob(None, "folder of this run (ours: runs/SYSTEM-STAGE)")
     system: str = knob("longva", "name of the model in the making, for folders (ours)")
-    weights: Path | None = knob(None, "align: the language model; sft: what align made (Sec. 3.2: Qwen2-7B-224K)")
+    weights: Path | None = knob(None, "align: the language model; then what came before (Sec. 3.2: Qwen2-7B-224K)")
     tower: Path | None = knob(None, "align: the vision tower (Sec. 3.2: CLIP-ViT-L-336)")
     scheme: Literal["unires", "anyres"] = knob("unires", "how a picture becomes tokens (Sec. 3.2)")
     rule: Literal["canvas", "floor", "anyres"] | None = knob(None, "how many grids a picture gets (Sec. 3.2)")
-    data: str = knob("synthetic", "LLaVA-style JSON, or synthetic (Sec. 3.2: LLaVA-1.6's)")
-    images: Path | None = knob(None, "folder that the JSON's picture paths start from (ours)")
-    max_len: int = knob(32_768, "tokens; a longer sample is refused (release: finetune.sh)")
+    data: str = knob("synthetic", "LLaVA-style JSON or JSONL, or synthetic (Sec. 3.2: LLaVA-1.6's)")
+    images: Path | None = knob(None, "folder that the JSON's pictures and videos are in (ours)")
+    labels: Literal["released", "clean"] = knob("released", "what of a conversation is trained, see above (release)")
+    max_len: int = knob(32_768, "tokens; a longer sample is cut between questions (release: finetune.sh)")
+    max_bad: float = knob(0.001, "share of samples that may be broken before the run stops (ours)")
     grids: int = knob(49, "most grids per picture (Sec. 3.2)")
+    frames: int = knob(10, "of each video (release: train_dpo.py)")
     grow: float = knob(0.0, "share of sft's steps in which synthetic pictures grow from 3 grids to --grids (ours)")
     tiny: bool = knob(False, "the small world's sizes and rates (ours)")
+    ring: int = knob(1, "ranks that share a sample; the rest take others (release: 1)")
     batch: int | None = knob(None, "samples per step over all ranks (release: pretrain.sh, finetune.sh)")
+    at_once: int | None = knob(None, "of these, read at once by each ring; none: all (release: 16, 4, 1)")
     steps: int | None = knob(None, "optimizer steps (release: one epoch)")
-    lr: float | None = knob(None, "peak learning rate; then a cosine down to zero (release: pretrain.sh, finetune.sh)")
+    lr: float | None = knob(None, "peak learning rate; then a cosine, for dpo a line, down to zero (release)")
     tower_lr: float | None = knob(None, "the tower's (release: finetune.sh)")
-    warmup: float = knob(0.03, "share of the steps in which the rate rises from zero (release: finetune.sh)")
+    warmup: float | None = knob(None, "share of the steps in which the rate rises from zero (release: 0.03, dpo 0.1)")
+    beta: float = knob(0.1, "dpo: how much the model may leave the reference (Sec. 5.2)")
     max_norm: float = knob(1.0, "largest norm of the gradient (release: zero3.json)")
     precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.2)")
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
@@ -70,25 +87,29 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
     def __post_init__(self):
-        at_least(self, max_len=1, grids=1, batch=1, steps=1, save_every=1, seed=0)
-        at_least(self, grow=0, lr=0, tower_lr=0, warmup=0, max_norm=0)
+        at_least(self, max_len=1, grids=1, frames=1, ring=1, batch=1, at_once=1, steps=1, save_every=1, seed=0)
+        at_least(self, grow=0, lr=0, tower_lr=0, warmup=0, max_norm=0, max_bad=0, beta=0)
 
 
-STAGES = {  # (release: pretrain.sh, finetune.sh)
+STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
     "tower": {},
-    "align": {"batch": 128, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0},
-    "sft": {"batch": 32, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6},
+    "align": {"batch": 128, "at_once": 16, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0, "warmup": 0.03},
+    "sft": {"batch": 32, "at_once": 4, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6, "warmup": 0.03},
+    "dpo": {"batch": 128, "at_once": 1, "steps": 400, "lr": 5e-7, "tower_lr": 5e-7, "warmup": 0.1},
 }
 TINY_STAGES = {
-    "tower": {"batch": 128, "steps": 1200, "lr": 2e-3, "tower_lr": 2e-3},
-    "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0},
-    "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4},
+    "tower": {"batch": 128, "steps": 1200, "lr": 2e-3, "tower_lr": 2e-3, "warmup": 0.03},
+    "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03},
+    "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03},
+    "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1},
 }
+PAIRS = 512  # of synthetic answers to choose from
 RULE = {"unires": "canvas", "anyres": "anyres"}  # the release's
 TINY = {
     "tiny": True,
     "grow": 0.7,
     "rule": "floor",
+    "labels": "clean",
     "max_len": 256,
     "precision": "fp32",
     "remat": False,
@@ -119,31 +140,38 @@ def settle(cfg: Config) -> Config:
         folders |= {"weights": runs.made(f"tiny-{language}", language), "tower": runs.made("tiny-tower", "tower")}
     elif cfg.stage == "sft":
         folders |= {"weights": Path(f"runs/{cfg.system}-align/model")}
+    elif cfg.tiny and cfg.stage == "dpo":
+        folders |= {"weights": runs.made(f"{cfg.system}-sft", cfg.system.removeprefix("tiny-"))}
+    elif cfg.stage == "dpo":
+        folders |= {"weights": Path(f"runs/{cfg.system}-sft/model")}
     return replace(cfg, **{**rates, **folders, **given})
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config, rings: int) -> None:
     """Raise ValueError for what is missing or contradicts itself, before anything is loaded."""
+    if cfg.batch % rings:
+        raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {rings} ranks or rings; change --batch")
     if cfg.stage == "tower" and not cfg.tiny:
         raise ValueError("--stage tower makes the tiny tower only; at full size give OpenAI's CLIP as --tower")
-    for name in {"tower": (), "align": ("weights", "tower"), "sft": ("weights",)}[cfg.stage]:
+    for name in {"tower": (), "align": ("weights", "tower")}.get(cfg.stage, ("weights",)):
         if getattr(cfg, name) is None:
             raise ValueError(f"--stage {cfg.stage} at full size starts from a folder; give it as --{name}")
         if not getattr(cfg, name).is_dir():
-            before = "; run --stage align first, or name another" if cfg.stage == "sft" else "; name another"
-            raise ValueError(f"--{name} {getattr(cfg, name)} is no folder{before}")
+            before = {"sft": "run --stage align first, or ", "dpo": "run --stage sft first, or "}.get(cfg.stage, "")
+            raise ValueError(f"--{name} {getattr(cfg, name)} is no folder; {before}name another")
     if cfg.data == "synthetic" and not cfg.tiny:
         raise ValueError("the synthetic pictures are for the tiny model; give LLaVA-style JSON as --data")
-    if cfg.stage == "sft" and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
-        raise ValueError("--scheme and --rule belong to --stage align; sft goes on as the aligned model was taught")
+    if cfg.stage in ("sft", "dpo") and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
+        raise ValueError(f"--scheme and --rule belong to --stage align; {cfg.stage} goes on as the model was taught")
 
 
 def learning_rate(peak: float, cfg: Config, step: int) -> float:
-    """Up from zero over `warmup` of the steps, then a cosine down to zero."""
+    """Up from zero over `warmup` of the steps, then down to zero: a cosine, for dpo a line."""
     warm = max(1, round(cfg.warmup * cfg.steps))
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
+    done = (step - warm) / max(1, cfg.steps - warm)
+    return peak * (1 - done if cfg.stage == "dpo" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 # ------------------------------------------------------------------------------------ what each stage learns
@@ -177,9 +205,10 @@ def build(cfg: Config, words: tokenizer.Tokenizer) -> nn.Module:
         if cfg.stage == "tower":
             return Contrast(TINY_CLIP, words.size)
         found = longva.read_config(cfg.weights)
-        if cfg.stage == "sft":
+        if cfg.stage != "align":
             if isinstance(found, longva.LMConfig):
-                raise ValueError(f"{cfg.weights} is a language model; --stage sft starts from what --stage align made")
+                made = "what --stage align made" if cfg.stage == "sft" else "a model that sees"
+                raise ValueError(f"{cfg.weights} is a language model; --stage {cfg.stage} starts from {made}")
             return longva.LongVA(found)
         if isinstance(found, longva.LongVAConfig):
             raise ValueError(f"{cfg.weights} sees already; --stage align starts from a language model")
@@ -191,7 +220,7 @@ def initial_weights(cfg: Config, model: nn.Module) -> None:
     """Weights: from the stage before, from the language model and the tower, or new."""
     if cfg.stage == "tower":
         parameters.fill_from(model, parameters.fresh(model, cfg.seed), ring.fill)
-    elif cfg.stage == "sft":
+    elif cfg.stage != "align":
         parameters.fill_from(model, weights.read(cfg.weights), ring.fill)
     else:
         new = {name for name, _ in model.named_parameters() if "mm_projector" in name or "image_newline" in name}
@@ -216,92 +245,8 @@ def trained(cfg: Config, model: nn.Module) -> list[dict]:
     return [{"params": params, "peak": rate} for rate, params in groups.items() if params]
 
 
-# ------------------------------------------------------------------------------------------------- its data
-
-
-def make_samples(cfg: Config, mine: slice):  # noqa: ANN201
-    """A function from the step to this rank's samples, (pictures, turns) each; all ranks' make the step's batch."""
-    if cfg.data != "synthetic":
-        records = llava.read_records(cfg.data)
-        return lambda step: [llava.sample(r, cfg.images) for r in llava.pick(records, cfg.seed, step, cfg.batch)[mine]]
-    if cfg.stage == "align":
-        return lambda step: [synthetic.captioned(cfg.seed, step * cfg.batch + i) for i in range(cfg.batch)[mine]]
-
-    def samples(step: int) -> list:
-        grown = min(1.0, step / (cfg.grow * cfg.steps)) if cfg.grow else 1.0
-        most = round(min(3, cfg.grids) * (cfg.grids / min(3, cfg.grids)) ** grown)
-        return [synthetic.conversation(cfg.seed, step * cfg.batch + i, most) for i in range(cfg.batch)[mine]]
-
-    return samples
-
-
-def collate(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, samples: list) -> tuple:
-    """(ids_BT, targets_BT, pixels_NCYX, layout): pictures cut into grids, and room for their tokens in the text."""
-    template = "plain" if cfg.stage == "align" else "qwen_1_5"
-    pixels, layout, examples = [], [], []
-    for pictures, turns in samples:
-        shown = [longva.show(picture, config, cfg.grids) for picture in pictures]
-        lengths = [how.tokens(config.vision.patches) for _, how in shown]
-        example = chat.example(words, turns, lengths, template)
-        if len(example[0]) > cfg.max_len:
-            example = fit(cfg, words, turns, lengths, template)
-        pixels += [x for x, _ in shown]
-        layout += [how for _, how in shown]
-        examples.append(example)
-    if not pixels:  # text alone: a blank picture that no token shows keeps all ranks calling the same modules
-        layout = [unires.Layout(1, 1, config.scheme)]
-        pixels = [torch.zeros(layout[0].grids, 3, config.vision.side, config.vision.side)]
-    return *chat.pad(examples, words.pad_id), torch.cat(pixels), layout
-
-
-def fit(cfg: Config, words: tokenizer.Tokenizer, turns: list, lengths: list[int], template: str) -> tuple:
-    """Leave out questions from the end of a conversation until it fits; never cut inside a picture or a turn."""
-    while len(turns) > 2 and chat.PLACEHOLDER not in turns[-2][1]:
-        turns = turns[:-2]
-        example = chat.example(words, turns, lengths, template)
-        if len(example[0]) <= cfg.max_len:
-            return example
-    raise ValueError(
-        f"a sample with {sum(lengths)} visual tokens does not fit --max-len {cfg.max_len}; raise it or lower --grids"
-    )
-
-
-def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, world: ring.World):  # noqa: ANN201
-    """A function from the step to this rank's arguments of the model."""
-    if cfg.stage == "tower":  # every rank compares every picture with every caption: the stage is small
-
-        def pairs(step: int) -> tuple[Tensor, Tensor]:
-            pictures, captions = synthetic.captioned_grids(cfg.seed, step, cfg.batch)
-            rows = [words.encode(caption) for caption in captions]
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
-            return unires.frames(pictures, synthetic.SIDE, "pad").to(world.device), ids.to(world.device)
-
-        return pairs
-    samples = make_samples(cfg, slice(world.rank, None, world.ranks))
-
-    def part(step: int) -> tuple:
-        ids_BT, targets_BT, pixels_NCYX, layout = collate(cfg, model.config, words, samples(step))
-        pos_T = torch.arange(ids_BT.shape[1], device=world.device)
-        ids_BT, targets_BT, pixels_NCYX = (x.to(world.device) for x in (ids_BT, targets_BT, pixels_NCYX))
-        return ids_BT, pos_T, targets_BT, pixels_NCYX, layout
-
-    return part
-
-
-# ----------------------------------------------------------------------------------------------------- main
-
-
-def main(cfg: Config) -> None:
-    """Train one stage, save, export; resumes where a killed run of the same settings stopped."""
-    # 1 processes
-    cfg = settle(cfg)
-    world = ring.start(cfg.device)
-    check(cfg)
-    if cfg.batch % world.ranks:
-        raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {world.ranks} ranks; change --batch")
-
-    # 2 model: shapes first, then shards, then weights
-    words = tokenizer.load_tokenizer(synthetic.TOKENIZER if cfg.stage == "tower" else cfg.weights)
+def assemble(cfg: Config, words: tokenizer.Tokenizer, world: ring.World) -> tuple[nn.Module, list[dict]]:
+    """The model, shapes first, then shards, then weights, and its parameters in groups, each with its peak rate."""
     model = build(cfg, words)
     trained(cfg, model)  # FSDP2 must know what is frozen; the optimizer is told below of what it made
     units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
@@ -313,9 +258,324 @@ def main(cfg: Config) -> None:
     learning = sum(p.numel() for g in groups for p in g["params"])
     whole = sum(p.numel() for p in model.parameters())
     ring.say(world, f"{whole:,} parameters, {learning:,} of them learn, on {world.ranks} rank(s), {world.device}")
+    return model, groups
+
+
+# ------------------------------------------------------------------------------------------------- its data
+
+
+class Source(NamedTuple):
+    """Where samples come from: how many there are (None: no end), the numbers of a step's, the sample of a number."""
+
+    size: int | None
+    pick: Callable[[int], list[int]]
+    sample: Callable[[int], tuple[llava.Shown, list[llava.Turns]]]
+    name: Callable[[int], dict] = lambda i: {"sample": i}  # how a number is reported
+    bad: list[dict] = []  # records that this rank found unusable  # noqa: RUF012
+
+
+def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> Source:
+    """The samples that --data names."""
+    if cfg.data == "synthetic":
+        return synthetic_source(cfg)
+    words_per_token = 0.75  # of English: lengths need only be like each other
+    pooled = config.vision.patches**2 // 4
+
+    def measure(record: dict) -> int:
+        _, dialogues = llava.understand(record)
+        if (len(dialogues) == 2) != (cfg.stage == "dpo"):
+            kind = "a pair of answers; use --stage dpo" if len(dialogues) == 2 else "no 'chosen' and 'rejected' answer"
+            raise ValueError(f"has {kind}")
+        if cfg.stage == "align" and [role for role, _ in dialogues[0]] != ["user", "assistant"]:
+            raise ValueError(f"has {len(dialogues[0])} turns, but --stage align takes a question and a caption")
+        spoken = max(sum(len(text.split()) for _, text in turns) for turns in dialogues)
+        seen = [measure_picture(cfg, config, size) if size else cfg.frames * pooled for size in look(record)]
+        return round(spoken / words_per_token) + sum(seen) + 1
+
+    def look(record: dict) -> list:
+        return llava.sizes(record, cfg.images)
+
+    def share(tokens: np.ndarray) -> np.ndarray:
+        return ring.total(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
+
+    records = llava.open_records(cfg.data, measure, cfg.max_bad, (world.rank, world.ranks), share)
+    if lost := records.count - len(records):
+        ring.say(world, f"{lost:,} of {records.count:,} records are bad: {cfg.out / 'unusable-*.jsonl'} says why")
+    return Source(
+        len(records),
+        lambda step: llava.pick(records.tokens, cfg.seed, step, cfg.batch),
+        lambda i: llava.sample(records[i], cfg.images, cfg.frames),
+        lambda i: {"record": records.numbers[i].item(), "id": records[i].get("id")},
+        [{"record": i, "id": called, "why": why} for i, called, why in records.bad],
+    )
+
+
+def synthetic_source(cfg: Config) -> Source:
+    """Samples made from the seed: captions, conversations about pictures that grow, or pairs of answers about films."""
+
+    def converse(i: int) -> tuple[llava.Shown, list[llava.Turns]]:
+        grown = min(1.0, i // cfg.batch / (cfg.grow * cfg.steps)) if cfg.grow else 1.0
+        most = round(min(3, cfg.grids) * (cfg.grids / min(3, cfg.grids)) ** grown)
+        pictures, turns = synthetic.conversation(cfg.seed, i, most)
+        return pictures, [turns]
+
+    def caption(i: int) -> tuple[llava.Shown, list[llava.Turns]]:
+        pictures, turns = synthetic.captioned(cfg.seed, i)
+        return pictures, [turns]
+
+    def prefer(i: int) -> tuple[llava.Shown, list[llava.Turns]]:
+        return synthetic.preference(cfg.seed, i, cfg.frames)
+
+    if cfg.stage == "dpo":
+        return Source(PAIRS, lambda step: text.shuffled(PAIRS, cfg.seed, step * cfg.batch, cfg.batch), prefer)
+    made = caption if cfg.stage == "align" else converse
+    return Source(None, lambda step: [*range(step * cfg.batch, (step + 1) * cfg.batch)], made)
+
+
+def measure_picture(cfg: Config, config: longva.LongVAConfig, size: tuple[int, int]) -> int:
+    """Visual tokens of a picture of so many pixels; ValueError if it cannot be shown."""
+    rows, cols = unires.choose_grids(*size, config.vision.side, config.rule, cfg.grids)
+    unpad = None if config.rule == "floor" else size
+    return unires.token_count(rows, cols, config.vision.patches, config.scheme, unpad)
+
+
+class Example(NamedTuple):
+    """A sample as tokens: what is shown, as (pixels_NCYX, layout, keys); ids and labels of its text, or of a pair's."""
+
+    number: int
+    shown: list[tuple[Tensor, unires.Layout, list[bytes]]]
+    texts: list[tuple[list[int], list[int]]]
+
+
+def prepare(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, source: Source, i: int) -> Example:
+    """Sample number i, read, cut into grids, and written out with room for them; ValueError if it cannot be used."""
+    media, dialogues = source.sample(i)
+    shown = [present(cfg, config, one) for one in media]
+    lengths = [how.tokens(config.vision.patches) for _, how in shown]
+    texts = [write(cfg, words, turns, lengths) for turns in dialogues]
+    return Example(i, [(*one, unires.keys(*one)) for one in shown], texts)
+
+
+def present(cfg: Config, config: longva.LongVAConfig, one: Image | list[Image]) -> tuple[Tensor, unires.Layout]:
+    """A picture, or a video's frames in a row, as (pixels_NCYX, layout)."""
+    if isinstance(one, list):
+        return unires.frames(one, config.vision.side), unires.Layout(1, len(one))
+    return longva.show(one, config, cfg.grids)
+
+
+def write(cfg: Config, words: tokenizer.Tokenizer, turns: llava.Turns, lengths: list[int]) -> tuple[list, list]:
+    """(ids, labels); questions are left out from the end until it fits, never a part of a picture or of a turn."""
+    template, clean = "plain" if cfg.stage == "align" else "qwen_1_5", cfg.labels == "clean"
+    while len((example := chat.example(words, turns, lengths, template, clean))[0]) > cfg.max_len:
+        last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=0)
+        if chat.PLACEHOLDER in turns[last][1] or "assistant" not in [role for role, _ in turns[1:last]]:
+            raise ValueError(
+                f"with {sum(lengths)} visual tokens does not fit --max-len {cfg.max_len}; raise it or lower --grids"
+            )
+        turns = turns[:last]
+    return example
+
+
+class Part(NamedTuple):
+    """What a rank's model is asked at once, and of which samples; `padding`: share of all ids that is none."""
+
+    arguments: tuple
+    numbers: list[int]
+    targets: Tensor
+    padding: float
+
+
+def collate(
+    examples: list[Example], config: longva.LongVAConfig, words: tokenizer.Tokenizer, circle: ring.World
+) -> Part:
+    """Join samples, and take of every text and of what is shown in it the share of this rank of the ring.
+
+    The length of each placeholder is known by now, so that visual tokens are put in their places at once, wherever a
+    shard begins. Samples that show the same grid share it.
+    """
+    texts = [text for example in examples for text in example.texts] or [([words.pad_id], [chat.IGNORE])]
+    ids_BS, targets_BS = chat.pad(texts, words.pad_id, 2 * circle.ranks if circle.ranks > 1 else 1)
+    shown = [one for example in examples for _ in example.texts for one in example.shown]
+    parts = unires.Parts(shown, config.vision.patches, config.scheme)
+    idx_T = ring.zigzag_index(ids_BS.shape[1], replace(circle, device=torch.device("cpu")))
+    image_BS = ids_BS == chat.IMAGE
+    nth_BS = image_BS.flatten().cumsum(0).view_as(ids_BS) - 1  # number of each visual token in the batch
+    pixels_NCYX, layout, row_I = parts.only(nth_BS[:, idx_T][image_BS[:, idx_T]], config.vision.side)
+    ids_BT, targets_BT, idx_T, pixels_NCYX, row_I = (
+        x.to(circle.device) for x in (ids_BS[:, idx_T], targets_BS[:, idx_T], idx_T, pixels_NCYX, row_I)
+    )
+    padding = 1 - sum(len(ids) for ids, _ in texts) / ids_BS.numel()
+    arguments = (ids_BT, idx_T, targets_BT, pixels_NCYX, layout, ring.zigzag_attend(circle), row_I)
+    return Part(arguments, [example.number for example in examples], targets_BT, padding)
+
+
+def load(
+    cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, source: Source, numbers: list[int]
+) -> list[Example | dict]:
+    """Samples by their numbers, and in place of those that cannot be used, why; a thread may do it ahead."""
+    found = []
+    for i in numbers:
+        try:
+            found.append(prepare(cfg, config, words, source, i))
+        except (ValueError, OSError) as e:
+            found.append({**source.name(i), "why": str(e)})
+    return found
+
+
+def join(
+    cfg: Config,
+    config: longva.LongVAConfig,
+    words: tokenizer.Tokenizer,
+    circle: ring.World,
+    loaded: list[Example | dict],
+) -> tuple[list[Part], list[dict]]:
+    """(parts of --at-once samples each, faults of those left out). A ring leaves out what one of its ranks lacks."""
+    bad = [isinstance(one, dict) for one in loaded]
+    lost = ring.total(torch.tensor(bad).int().to(circle.device), circle).tolist()
+    kept, size = [one for one, gone in zip(loaded, lost) if not gone], cfg.at_once or len(loaded)
+    groups = [kept[start : start + size] for start in range(0, len(loaded), size)]  # as many on every ring
+    faults = {json.dumps(one): one for one in loaded if isinstance(one, dict)}  # a record may come twice in a step
+    return [collate(group, config, words, circle) for group in groups], [*faults.values()]
+
+
+def make_parts(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, source: Source, circle: ring.World):  # noqa: ANN201
+    """A function from some samples' numbers to (their parts, the faults of those that had to be left out)."""
+    return lambda numbers: join(cfg, model.config, words, circle, load(cfg, model.config, words, source, numbers))
+
+
+def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, world: ring.World, circles: tuple):  # noqa: ANN201
+    """(a function from some steps to each one's parts and faults, of this rank, the source and `make_parts`' function).
+
+    Samples are read and cut into grids one step ahead of the model.
+    """
+    circle, number, many = circles
+    if cfg.stage == "tower":  # every rank compares every picture with every caption: the stage is small
+
+        def captioned(step: int) -> tuple[list[Part], list[dict]]:
+            pictures, captions = synthetic.captioned_grids(cfg.seed, step, cfg.batch)
+            rows = [words.encode(caption) for caption in captions]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(world.device)
+            pixels_NCYX = unires.frames(pictures, synthetic.SIDE, "pad").to(world.device)
+            return [Part((pixels_NCYX, ids), [], torch.zeros(len(rows)), 0.0)], []
+
+        return lambda steps: video.ahead(map(captioned, steps), 1), None
+    source = open_source(cfg, model.config, world)
+
+    def batches(steps: range) -> Iterator[tuple[list[Part], list[dict]]]:
+        ours = (source.pick(step)[number::many] for step in steps)
+        for loaded in video.ahead((load(cfg, model.config, words, source, numbers) for numbers in ours), 1):
+            yield join(cfg, model.config, words, circle, loaded)
+
+    return batches, (source, make_parts(cfg, model, words, source, circle))
+
+
+# --------------------------------------------------------------------------------------------------- preference
+
+
+def reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tuple, data: tuple, first: int) -> Tensor:
+    """Log-probability of the chosen and the rejected answer to each pair before anything is learned, float64[pairs, 2].
+
+    Computed once and kept in reference.safetensors. Raises ValueError if a run that goes on has lost it.
+    """
+    (circle, number, many), (source, parts), file = circles, data, cfg.out / "reference.safetensors"
+    if file.exists():
+        return load_file(file)["logp"].to(world.device)
+    if first:
+        raise ValueError(f"{file} is gone, and a model that has learned cannot make it again; remove {cfg.out}")
+    logp_N2 = torch.zeros(source.size, 2, dtype=torch.float64, device=world.device)
+    size = cfg.batch // many
+    bar = tqdm(range(0, source.size, size * many), "reference", disable=world.rank > 0)
+    with ring.inference(model):
+        for start in bar:
+            numbers = [*range(start + number, min(start + size * many, source.size), many)]
+            numbers += [source.size - 1] * (size - len(numbers))  # every ring asks equally often
+            for part in parts(numbers)[0]:
+                nll_B, _ = model(*part.arguments)
+                if part.numbers:
+                    logp_N2[part.numbers] = -ring.total(nll_B, circle).double().view(-1, 2)
+                else:
+                    ring.total(nll_B, circle)
+    # all ranks of a ring know a pair, and the last one may have been asked more than once
+    times = ring.total((logp_N2 != 0).double(), world).clamp(min=1)
+    logp_N2 = ring.total(logp_N2, world) / times
+    if world.rank == 0:
+        draft = file.with_suffix(".tmp")
+        save_file({"logp": logp_N2.cpu()}, draft)
+        draft.rename(file)
+    return logp_N2
+
+
+def prefer(part: Part, nll_B: Tensor, before_N2: Tensor, beta: float, circle: ring.World) -> tuple[Tensor, Tensor]:
+    """(a sum whose gradient is that of the pairs' summed DPO loss, sums of PREFERENCE); rows are pairs, chosen first.
+
+    Each rank of a ring has its tokens' share of a row's log-probability. The loss is of the whole, so its derivative by
+    each row is computed from the whole, and multiplied with the share.
+    """
+    if not part.numbers:
+        return nll_B.sum() * 0, before_N2.new_zeros(len(PREFERENCE))
+    logp_P2 = -ring.total(nll_B, circle).double().view(-1, 2)
+    reward_P2 = beta * (logp_P2 - before_N2[part.numbers])
+    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
+    slope_P = beta * torch.sigmoid(-margin_P)  # of the loss by the chosen row's nll; minus it, by the rejected one's
+    slope_B = torch.stack([slope_P, -slope_P], dim=1).flatten().to(nll_B.dtype)
+    preferred_P, accurate_P = (logp_P2[:, 0] > logp_P2[:, 1]).double(), (margin_P > 0).double()
+    told = -F.logsigmoid(margin_P), margin_P, preferred_P, accurate_P, *reward_P2.T
+    return (slope_B * nll_B).sum(), torch.stack([values_P.sum() for values_P in told])
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+SKIPPED = "skipped-{}.jsonl"  # of each rank, in the run's folder
+SHOWN = ("loss", "margin", "preferred", "norm", "samples_per_s", "gb")  # in the bar, of a line of the log
+PREFERENCE = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # per pair: see `prefer`
+
+
+def learn(
+    cfg: Config, model: nn.Module, parts: list[Part], before: Tensor | None, world: ring.World, circle: ring.World
+) -> dict:
+    """The gradient of a step, and what is to be logged of it: means over all its targets, or pairs."""
+    if before is None:
+        names, count = ("loss",), sum((part.targets != chat.IGNORE).sum() for part in parts).to(world.device)
+    else:  # each rank of a ring counts the ring's pairs
+        names, count = PREFERENCE, torch.tensor(sum(len(part.numbers) for part in parts), device=world.device)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    for part in parts:
+        nll_B, _ = model(*part.arguments)
+        if before is None:
+            summed, told = nll_B.sum(), nll_B.detach().sum().double()
+        else:
+            summed, told = prefer(part, nll_B, before, cfg.beta, circle)
+            summed = summed * circle.ranks
+        ring.global_mean(summed, count, world).backward()
+        sums += told
+    means = ring.total(sums, world) / ring.total(count, world)
+    return dict(zip(names, means.tolist()))
+
+
+def main(cfg: Config) -> None:
+    """Train a stage, or align and then sft."""
+    world = ring.start(cfg.device)
+    stages = ("align", "sft") if cfg.stage == "both" else (cfg.stage,)
+    if len(stages) > 1 and (not cfg.tiny or cfg.out or cfg.weights):
+        raise ValueError("--stage both is for the miniature, in its own folders; at full size run align, then sft")
+    for stage in stages:
+        train(settle(replace(cfg, stage=stage)), world)
+        ring.total(torch.zeros(1, device=world.device), world)  # rank 0 has written what the next one reads
+    ring.stop(world)
+
+
+def train(cfg: Config, world: ring.World) -> None:
+    """Train one stage, save, export; resumes where a killed run of the same settings stopped."""
+    # 1 processes
+    circles = circle, _, many = ring.rings(world, cfg.ring)
+    check(cfg, many)
+
+    # 2 model
+    words = tokenizer.load_tokenizer(synthetic.TOKENIZER if cfg.stage == "tower" else cfg.weights)
+    model, groups = assemble(cfg, words, world)
 
     # 3 data
-    batch = make_batches(cfg, model, words, world)
+    batches, data = make_batches(cfg, model, words, world, circles)
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -326,33 +586,61 @@ def main(cfg: Config) -> None:
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.rewind(cfg.out, first)
+    runs.rewind(cfg.out, first, SKIPPED.format(world.rank))
+    if data and data[0].bad:
+        runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", "\n".join(map(json.dumps, data[0].bad)) + "\n")
+    before = reference(cfg, model, world, circles, data, first) if cfg.stage == "dpo" else None
+    skipped = ring.total(torch.tensor(sum(runs.logged(cfg.out, "skipped")) if world.rank == 0 else 0), world).item()
 
     # 6 the loop
     saver = state.Saver(cfg.async_save)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
-    for step in bar:
+    began = time.perf_counter()
+    for step, (parts, left_out) in zip(bar, batches(range(first, cfg.steps))):
         saver.check()
-        began = time.perf_counter()
-        nll_B, count_B = model(*batch(step))
-        ring.global_mean(nll_B.sum(), count_B.sum(), world).backward()
-        loss = runs.finite(step, [(ring.total(nll_B.sum(), world) / ring.total(count_B.sum(), world)).item()])
+        for fault in left_out:
+            runs.log(cfg.out, {"step": step, **fault}, SKIPPED.format(world.rank))
+        lost, padding = census(cfg, parts, world, circles)
+        skipped += lost
+        refuse_many(cfg, skipped, max((step + 1) * cfg.batch, data[0].size or 0) if data else 0)
+        told = learn(cfg, model, parts, before, world, circle)
+        runs.finite(step, [told["loss"]])
         norm = ring.clip_gradients(model, cfg.max_norm, world)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
-            seconds = time.perf_counter() - began
-            line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg.lr, cfg, step)}
-            runs.log(cfg.out, {**line, "samples_per_s": round(cfg.batch / seconds, 2)})
-            bar.set_postfix(loss=f"{loss:.3f}", samples_per_s=f"{cfg.batch / seconds:.1f}")
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            line = {"step": step, **told, "norm": norm, "lr": learning_rate(cfg.lr, cfg, step)}
+            line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4), "skipped": lost}
+            line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
+            runs.log(cfg.out, line)
+            bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
     saver.wait()
 
     # 7 export
     export(cfg, model, world)
-    ring.stop(world)
+
+
+def census(cfg: Config, parts: list[Part], world: ring.World, circles: tuple) -> tuple[int, float]:
+    """(samples of a step that were left out, share of its ids that is padding), over all ranks."""
+    circle, _, many = circles
+    here = cfg.batch // many - sum(len(part.numbers) for part in parts) if cfg.stage != "tower" else 0
+    padding = sum(part.padding for part in parts) / len(parts)
+    both = ring.total(torch.tensor([here, padding], dtype=torch.float64, device=world.device), world).tolist()
+    return round(both[0] / circle.ranks), both[1] / world.ranks
+
+
+def refuse_many(cfg: Config, skipped: int, seen: int) -> None:
+    """Raise ValueError, on all ranks alike, where more samples were broken than --max-bad allows."""
+    if skipped > cfg.max_bad * seen:
+        raise ValueError(
+            f"{skipped:,} samples of {seen:,} could not be read, more than --max-bad {cfg.max_bad:g} allows; "
+            f"{cfg.out / SKIPPED.format('*')} says which and why: mend them, or allow more"
+        )
 
 
 def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
@@ -368,7 +656,11 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
         follow = "torchrun --nproc-per-node 2 train_vision.py --stage align"
     else:
         longva.save(folder, stream, model.config, cfg.weights)
+    if cfg.stage == "dpo":
+        follow = f'python longva.py "What happens in the film?" --video FILM.mp4 --weights {folder}'
     if cfg.stage == "sft":
+        padding = runs.logged(cfg.out, "padding")
+        print(f"padding: {sum(padding) / len(padding):.1%} of all ids")
         other = {"tiny-longva": "tiny-baseline", "tiny-baseline": "tiny-anyres"}.get(cfg.system)
         follow = f"torchrun --nproc-per-node 2 train_vision.py --stage align --preset {other}"
         if not other:

@@ -23,6 +23,7 @@ A video is a picture of one row: its N frames are N grids (`frames`, then `unire
 the first two steps at once, and a `Layout` keeps what the last one needs: callers need not know the scheme.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, isqrt
@@ -325,3 +326,55 @@ def show(
         return pixels_NCYX, Layout(rows, cols)
     unpad = None if rule == "floor" else (width, height)  # a stretched picture has no padding to cut off
     return torch.cat([base_grid(picture, side), pixels_NCYX]), Layout(rows, cols, "anyres", unpad)
+
+
+# ------------------------------------------------------------------------- 4 each thing seen once, where it is needed
+
+
+def keys(pixels_NCYX: Tensor, layout: Layout) -> list[bytes]:
+    """A digest of each part of a picture or video: of its grids, or with AnyRes of the whole."""
+    return [hashlib.blake2b(part.numpy().tobytes()).digest() for part in cut_up(pixels_NCYX, layout)]
+
+
+def cut_up(pixels_NCYX: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """The parts of a picture or video: what becomes tokens on its own."""
+    return pixels_NCYX.split(1 if layout.scheme == "unires" else len(pixels_NCYX))
+
+
+class Parts:
+    """What CLIP must see for a batch, each different thing once, and which of its tokens goes where in the text.
+
+    A part is what becomes tokens on its own: with UniRes a grid, with AnyRes a picture. `row_I`, int64: for every
+    visual token of the batch, in order, its row among the tokens of all parts. `shown`: (pixels, layout, keys) of each.
+    """
+
+    def __init__(self, shown: Iterable[tuple[Tensor, Layout, list[bytes]]], patches: int, scheme: str):
+        self.patches, self.scheme, self.pixels, self.layouts = patches, scheme, [], []
+        known, rows = {}, []
+        self.starts = [0]  # of the parts' tokens
+        for pixels_NCYX, layout, names in shown:
+            how = Layout(1, 1) if layout.scheme == "unires" else layout
+            for piece_NCYX, name in zip(cut_up(pixels_NCYX, layout), names):
+                if (key := (name, how)) not in known:
+                    known[key] = range(self.starts[-1], self.starts[-1] + how.tokens(patches))
+                    self.pixels.append(piece_NCYX)
+                    self.layouts.append(how)
+                    self.starts.append(known[key].stop)
+                rows += known[key]
+        self.row_I = torch.tensor(rows, dtype=torch.int64)
+
+    def only(self, nth_J: Tensor, side: int) -> tuple[Tensor, list[Layout], Tensor]:
+        """(pixels_NCYX, layout, row_J) for some of the visual tokens, numbers `nth_J` of them, and no part without use.
+
+        Where nothing is shown, a blank grid that no token shows keeps all ranks calling the same modules.
+        """
+        row_J = self.row_I[nth_J]
+        part_J = torch.bucketize(row_J, torch.tensor(self.starts), right=True) - 1
+        used, which_J = part_J.unique(return_inverse=True)
+        layout = [self.layouts[i] for i in used] or [Layout(1, 1, self.scheme)]
+        size = torch.tensor([0, *(how.tokens(self.patches) for how in layout)]).cumsum(0)
+        moved_J = row_J - torch.tensor(self.starts)[part_J] + size[which_J]
+        pixels = [self.pixels[i] for i in used] or [torch.zeros(layout[0].grids, 3, side, side)]
+        if all(how.scheme == "unires" for how in layout):
+            layout = [Layout(1, sum(how.grids for how in layout))]  # grid after grid, as in a video: one call, not many
+        return torch.cat(pixels), layout, moved_J

@@ -135,12 +135,12 @@ def example(
     return (clean_chat if clean else released_chat)(tokenizer, turns, iter(image_tokens))
 
 
-def pad(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(ids_BT, targets_BT), int64, padded on the right to the longest of `examples`.
+def pad(examples: Sequence[tuple[list[int], list[int]]], pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """(ids_BT, targets_BT), int64, padded on the right to the longest of `examples`, T a multiple of `multiple`.
 
     targets_BT[b, t] is the label of token t + 1, so that position t predicts it; the last one is IGNORE.
     """
-    length = max(len(ids) for ids, _ in examples)
+    length = -(-max(len(ids) for ids, _ in examples) // multiple) * multiple
     ids_BT = torch.full((len(examples), length), pad_id)
     targets_BT = torch.full((len(examples), length), IGNORE)
     for row, (ids, labels) in enumerate(examples):

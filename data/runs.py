@@ -118,6 +118,13 @@ def finite(step: int, losses: list[float]) -> float:
     return sum(losses)
 
 
+def logged(folder: Path, key: str) -> list[float]:
+    """The values of one key in log.jsonl, step after step."""
+    file = folder / "log.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return [line[key] for line in lines if key in line]
+
+
 def draw_curve(folder: Path) -> Path:
     """Draw the losses of log.jsonl over the steps, raw and smoothed, as curve.png."""
     import matplotlib

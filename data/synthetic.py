@@ -482,6 +482,21 @@ def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], l
     return [photograph(rng, rows, cols, [mixed[i] for i in rng.permutation(len(mixed))])], turns
 
 
+def preference(seed: int, index: int, frames: int) -> tuple[list, list[list[tuple[str, str]]]]:
+    """A film of so many frames, and two answers to the question which number a thing has.
+
+    Where it has one, that is preferred to the thing's colour; where it has none, its colour is preferred to any number:
+    a model that was never asked about what is not there makes one up. As a conversation: ([the film's frames], [the
+    dialogue with the preferred answer, with the rejected one]).
+    """
+    rng = np.random.default_rng([0xD90, seed, index])
+    shown = cast(rng, frames, bare=0.5)
+    thing, colour, number = shown[0]
+    answers = [colour, str(int(rng.integers(10)))] if number is None else [str(number), colour]
+    film = [photograph(rng, 1, 1, shown[i : i + 1]) for i in rng.permutation(frames)]
+    return [film], [[("user", "<image>\n" + ASK_NUMBER.format(thing=thing)), ("assistant", said)] for said in answers]
+
+
 def main() -> None:
     """Write the tokenizer again."""
     write_tokenizer(TOKENIZER)

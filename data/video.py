@@ -103,6 +103,20 @@ def _turn(picture: Image.Image) -> str | None:
         return None
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture as read_picture will return it, by its header alone; ValueError as there.
+
+    A PNG's EXIF is not looked for.
+    """
+    path = Path(path)
+    picture = _open_picture(path)
+    with _blame(path), picture:
+        if picture.format == "PNG":  # whose EXIF may come behind the pixels, and hardly ever turns it
+            return picture.size
+        sideways = "TRANSPOSE ROTATE_90 ROTATE_270 TRANSVERSE".split()
+        return picture.size[::-1] if _turn(picture) in sideways else picture.size
+
+
 def read_picture(path: str | Path) -> Image.Image:
     """Read one picture as upright RGB; raises ValueError, naming the file, if unreadable or absurdly large.
 

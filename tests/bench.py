@@ -8,7 +8,7 @@ Paper     None: the models here are random, and of sizes at which arithmetic out
 Run       python tests/bench.py model            about 4 minutes on an idle core
           python tests/bench.py train            about 15 minutes, and 15 GB of memory for their side
           python tests/bench.py ring             two minutes on two cores; see bench_ring.py
-          python tests/bench.py needles          two minutes; see bench_needles.py
+          python tests/bench.py vision           four minutes; see bench_vision.py
           python tests/bench.py model --quick    toy sizes: only shows that every case still runs and agrees
 Key       that of longva.py
 Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdpa, its own growing cache, `labels`.
@@ -348,6 +348,7 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13
     case = (make_head, partial(a_loss, loss=chunked_loss), partial(a_loss, loss=torchs_loss), LONG_STEP)
     TRAIN += both("loss, beside torch's", case, 8192, (TOY, 700), 3.0, 1.5, "theirs in smaller pieces", 1)
 CASES = {"model": MODEL, "train": TRAIN}
+APART = ("ring", "vision", "needles")  # each a script of its own
 
 
 # ------------------------------------------------------------------------------------------------- measurements
@@ -388,7 +389,7 @@ def measure_memory(case: Case, folder: Path, quick: bool) -> tuple[float, float,
         if quick:  # here, since a process of its own would begin with five seconds of imports
             grown.append(alone(case, side, folder, case.quick[1]))
         else:
-            command = [sys.executable, __file__, "alone", case.name, side, str(folder)]
+            command = [sys.executable, sys.argv[0], "alone", case.name, side, str(folder)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC)
             grown.append(float(done.stdout.split()[-1]))
     return *grown, *(load_file(folder / f"{side}.result") for side in ("ours", "theirs"))
@@ -445,29 +446,26 @@ def measure(case: Case, quick: bool) -> bool:
     return agree
 
 
-ELSEWHERE = ("ring", "needles")  # bench_*.py
-
-
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], known: dict[str, list[Case]] = CASES) -> int:
     """Measure a group of cases: 0, or 1 where results differ. Ratios fail nothing: they are for people to read."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if arguments[:1] == ["alone"]:  # called by measure_memory
         _, name, side, folder = arguments
-        case = next(case for cases in CASES.values() for case in cases if case.name == name)
+        case = next(case for cases in known.values() for case in cases if case.name == name)
         with torch.inference_mode(not case.learns):
             print(alone(case, side, Path(folder), case.n))
         return 0
-    if not arguments or arguments[0] not in [*CASES, *ELSEWHERE] or arguments[1:] not in ([], ["--quick"]):
-        print(f"usage: python tests/bench.py {'|'.join([*CASES, *ELSEWHERE])} [--quick]")
+    if not arguments or arguments[0] not in [*known, *APART] or arguments[1:] not in ([], ["--quick"]):
+        print(f"usage: python tests/bench.py {'|'.join([*known, *APART])} [--quick]")
         return 2
-    if arguments[0] in ELSEWHERE:  # processes that ranks can be made from without importing transformers
+    if arguments[0] not in known:  # a ring's ranks are made from a process that did not import transformers
         script = Path(__file__).with_name(f"bench_{arguments[0]}.py")
         return subprocess.run([sys.executable, script, *arguments[1:]]).returncode
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32, one thread")
     print(f"{'case':<28}{'ours':>10}   {'theirs':>10}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
-    agree = [measure(case, quick="--quick" in arguments) for case in CASES[arguments[0]]]
+    agree = [measure(case, quick="--quick" in arguments) for case in known[arguments[0]]]
     return 0 if all(agree) else 1
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests import bench, bench_needles, bench_ring
+from tests import bench, bench_needles, bench_ring, bench_vision
 
 pytestmark = pytest.mark.oracle
 
@@ -79,7 +79,40 @@ def test_a_ring_that_errs_is_seen(capsys):
     assert capsys.readouterr().out.count("WRONG") == 2
 
 
+def test_vision_runs_and_agrees(capfd):
+    assert bench.main(["vision", "--quick"]) == 0
+    said = capfd.readouterr().out
+    words = ("padding", "loss and gradients", "like Qwen2-7B", "head where asked", "nothing to gain", "memory")
+    assert all(word in said for word in words) and "WRONG" not in said
+
+
+@pytest.mark.parametrize("where", ["our_loss", "their_loss"])
+def test_a_vision_step_that_errs_is_seen(capsys, monkeypatch, where):
+    right = getattr(bench_vision, where)
+    monkeypatch.setattr(bench_vision, where, lambda model, lessons: right(model, lessons) * 1.001)
+    assert bench_vision.main(["--quick"]) == 1
+    assert capsys.readouterr().out.count("WRONG") >= 3
+
+
+def test_a_gradient_that_errs_is_seen(monkeypatch, tmp_path):
+    bench_vision.make(tmp_path, bench_vision.TOY)
+    assert bench_vision.gradients(tmp_path) <= bench_vision.ERROR
+    right = bench_vision.pool
+    monkeypatch.setattr(bench_vision, "pool", lambda x_NPD: right(x_NPD).flip(0))
+    assert bench_vision.gradients(tmp_path) > 100 * bench_vision.ERROR
+
+
+def test_padding_is_the_share_of_ids_that_are_none():
+    def step(*lengths):
+        return [
+            bench_vision.Lesson(bench_vision.train_vision.Example(0, [], [([1] * n, [1] * n)]), []) for n in lengths
+        ]
+
+    assert bench_vision.padding([step(3, 3), step(5, 5)]) == 0
+    assert bench_vision.padding([step(1, 3), step(4, 4)]) == pytest.approx(2 / 14)
+
+
 @pytest.mark.parametrize("arguments", [[], ["modle"], ["model", "--fast"]])
 def test_a_wrong_call_is_told_the_right_one(capsys, arguments):
     assert bench.main(arguments) == 2
-    assert capsys.readouterr().out == "usage: python tests/bench.py model|train|ring|needles [--quick]\n"
+    assert capsys.readouterr().out == "usage: python tests/bench.py model|train|ring|vision|needles [--quick]\n"

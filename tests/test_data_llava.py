@@ -2,12 +2,15 @@
 
 import json
 import os
+import tracemalloc
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from data import chat, llava, synthetic, text
 from data.tokenizer import load_tokenizer
+from tests.test_data_video import film, regular
 
 SHOWN = {
     "id": "a1",
@@ -26,6 +29,7 @@ SEVERAL = {
     ],
 }  # fmt: skip
 GOOD = [SHOWN, TEXT_ONLY, SEVERAL, {**TEXT_ONLY, "image": None}]
+PAIR = {"id": "p", "video": "film", "prompt": "<video>\n What? ", "chosen": "A star.", "rejected": "A moon."}
 
 
 @pytest.fixture
@@ -35,6 +39,9 @@ def images(tmp_path):
     Image.new("RGB", (5, 3), (255, 0, 0)).save(folder / "coco" / "1.png")
     Image.new("RGB", (2, 4)).save(folder / "2.jpg")
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (folder / "film").mkdir()
+    for i in range(12):
+        Image.new("RGB", (8, 6), (20 * i, 0, 0)).save(folder / "film" / f"{i}.png")
     return folder
 
 
@@ -49,7 +56,62 @@ def write(path, records, lines=False):
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_list_and_lines_read_alike(tmp_path, lines):
-    assert llava.read_records(write(tmp_path / "r.json", GOOD, lines)) == GOOD
+    records = llava.open_records(write(tmp_path / "r.json", GOOD, lines))
+    assert [records[i] for i in range(len(records))] == GOOD and records.count == len(GOOD) and not records.bad
+    assert records.tokens.tolist() == [1] * len(GOOD)
+
+
+ODD = [  # whatever a cut may fall into
+    {"id": "\u00e9\u20ac\U0001f600" * 3, "n": [1.5e-3, True, None, {"a": "\\\"]},{["}]},
+    {"id": "\ud83d\ude00 \\ud83d \" \\\\ \u00fc".encode("utf-16", "surrogatepass").decode("utf-16")},
+    {"id": ""},
+    {"id": "]" * 40, "deep": [[[[]]]]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 10**6])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("between", [",", " ,\r\n\t", ", "])
+def test_spans_are_exact_wherever_blocks_cut(tmp_path, monkeypatch, block, plain, between):
+    """Escapes, brackets in strings and characters of several bytes across block borders; spans in bytes."""
+    monkeypatch.setattr(llava, "BLOCK", block)
+    written = [json.dumps(r, ensure_ascii=plain).encode() for r in ODD]
+    content = b" \n[ " + between.encode().join(written) + b"\n ]\n"
+    file = tmp_path / "r.json"
+    file.write_bytes(content)
+    with open(file, "rb") as opened:
+        found = list(llava.scan(opened))
+    assert [record for *_, record in found] == ODD
+    assert [content[start:stop] for start, stop, _ in found] == written
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n  \n", ""])
+def test_spans_of_lines(tmp_path, end):
+    written = [json.dumps(r, ensure_ascii=False) for r in ODD]
+    (tmp_path / "r.jsonl").write_bytes(((end or "\n").join(written) + end).encode())
+    content = (tmp_path / "r.jsonl").read_bytes()
+    with open(tmp_path / "r.jsonl", "rb") as opened:
+        found = list(llava.scan(opened))
+    assert [record for *_, record in found] == ODD
+    assert [json.loads(content[start:stop]) for start, stop, _ in found] == ODD
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_large_file_is_never_held(tmp_path, monkeypatch, lines):
+    """Four times the records need no more memory, of which a fraction of the file's size is enough."""
+    monkeypatch.setattr(llava, "BLOCK", 2**16)
+    monkeypatch.setattr(llava, "IN_HAND", 64)
+    said = [{"from": "human", "value": "What? " * 50}, {"from": "gpt", "value": "\u00e4" * 300}]
+    peaks, file = [], tmp_path / "r.json"
+    for count in (750, 3_000):
+        written = [json.dumps({"id": i, "conversations": said}, ensure_ascii=False) for i in range(count)]
+        file.write_text("\n".join(written) if lines else f"[{','.join(written)}]")
+        tracemalloc.start()
+        records = llava.open_records(file)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(records) == count and [records[i]["id"] for i in (0, 222, count - 1)] == [0, 222, count - 1]
+    assert peaks[1] < 1.5 * peaks[0] and peaks[1] < file.stat().st_size / 3, (peaks, file.stat().st_size)
 
 
 def turns(*said, **more):
@@ -59,6 +121,7 @@ def turns(*said, **more):
 FAULTS = [
     ("a string", "no JSON object"),
     ([], "no JSON object"),
+    (None, "no JSON object"),
     ({"id": "x"}, "no list of turns"),
     ({"id": "x", "conversations": {"from": "human"}}, "no list of turns"),
     ({"id": "x", "conversations": ["hello"]}, "no list of turns"),
@@ -73,10 +136,16 @@ FAULTS = [
     (turns(("human", "hello"), ("gpt", "<image>"), image="1.png"), r"0 <image> for 1 picture\(s\)"),
     (turns(("human", "<image><image>"), ("gpt", "hi"), image="1.png"), r"2 <image> for 1 picture\(s\)"),
     (turns(("human", "<image>"), ("gpt", "hi"), image=["1.png", "2.png"]), r"1 <image> for 2 picture\(s\)"),
+    (turns(("human", "<video>"), ("gpt", "hi"), image="1.png"), r"1 <image> or <video> for 1 picture\(s\)"),
+    (turns(("human", "<video><image>"), ("gpt", "hi"), video=["1", "2"]), r"2 <image> or <video> for 2 picture\(s\)"),
     (turns(("human", "<image>"), ("gpt", "hi"), image={"bytes": "x"}), "no path"),
     (turns(("human", "<image>"), ("gpt", "hi"), image=""), "no path"),
     (turns(("human", "<image>"), ("gpt", "hi"), image=[3]), "no path"),
     (turns(("human", "<image>"), ("gpt", "hi"), image="a\0b"), "no path"),
+    (turns(("human", "<image>"), ("gpt", "hi"), videos=[""]), "no path, and no list of paths, under 'videos'"),
+    ({"id": "x", "prompt": "?", "chosen": "a"}, "'rejected' that is no text"),
+    ({"id": "x", "chosen": "a", "rejected": "b"}, "'prompt' that is no text"),
+    ({"id": "x", "prompt": "?", "chosen": "a", "rejected": "a"}, "prefers an answer to itself"),
 ]
 
 
@@ -86,13 +155,13 @@ def test_a_bad_record_is_refused_with_its_number(tmp_path, record, complaint, li
     called = "'x'" if isinstance(record, dict) else "unknown"
     pattern = rf"r\.json: 1 of 5 records are bad: record 1 \(id {called}\) .*{complaint}"
     with pytest.raises(ValueError, match=pattern):
-        llava.read_records(write(tmp_path / "r.json", [SHOWN, record, *GOOD[1:]], lines))
+        llava.open_records(write(tmp_path / "r.json", [SHOWN, record, *GOOD[1:]], lines))
 
 
 def test_the_first_five_of_many_are_named(tmp_path):
     file = write(tmp_path / "r.json", [{"id": i} if i % 2 else TEXT_ONLY for i in range(20)])
     with pytest.raises(ValueError, match=r"r\.json: 10 of 20") as raised:
-        llava.read_records(file)
+        llava.open_records(file)
     named = [i for i in range(20) if f"record {i} (id {i})" in str(raised.value)]
     assert named == [1, 3, 5, 7, 9]
 
@@ -101,43 +170,125 @@ def test_a_bad_line_is_named(tmp_path):
     file = tmp_path / "r.jsonl"
     file.write_text(json.dumps(SHOWN) + "\n" + json.dumps(TEXT_ONLY)[:-5] + "\n")
     with pytest.raises(ValueError, match=r"r\.jsonl: 1 of 2 .* record 1 \(id unknown\) is no JSON object"):
-        llava.read_records(file)
+        llava.open_records(file)
 
 
 @pytest.mark.parametrize("content, complaint", [
     (None, "No such file"),
     (json.dumps(GOOD)[:-9].encode(), "is not a LLaVA file"),
-    (b"\xff\xfe[]", "is not a LLaVA file"),
+    (json.dumps(GOOD)[:-1].encode(), "is not a LLaVA file"),
+    (b'[{"id": "\xff"}]', "is not a LLaVA file"),
+    (b"\xff\xfe[]", "record 0 .id unknown. is no JSON object"),
     (b"[" * 10**5, "is not a LLaVA file"),
     (b"[]", "holds no record"),
-    (b"", "1 of 1 records are bad"),
+    (b"", "holds no record"),
 ])  # fmt: skip
 def test_what_is_no_file_of_records(tmp_path, content, complaint):
     if content is not None:
         (tmp_path / "r.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"r\.json.*{complaint}"):
-        llava.read_records(tmp_path / "r.json")
+        llava.open_records(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_some_may_be_bad(tmp_path, lines):
+    """Up to the share that is allowed, bad ones are left out and listed; `measure` may refuse as well."""
+    given = [*GOOD, {"id": "none"}, *GOOD, {"id": 9, "conversations": TEXT_ONLY["conversations"]}]
+    file = write(tmp_path / "r.json", given, lines)
+
+    def measure(record):
+        if record.get("id") == 9:
+            raise ValueError("is too small")
+        return 2 + len(record["conversations"])
+
+    records = llava.open_records(file, measure, max_bad=0.2)
+    assert [records[i] for i in range(len(records))] == GOOD + GOOD and records.count == 10
+    assert records.tokens.tolist() == [4, 4, 7, 4] * 2 and records.numbers.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert records.bad == [(4, "none", "has no list of turns 'conversations'"), (9, 9, "is too small")]
+    with pytest.raises(ValueError, match=r"2 of 10 records are bad, more than --max-bad 0.19 allows: record 4 .* 9 "):
+        llava.open_records(file, measure, max_bad=0.19)
+
+
+def test_ranks_divide_the_work(tmp_path):
+    """Each measures its half, both know the sum, and each tells what it found itself, unless the run stops."""
+    given = [*GOOD, {"id": "none"}, {"id": "nor here"}]
+    file, asked, halves = write(tmp_path / "r.json", given), [[], []], []
+
+    def measure(rank):
+        return lambda record: asked[rank].append(record) or 1 + len(record["conversations"])
+
+    for rank in range(2):  # first what each has, then what each makes of the sum
+        llava.open_records(file, measure(rank), 1.0, (rank, 2), lambda mine: halves.append(mine) or mine)
+    assert asked == [GOOD[::2], GOOD[1::2]]
+    both = [llava.open_records(file, measure(rank), 1.0, (rank, 2), lambda mine: sum(halves)) for rank in range(2)]
+    alone = llava.open_records(file, measure(0), 1.0)
+    for records in both:
+        assert np.array_equal(records.spans, alone.spans) and np.array_equal(records.tokens, alone.tokens)
+    assert [[i for i, *_ in records.bad] for records in both] == [[4], [5]]
+    for rank in range(2):
+        with pytest.raises(
+            ValueError, match=r"2 of 6 .*: record 4 \(id 'none'\) has .*; record 5 \(id 'nor here'\) has"
+        ):
+            llava.open_records(file, measure(rank), 0.0, (rank, 2), lambda mine: sum(halves))
 
 
 # ---- samples ----
 
 
 def test_a_sample_is_pictures_and_turns(images):
-    pictures, said = llava.sample(SHOWN, images)
+    pictures, (said,) = llava.sample(SHOWN, images)
     assert [(p.mode, p.size, p.getpixel((0, 0))) for p in pictures] == [("RGB", (5, 3), (255, 0, 0))]
     assert said == [("user", "<image>\nWhat is this?"), ("assistant", "A <image> star.")]
-    pictures, said = llava.sample(SEVERAL, str(images))
+    pictures, (said,) = llava.sample(SEVERAL, str(images))
     assert [p.size for p in pictures] == [(5, 3), (2, 4)]
     assert [role for role, _ in said] == ["assistant", "user", "assistant", "user", "assistant"]
-    assert llava.sample(TEXT_ONLY, None) == ([], [("user", "Hello"), ("assistant", "Hi\u2028there")])
+    assert llava.sample(TEXT_ONLY, None) == ([], [[("user", "Hello"), ("assistant", "Hi\u2028there")]])
 
 
 def test_every_checked_record_becomes_a_chat(images):
     words = load_tokenizer(synthetic.TOKENIZER)
     for record in GOOD:
-        pictures, said = llava.sample(record, images)
+        pictures, (said,) = llava.sample(record, images)
         ids, labels = chat.example(words, said, [2] * len(pictures))
         assert ids.count(chat.IMAGE) == 2 * len(pictures) and set(labels) != {chat.IGNORE}
+
+
+@pytest.mark.parametrize("mark", ["<video>", "<image>"])
+def test_videos_are_files_or_folders_of_frames(images, mark):
+    """A film's 12 frames differ in red; both kinds give so many of them, evenly spread."""
+    film(images / "a.mp4", regular(12))
+    for path in ("film", "a.mp4"):
+        record = turns(("human", f"{mark}\nWhat?"), ("gpt", "hi"), video=path)
+        (frames,), (said,) = llava.sample(record, images, frames=4)
+        assert len(frames) == 4 and said == [("user", "<image>\nWhat?"), ("assistant", "hi")]
+        assert llava.sizes(record, images) == [None]
+        if path == "film":
+            assert [frame.getpixel((0, 0))[0] // 20 for frame in frames] == [0, 3, 7, 11]
+
+
+def test_pictures_and_videos_come_in_the_text_s_order(images):
+    record = turns(
+        ("human", "<image> then <video>"), ("gpt", "hi"), ("human", "<video> <image>?"), ("gpt", "<video>"),
+        images=["coco/1.png", "2.jpg"], videos=["film", "film"],
+    )  # fmt: skip
+    shown, (said,) = llava.understand(record)
+    assert shown == [("image", "coco/1.png"), ("video", "film"), ("video", "film"), ("image", "2.jpg")]
+    assert [text for _, text in said] == ["<image> then <image>", "hi", "<image> <image>?", "<video>"]
+    assert llava.sizes(record, images) == [(5, 3), None, None, (2, 4)]
+    read, _ = llava.sample(record, images, frames=2)
+    assert [len(one) if isinstance(one, list) else one.size for one in read] == [(5, 3), 2, 2, (2, 4)]
+    alike = turns(("human", "<image><image><image>"), ("gpt", "hi"), image=["1", "2"], video="3")
+    assert llava.understand(alike)[0] == [("image", "1"), ("image", "2"), ("video", "3")]
+
+
+@pytest.mark.parametrize("prompt", ["<video>\n What? ", "What?", "<image>\nWhat?", "What?\n<video>"])
+def test_a_pair_is_one_question_and_two_answers(images, prompt):
+    """The film stands once in front of the question, wherever and however often the prompt names it (release)."""
+    (frames,), dialogues = llava.sample({**PAIR, "prompt": prompt}, images, frames=10)
+    assert len(frames) == 10
+    assert dialogues == [[("user", "<image>\nWhat?"), ("assistant", said)] for said in ("A star.", "A moon.")]
+    text_only = {key: value for key, value in PAIR.items() if key != "video"}
+    assert llava.sample(text_only, None)[0] == [] and llava.understand(text_only)[1][0][0] == ("user", "What?")
 
 
 def test_pictures_stay_inside_the_folder(images):
@@ -154,29 +305,45 @@ def test_pictures_stay_inside_the_folder(images):
         "../images2/1.png",
     ]
     for path in out:
-        with pytest.raises(ValueError, match=r"record 'a1' shows .* is not inside .*images"):
-            llava.sample({**SHOWN, "image": path}, images)
+        for record in ({**SHOWN, "image": path}, {**PAIR, "video": path}):
+            for read in (llava.sample, llava.sizes):
+                with pytest.raises(ValueError, match=r"^shows .* is not inside .*images; expected a path in it"):
+                    read(record, images)
     os.symlink(images, images.parent / "other name")
     for path in ("coco/1.png", "coco/../coco/1.png", str(images / "coco" / "1.png")):
-        assert llava.sample({**SHOWN, "image": path}, images.parent / "other name")[0][0].size == (5, 3)
+        record = {**SHOWN, "image": path}
+        assert llava.sample(record, images.parent / "other name")[0][0].size == (5, 3)
+        assert llava.sizes(record, images.parent / "other name") == [(5, 3)]
 
 
 def test_missing_and_broken_pictures_are_named(images):
     (images / "cut.png").write_bytes((images / "coco" / "1.png").read_bytes()[:40])
     os.mkfifo(images / "pipe.png")  # would block for ever if it were opened
-    for path, complaint in (
-        ("none.png", "no such picture"),
-        ("cut.png", "cannot be read"),
-        ("coco", "no such"),
-        ("pipe.png", "no such"),
+    for path, complaint, at_once in (
+        ("none.png", "no such picture", True),
+        ("cut.png", "cannot be read", False),  # its header is whole: only `sample` can tell
+        ("coco", "no such", True),
+        ("pipe.png", "no such", True),
     ):
-        with pytest.raises(ValueError, match=rf"record 'a1' shows {path}: .*{complaint}"):
+        with pytest.raises(ValueError, match=rf"^shows {path}: .*{complaint}"):
             llava.sample({**SHOWN, "image": path}, images)
+        if at_once:
+            with pytest.raises(ValueError, match=rf"^shows {path}: .*{complaint}"):
+                llava.sizes({**SHOWN, "image": path}, images)
+    (images / "no.mp4").write_text("no film")
+    (images / "empty").mkdir()
+    for path, complaint in (("none.mp4", ""), ("no.mp4", ""), ("empty", "no picture in this folder")):
+        with pytest.raises(ValueError, match=rf"^shows {path}: .*{path}.*{complaint}"):
+            llava.sample({**PAIR, "video": path}, images)
+    with pytest.raises(ValueError, match=r"^shows none\.mp4: there is no such video"):
+        llava.sizes({**PAIR, "video": "none.mp4"}, images)
+    with pytest.raises(ValueError, match=r"^shows film: .*12.* 13"):
+        llava.sample(PAIR, images, frames=13)
 
 
 @pytest.mark.parametrize("folder", [None, "nowhere"])
 def test_a_missing_folder_is_named(folder):
-    with pytest.raises(ValueError, match=rf"record 'a1' shows coco/1\.png, but {folder} is no folder; give --images"):
+    with pytest.raises(ValueError, match=rf"^shows coco/1\.png, but {folder} is no folder; give --images"):
         llava.sample(SHOWN, folder)
 
 
@@ -184,33 +351,71 @@ def test_a_missing_folder_is_named(folder):
 
 
 def test_every_record_once_per_epoch():
-    records = list(range(10))
-    drawn = [r for step in range(12) for r in llava.pick(records, 5, step, 5)]
+    tokens = np.arange(10) + 1
+    drawn = [r for step in range(12) for r in llava.pick(tokens, 5, step, 5)]
     epochs = [drawn[i : i + 10] for i in range(0, 60, 10)]
-    assert all(sorted(epoch) == records for epoch in epochs) and len({tuple(e) for e in epochs}) == 6
-    assert drawn != [r for step in range(12) for r in llava.pick(records, 6, step, 5)]
+    assert all(sorted(epoch) == [*range(10)] for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
+    assert drawn != [r for step in range(12) for r in llava.pick(tokens, 6, step, 5)]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 25])
 def test_a_step_can_be_made_alone(batch):
     """Nothing but the number of the step is needed, in the first epoch and in later ones, and no record is lost."""
-    records = list(range(10))
-    straight = [llava.pick(records, 5, step, batch) for step in range(40)]
-    for step in (39, 11, 2):
+    tokens = np.array([5, 1, 1, 9, 2, 2, 8, 3, 30, 1])
+    straight = [llava.pick(tokens, 5, step, batch) for step in range(60)]
+    for step in (59, 11, 2):
         text.permutation.cache_clear()
-        assert llava.pick(records, 5, step, batch) == straight[step]
+        llava.group.cache_clear()
+        assert llava.pick(tokens, 5, step, batch) == straight[step]
     drawn = [r for records_of_step in straight for r in records_of_step]
-    assert all(sorted(drawn[i : i + 10]) == records for i in range(0, 40 * batch // 10 * 10, 10))
+    assert [drawn.count(r) for r in range(10)] == [6 * batch] * 10  # whole epochs, for each batch
+    assert all(len(numbers) == batch for numbers in straight)
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_a_step_s_records_are_of_like_length(ranks):
+    """Padding on lengths like LLaVA's at its batch of 32, up to 4 read at once by each rank, against random order."""
+    rng = np.random.default_rng(0)
+    visual = np.exp(rng.normal(7.4, 0.6, 20_000)).clip(288, 7056).astype(int) // 144 * 144
+    tokens = np.where(rng.random(20_000) < 0.1, 0, visual) + np.exp(rng.normal(4.5, 0.8, 20_000)).astype(int) + 1
+
+    def padding(numbers_of_steps):
+        real = whole = 0
+        for numbers in numbers_of_steps:
+            for rank in range(ranks):
+                mine = tokens[numbers[rank::ranks]]
+                for start in range(0, len(mine), 4):
+                    part = mine[start : start + 4]
+                    real, whole = real + part.sum(), whole + len(part) * part.max()
+        return 1 - real / whole
+
+    like = padding(llava.pick(tokens, 1, step, 32) for step in range(200))
+    anyhow = padding(text.shuffled(len(tokens), 1, step * 32, 32) for step in range(200))
+    print(f"padding over {ranks} ranks: {like:.1%}, in random order {anyhow:.1%}")
+    assert like < 0.1 and anyhow > 0.3
+
+
+def test_steps_of_a_group_come_in_no_order_of_length():
+    tokens = np.arange(3200) + 1
+    first = [tokens[llava.pick(tokens, 1, step, 32)].mean() for step in range(32)]
+    assert sorted(first) != first and abs(np.corrcoef(first, range(32))[0, 1]) < 0.5
+    assert max(np.ptp(tokens[llava.pick(tokens, 1, step, 32)]) for step in range(32)) < 3200 / 8
 
 
 def test_the_training_script_reads_it(tmp_path, images):
+    import torch
+
+    import longva
+    import ring
     import train_vision
+    from data.runs import TINY
 
     file = write(tmp_path / "r.json", GOOD)
     cfg = train_vision.Config(stage="sft", data=str(file), images=images, batch=2, seed=1)
-    samples = train_vision.make_samples(cfg, slice(None))
-    seen = [said for step in (2, 3) for _, said in samples(step)]  # the second epoch
-    parts = [train_vision.make_samples(cfg, slice(rank, None, 2))(2) for rank in range(2)]
-    assert [said for part in parts for _, said in part] == [said for _, said in samples(2)]
-    assert sorted(seen) == sorted(llava.sample(r, images)[1] for r in GOOD)
-    assert [len(pictures) for pictures, _ in samples(3)] == [len(pictures) for pictures, _ in samples(3)]
+    config = longva.read_config(TINY / "longva")
+    source = train_vision.open_source(cfg, config, ring.World(0, 1, torch.device("cpu")))
+    assert source.size == len(GOOD) and not source.bad
+    seen = [said for step in (2, 3) for i in source.pick(step) for said in source.sample(i)[1]]  # the second epoch
+    assert sorted(seen) == sorted(said for record in GOOD for said in llava.sample(record, images)[1])
+    with pytest.raises(ValueError, match=r"4 of 4 .* no 'chosen' and 'rejected' answer"):
+        train_vision.open_source(train_vision.replace(cfg, stage="dpo"), config, ring.World(0, 1, torch.device("cpu")))

@@ -585,7 +585,7 @@ def test_the_training_script_reads_it(tmp_path):
 
     np.save(tmp_path / "t.npy", np.arange(100, dtype=np.uint16))
     cfg = train_text.Config(corpus=str(tmp_path / "t.npy"), seq_len=8, batch=2)
-    ids_BS, targets_BS = train_text.make_batches(cfg, SimpleNamespace(size=100))(7)
-    assert ids_BS.shape == (2, 8) and torch.equal(targets_BS, ids_BS + 1)
+    ids_BS, targets_BS, starts = train_text.make_batches(cfg, SimpleNamespace(size=100))(7)
+    assert ids_BS.shape == (2, 8) and torch.equal(targets_BS, ids_BS + 1) and starts is None
     with pytest.raises(ValueError, match=r"token 99, but the model's tokenizer has 99"):
         train_text.make_batches(cfg, SimpleNamespace(size=99))

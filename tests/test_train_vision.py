@@ -1,0 +1,592 @@
+"""The vision stages: what a step learns on one rank and on many, what is trained, what is left out, and preference."""
+
+import json
+import os
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import longva
+import ring
+import train_vision as tv
+from data import chat, synthetic, tokenizer
+from data.runs import TINY
+from tests import ranks
+from tests.test_train import ROOT, here, kill_and_resume, losses, run, weights_of
+
+ALONE = ring.World(0, 1, torch.device("cpu"))
+WORDS = tokenizer.load_tokenizer(synthetic.TOKENIZER)
+NUMBER = "Which number is on the star?"
+
+
+def settings(stage="sft", **changes):
+    return tv.settle(tv.Config(**{**tv.PRESETS["tiny"], "stage": stage, "device": "cpu", **changes}))
+
+
+# ---- samples ----
+
+
+@cache
+def picture(i, most=4):
+    return synthetic.conversation(7, i, most)[0][0]
+
+
+@cache
+def film(i, frames=3):
+    return synthetic.preference(7, i, frames)[0][0]
+
+
+def ask(*shown, said="7", more=()):
+    """What is shown, in front of a question, and its answer."""
+    question = "<image>\n" * len(shown) + NUMBER
+    return [*shown], [[("user", question), ("assistant", said), *more]]
+
+
+MORE = (("user", "Which colour is the moon?"), ("assistant", "red"))
+MIXED = [
+    ask(picture(0, 9), picture(1)),
+    ask(more=MORE),
+    ask(film(0)),
+    ask(picture(1), film(0), picture(2, 9), said="3", more=MORE),  # a picture and a film that came before
+    ask(film(1), more=MORE * 3),
+    ask(picture(3, 16), said="red"),
+    ask(picture(4), more=MORE),
+    ask(said="0"),
+]
+PAIRS = [synthetic.preference(7, i, 3) for i in range(4)]
+PAIRS[1] = ([picture(5)], PAIRS[1][1])
+BEFORE = -torch.tensor([[3.0, 5.0], [9.0, 2.0], [1.0, 25.0], [30.0, 6.0]], dtype=torch.float64)
+
+
+def broken(why="is broken"):
+    raise ValueError(why)
+
+
+def learn(cfg, world, samples, before=None):
+    """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
+    circles = circle, number, many = ring.rings(world, cfg.ring)
+    model, _ = tv.assemble(replace(cfg, batch=len(samples)), WORDS, world)
+    numbers = [*range(len(samples))]
+    source = tv.Source(len(samples), None, lambda i: broken(samples[i]) if isinstance(samples[i], str) else samples[i])
+    parts, faults = tv.make_parts(cfg, model, WORDS, source, circle)(numbers[number::many])
+    told = tv.learn(cfg, model, parts, before, world, circle)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+    return told, whole, faults, tv.census(replace(cfg, batch=len(samples)), parts, world, circles)
+
+
+def same(many, one):
+    """Equal logs and gradients, to float32's accuracy."""
+    assert many[0].keys() == one[0].keys()
+    for name, value in one[0].items():
+        assert many[0][name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+    assert many[1].keys() == one[1].keys()
+    largest = max(g.norm() for g in one[1].values())
+    for name, g in one[1].items():
+        assert (many[1][name] - g).norm() < 2e-4 * g.norm() + 1e-6 * largest, name
+
+
+# ---- ranks ----
+
+
+def rings_agree(world, scheme, at_once):
+    cfg = settings(weights=TINY / ("anyres" if scheme == "anyres" else "longva"), scheme=scheme, ring=2, max_len=2048)
+    same(learn(replace(cfg, at_once=at_once), world, MIXED), learn(replace(cfg, ring=1), ALONE, MIXED))
+
+
+def all_of_a_part_may_be_broken(world, *_):
+    """What one rank cannot read, its ring leaves out, and the rest is learned as if alone."""
+    some = ["is broken" if i % 2 else sample for i, sample in enumerate(MIXED)]
+    cfg = settings(weights=TINY / "longva", max_len=2048)
+    one = learn(cfg, ALONE, MIXED[::2])
+    blind = some if world.rank else MIXED  # rank 1 alone
+    for size, at_once, samples in ((1, None, some), (2, 1, blind)):
+        told, gradients, faults, (lost, padding) = learn(replace(cfg, ring=size, at_once=at_once), world, samples)
+        same((told, gradients), one)
+        reported = [{"sample": i, "why": "is broken"} for i in (1, 3, 5, 7)]
+        assert faults == reported * world.rank and lost == 4 and 0 < padding < 1
+
+
+def preference_on(world, *_):
+    cfg = settings("dpo", weights=TINY / "longva", beta=0.3)
+    one = textbook(cfg)
+    for size, at_once in ((1, None), (1, 1), (world.ranks, 1)):
+        same(learn(replace(cfg, ring=size, at_once=at_once), world, PAIRS, BEFORE), one)
+
+
+def reference_on(world, folder, *_):
+    """What is thought of a pair before training, of each once, the broken one apart; read again by a later run."""
+    cfg = settings("dpo", weights=TINY / "longva", batch=4)
+    known = torch.cat([torch.zeros(1, 2), slowly(cfg)[0].detach().double()])
+    source = tv.Source(5, None, lambda i: PAIRS[i - 1] if i else broken())
+    for size, at_once in ((1, 1), (2, None)):
+        cfg = replace(cfg, ring=size, at_once=at_once, out=folder / f"reference-{size}")
+        cfg.out.mkdir(exist_ok=True)
+        circles = circle, number, many = ring.rings(world, size)
+        model, _ = tv.assemble(cfg, WORDS, world)
+        parts = tv.make_parts(cfg, model, WORDS, source, circle)
+        found = tv.reference(cfg, model, world, circles, (source, parts), 0)
+        torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
+        ring.total(torch.zeros(1), world)  # rank 0 has written
+        assert torch.equal(found, tv.reference(cfg, None, world, circles, (source, None), 3))
+        told = tv.learn(cfg, model, parts([1, 2, 3, 4][number::many])[0], found, world, circle)
+        assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def ring_of_unires(world, *_):
+    rings_agree(world, "unires", None)
+
+
+def ring_of_anyres(world, *_):
+    rings_agree(world, "anyres", 1)
+
+
+def stages_without_a_picture(world, *_):
+    """A rank without a picture, and one with a film alone, use the parameters that the others use."""
+    cfg = settings(weights=TINY / "anyres", max_len=2048)
+    for samples in ([ask(picture(0)), ask()], [ask(film(0)), ask(picture(0))]):
+        same(learn(cfg, world, samples), learn(cfg, ALONE, samples))
+
+
+def on(world, *flags):
+    """Run the script on the ranks that are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "start", lambda device: world)
+        patch.setattr(ring, "stop", lambda world: None)
+        assert here("train_vision.py", *flags) == 0
+
+
+def both_stages_one_after_the_other(world, folder, *_):
+    """Rank 1 of a ring has nothing to write, and still begins with sft when rank 0 has written what align made."""
+    os.chdir(folder)
+    on(world, *"--stage both --device cpu --steps 2 --batch 2 --ring 2".split())
+    assert len(losses(folder / "runs/tiny-longva-sft")) == 2
+
+
+def each_rank_reports_what_it_found(world, folder, flags):
+    """Records 2 and 5 are missing, which ranks 0 and 1 see when they divide the file; 1 and 7 end early."""
+    out = folder / "reported"
+    on(world, *flags, "--max-bad", 0.4, "--batch", 10, "--steps", 1, "--out", out)
+    assert [line["id"] for line in lines(out / f"unusable-{world.rank}.jsonl")] == [["r2"], ["r5"]][world.rank]
+    both = [line["id"] for rank in (0, 1) if (f := out / f"skipped-{rank}.jsonl").exists() for line in lines(f)]
+    assert sorted(both) == ["r1", "r7"] and [line["skipped"] for line in lines(out / "log.jsonl")] == [2]
+
+
+@pytest.mark.ranks
+def test_two_ranks(tmp_path):
+    checks = [ring_of_unires, ring_of_anyres, stages_without_a_picture, all_of_a_part_may_be_broken, preference_on]
+    checks += [reference_on, each_rank_reports_what_it_found, both_stages_one_after_the_other]
+    ranks.run(2, checks, tmp_path, records(tmp_path, missing=[2, 5], cut=[1, 7]))
+
+
+@pytest.mark.ranks
+def test_two_rings_of_two():
+    ranks.run(4, [ring_of_unires, ring_of_anyres])
+
+
+def shares(scheme, samples):
+    """What each rank of a ring of two is given of one batch."""
+    cfg = settings(weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
+    config = longva.read_config(cfg.weights)
+    source = tv.Source(len(samples), None, samples.__getitem__)
+    examples = [tv.prepare(cfg, config, WORDS, source, i) for i in range(len(samples))]
+    return [tv.collate(examples, config, WORDS, ring.World(rank, 2, ALONE.device)).arguments for rank in range(2)]
+
+
+def test_shards_cut_pictures_and_grids():
+    """The batch above does test it: a border lies inside a grid, which two ranks see, and each sees what it needs."""
+    sides = shares("unires", MIXED)
+    whole = torch.cat([ids_BT for ids_BT, *_ in sides], dim=1)[:, torch.cat([idx for _, idx, *_ in sides]).argsort()]
+    border = whole.shape[1] // 4  # where rank 1 takes over
+    before = (whole[:, :border] == chat.IMAGE).sum(1)
+    inside = (whole[:, border - 1] == chat.IMAGE) & (whole[:, border] == chat.IMAGE)
+    assert (inside & (before % 4 > 0)).any()
+    both = [{grid.numpy().tobytes() for grid in pixels} for _, _, _, pixels, *_ in sides]
+    assert both[0] & both[1] and both[0] - both[1] and both[1] - both[0]
+    assert all(len(rows) == (ids == chat.IMAGE).sum() for ids, _, _, _, _, _, rows in sides)
+
+
+# ---- what is seen, and what learns ----
+
+
+def seen(model):
+    """A list that will hold how many grids each call of the tower is given, and how many of them differ."""
+    calls = []
+
+    def note(module, arguments):
+        grids = [grid.numpy().tobytes() for grid in arguments[0].detach()]
+        calls.append((len(grids), len(set(grids))))
+
+    model.tower.register_forward_pre_hook(note)
+    return calls
+
+
+@pytest.mark.parametrize("stage, scheme, samples, grids", [
+    ("sft", "unires", [ask(film(0), film(0)), ask(film(0)), ask()], 3),
+    ("sft", "unires", [ask(film(0)), ask(film(0)[:2])], 3),
+    ("dpo", "unires", PAIRS[:1], 3),
+    ("dpo", "unires", [PAIRS[0], PAIRS[0], PAIRS[2]], 6),
+    ("sft", "anyres", [ask(picture(3, 16), picture(3, 16)), ask(picture(3, 16))], None),
+])  # fmt: skip
+def test_each_grid_is_seen_once(stage, scheme, samples, grids):
+    cfg = settings(stage, weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
+    model, _ = tv.assemble(cfg, WORDS, ALONE)
+    calls, source = seen(model), tv.Source(len(samples), None, samples.__getitem__)
+    (part,), _ = tv.make_parts(replace(cfg, at_once=None), model, WORDS, source, ALONE)([*range(len(samples))])
+    model(*part.arguments)
+    grids = grids or len(longva.show(picture(3, 16), model.config, cfg.grids)[0])
+    assert calls == [(grids, grids)]
+
+
+def test_repeated_grids_give_what_separate_ones_give():
+    """Tokens put in their places by number are those that the model makes picture by picture."""
+    for scheme in ("unires", "anyres"):
+        cfg = settings(weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
+        model, _ = tv.assemble(cfg, WORDS, ALONE)
+        source = tv.Source(len(MIXED), None, MIXED.__getitem__)
+        examples = [tv.prepare(cfg, model.config, WORDS, source, i) for i in range(len(MIXED))]
+        part = tv.collate(examples, model.config, WORDS, ALONE)
+        nll_B, _ = model(*part.arguments)
+        for example, nll in zip(examples, nll_B):
+            ids, targets = chat.pad(example.texts, WORDS.pad_id)
+            pixels = torch.cat([pixels for pixels, *_ in example.shown] or [torch.zeros(0, 3, 32, 32)])
+            layout = [how for _, how, _ in example.shown]
+            plainly, _ = model(ids, torch.arange(ids.shape[1]), targets, pixels, layout)
+            torch.testing.assert_close(plainly[0], nll, rtol=1e-4, atol=1e-4)
+
+
+def test_align_builds_no_graph_in_what_is_frozen():
+    cfg = settings("align", weights=TINY / "extended", tower=TINY / "tower")
+    model, groups = tv.assemble(cfg, WORDS, ALONE)
+    made = []
+    model.tower.register_forward_hook(lambda module, arguments, z_NPE: made.append(z_NPE))
+    source = tv.synthetic_source(cfg)
+    parts, _ = tv.make_parts(cfg, model, WORDS, source, ALONE)([0, 1, 2])
+    tv.learn(cfg, model, parts, None, ALONE, ALONE)
+    assert [z_NPE.grad_fn for z_NPE in made] == [None] and not made[0].requires_grad
+    learned = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learned == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert [group["peak"] for group in groups] == [cfg.lr] and len(groups[0]["params"]) == 4
+
+
+@pytest.mark.parametrize("name", ["longva", "anyres"])
+@pytest.mark.parametrize("samples", [[ask(), ask(more=MORE)], [ask(film(0))]], ids=["text", "film"])
+def test_a_batch_without_pictures_uses_the_same_parameters(name, samples):
+    """Text alone, or a film alone, gives a gradient to every parameter that a picture does, if need be of zero."""
+    cfg = settings(weights=TINY / name, max_len=2048)
+    with_pictures, without = learn(cfg, ALONE, [ask(picture(0))])[1], learn(cfg, ALONE, samples)[1]
+    assert with_pictures.keys() == without.keys()
+    eye = [name for name in without if "vision_tower" in name or "mm_projector" in name]
+    assert eye and all(bool(without[name].any()) == (samples[0][0] != []) for name in eye if "k_proj.bias" not in name)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_parts_of_a_step_add_up(at_once):
+    cfg = settings(weights=TINY / "longva", max_len=2048)
+    same(learn(replace(cfg, at_once=at_once), ALONE, MIXED), learn(cfg, ALONE, MIXED))
+
+
+# ---- labels and lengths ----
+
+IM, X = chat.IMAGE, chat.IGNORE
+START, END, LINE = 655, 656, 198
+SYSTEM = [638, 417, 291, 507, 415, 13]  # You are a helpful assistant.
+ASKED = [637, 545, 370, 373, 609, 592, 30]  # Which number is on the star?
+HELD = [START, 650, LINE, *SYSTEM, END, LINE, START, 651, LINE]  # up to the picture
+GOLDEN = {
+    "released": (
+        [*HELD, IM, IM, IM, IM, LINE, LINE, *ASKED, END, LINE, START, 639, LINE, 22, END, LINE],
+        [START, *[X] * 8, END, LINE, START, *[X] * 2, *[X] * 4, *[X] * 9, END, LINE, START, X, X, 22, END, LINE],
+    ),
+    "clean": (
+        [*HELD, IM, IM, IM, IM, LINE, *ASKED, END, LINE, START, 639, LINE, 22, END, LINE],
+        [*[X] * 14, *[X] * 4, *[X] * 8, X, X, X, X, X, 22, END, LINE],
+    ),
+}
+
+
+@pytest.mark.parametrize("labels", GOLDEN)
+def test_labels_of_a_conversation(labels):
+    """By hand; the label of a token is the target of the one before it."""
+    cfg = settings(weights=TINY / "longva", labels=labels)
+    ids, wanted = GOLDEN[labels]
+    assert tv.write(cfg, WORDS, [("user", f"<image>\n{NUMBER}"), ("assistant", "7")], [4]) == (ids, wanted)
+    source = tv.Source(1, None, lambda i: ask(film(0)[:1]))
+    config = longva.read_config(cfg.weights)
+    ids_BT, _, targets_BT, *_ = tv.collate([tv.prepare(cfg, config, WORDS, source, 0)], config, WORDS, ALONE).arguments
+    assert ids_BT.tolist() == [ids] and targets_BT.tolist() == [[*wanted[1:], X]]
+
+
+def test_labels_of_a_caption():
+    for labels in GOLDEN:
+        cfg = settings("align", labels=labels)
+        said = [291, 564, 592, 13, LINE]  # " a red star." and a newline
+        turns = [("user", "<image>\nTell me."), ("assistant", " a red star.")]
+        assert tv.write(cfg, WORDS, turns, [3]) == ([IM, IM, IM, *said], [X, X, X, *said])
+
+
+def test_questions_go_before_pictures_are_cut():
+    turns = [("user", f"<image>\n{NUMBER}"), ("assistant", "7"), *MORE, *MORE]
+    whole = {n: chat.example(WORDS, turns[:n], [4]) for n in (2, 4, 6)}
+    for n in (6, 4, 2):
+        for spare in (0, 1):
+            cfg = settings(weights=TINY / "longva", max_len=len(whole[n][0]) + spare)
+            assert tv.write(cfg, WORDS, turns, [4]) == whole[n]
+    cfg = settings(weights=TINY / "longva", max_len=len(whole[2][0]) - 1)
+    late = [*MORE, ("user", f"<image>\n{NUMBER}"), ("assistant", "7")]
+    for said in (turns, turns[:2], [("assistant", "Hi"), *turns], late):
+        with pytest.raises(ValueError, match=f"with 4 visual tokens does not fit --max-len {cfg.max_len}; raise it"):
+            tv.write(cfg, WORDS, said, [4])
+    assert tv.write(replace(cfg, max_len=len(whole[2][0])), WORDS, [*turns[:4], ("user", "Bye")], [4]) == whole[2]
+
+
+# ---- broken samples ----
+
+
+def records(folder, count=12, missing=(), cut=(), suffix="png"):
+    """A data file with a picture each, of which some are not there, and some end early."""
+    (folder / "images").mkdir(exist_ok=True)
+    written = []
+    for i in range(count):
+        file = folder / "images" / f"{i}.{suffix}"
+        picture(i, 9).resize((256, 256)).save(file)
+        if i in missing:
+            file.unlink()
+        elif i in cut:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        said = [{"from": "human", "value": f"<image>\n{NUMBER}"}, {"from": "gpt", "value": str(i % 10)}]
+        written.append({"id": f"r{i}", "image": file.name, "conversations": said})
+    (folder / "data.json").write_text(json.dumps(written))
+    flags = ["--data", folder / "data.json", "--images", folder / "images", "--device", "cpu", "--grids", 4]
+    return [*flags, "--stage", "sft", "--weights", TINY / "longva", "--save-every", 1]
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_broken_pictures_are_left_out_and_reported(tmp_path, capsys, suffix):
+    """Each of 11 usable records comes once in 11 steps of one; two of them end early, one was missing from the start."""
+    flags = [*records(tmp_path, missing=[2], cut=[5, 9], suffix=suffix), "--max-bad", 0.3, "--batch", 11, "--steps", 2]
+    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 0
+    assert "1 of 12 records are bad" in capsys.readouterr().out
+    (unusable,) = lines(tmp_path / "out/unusable-0.jsonl")
+    assert unusable["record"] == 2 and unusable["id"] == "r2" and f"2.{suffix}" in unusable["why"]
+    skipped = lines(tmp_path / "out/skipped-0.jsonl")
+    assert sorted((line["step"], line["record"], line["id"]) for line in skipped) == [
+        (step, i, f"r{i}") for step in range(2) for i in (5, 9)
+    ]
+    assert all(f"shows {line['record']}.{suffix}: " in line["why"] for line in skipped)
+    logged = lines(tmp_path / "out/log.jsonl")
+    assert [line["skipped"] for line in logged] == [2, 2] and all(np.isfinite(line["loss"]) for line in logged)
+
+
+def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--batch", 4, "--steps", 9, "--out", out]
+    assert here("train_vision.py", *records(tmp_path, missing=[1, 2]), "--max-bad", 0.1, *flags) == 2
+    said = capsys.readouterr().err
+    assert "2 of 12 records are bad, more than --max-bad 0.1 allows: record 1 (id 'r1') shows 1.png" in said
+    assert len(said.strip().splitlines()) == 1 and not out.exists()
+    assert here("train_vision.py", *records(tmp_path, cut=[*range(12)]), "--max-bad", 0.1, *flags) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "samples" in line]
+    assert len(said) == 1 and "4 samples of 12 could not be read, more than --max-bad 0.1 allows" in said[0]
+    assert len(lines(out / "skipped-0.jsonl")) == 4
+
+
+# ---- preference ----
+
+
+def slowly(cfg):
+    """(logp_P2 of the pairs' answers, from all logits, the model)."""
+    model, _ = tv.assemble(cfg, WORDS, ALONE)
+    logp = []
+    for shown, dialogues in PAIRS:
+        cut = [tv.present(cfg, model.config, one) for one in shown]
+        for turns in dialogues:
+            ids, labels = chat.example(WORDS, turns, [how.tokens(4) for _, how in cut])
+            seen_ID = model.see(torch.cat([pixels for pixels, _ in cut]), [how for _, how in cut])
+            h_BTD = model.model(model.embed(torch.tensor([ids]), seen_ID), torch.arange(len(ids)))
+            each = model.logits(h_BTD)[0, :-1].log_softmax(-1)
+            logp.append(sum(each[t, label] for t, label in enumerate(labels[1:]) if label != X))
+    return torch.stack(logp).view(-1, 2), model
+
+
+def textbook(cfg):
+    """(what is logged, gradients) of -logsigmoid(beta ((pc - pr) - (rc - rr))), by autograd."""
+    logp_P2, model = slowly(cfg)
+    (chosen, rejected), (before_chosen, before_rejected) = logp_P2.T, BEFORE.T
+    margin = cfg.beta * ((chosen - rejected) - (before_chosen - before_rejected))
+    loss = -F.logsigmoid(margin).mean()
+    loss.backward()
+    told = {"loss": loss, "margin": margin.mean(), "preferred": (chosen > rejected).double().mean()}
+    told |= {"accuracy": (margin > 0).double().mean(), "chosen": cfg.beta * (chosen - before_chosen).mean()}
+    told |= {"rejected": cfg.beta * (rejected - before_rejected).mean()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.item() for name, value in told.items()}, gradients
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.3])
+@pytest.mark.parametrize("at_once", [1, 3, None])
+def test_preference_is_the_textbook_s(beta, at_once):
+    cfg = settings("dpo", weights=TINY / "longva", beta=beta, max_len=2048)
+    same(learn(replace(cfg, at_once=at_once), ALONE, PAIRS, BEFORE), textbook(cfg))
+
+
+def test_rates_over_the_steps():
+    """dpo: up for a tenth of the steps, then a line to zero; the rest: 3 %, then a cosine."""
+    line = replace(tv.settle(tv.Config(stage="dpo", weights=ROOT)), steps=400)
+    rates = [tv.learning_rate(1.0, line, step) for step in range(400)]
+    assert rates[:41] == pytest.approx([*np.arange(1, 41) / 40, 1.0])
+    assert rates[40:] == pytest.approx([(400 - step) / 360 for step in range(40, 400)])
+    curve = replace(tv.settle(tv.Config(stage="sft", weights=ROOT)), steps=1000)
+    rates = [tv.learning_rate(2.0, curve, step) for step in range(1000)]
+    assert rates[:31] == pytest.approx([*2 * np.arange(1, 31) / 30, 2.0])
+    assert rates[515] == pytest.approx(1.0) and rates[999] < 1e-5 and sorted(rates[30:], reverse=True) == rates[30:]
+    published = tv.settle(tv.Config(stage="dpo", weights=ROOT))
+    assert (published.lr, published.tower_lr, published.beta, published.warmup) == (5e-7, 5e-7, 0.1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def preferring(tmp_path_factory):
+    """The shipped model, taught to say what colour a thing has where it has no number."""
+    out = tmp_path_factory.mktemp("dpo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tv, "PAIRS", 128)
+        assert here("train_vision.py", *PREFERRING, "--out", out) == 0
+    return out
+
+
+PREFERRING = "--stage dpo --device cpu --frames 4 --steps 40 --batch 8 --lr 2e-4 --tower-lr 2e-4".split()
+PREFERRING += ["--weights", TINY / "longva"]
+
+
+def preferred(folder, cfg, first, count=96):
+    """Share of pairs, from number `first`, in which the model thinks the preferred answer likelier; of those with no
+    number, too.
+    """
+    model, source = longva.load(folder), tv.synthetic_source(cfg)
+    examples = [tv.prepare(cfg, model.config, WORDS, source, i) for i in range(first, first + count)]
+    bare = torch.tensor([not source.sample(i)[1][0][1][1].isdigit() for i in range(first, first + count)])
+    with torch.no_grad():
+        nll_B, _ = model(*tv.collate(examples, model.config, WORDS, ALONE).arguments)
+    better = (nll_B.view(-1, 2)[:, 0] < nll_B.view(-1, 2)[:, 1]).double()
+    return better.mean().item(), better[bare].mean().item()
+
+
+def test_preference_is_learned(preferring):
+    """On pairs that were not shown the preferred answers' share rises, where the model had made numbers up above all."""
+    cfg = settings("dpo", weights=TINY / "longva", frames=4)
+    before, after = (preferred(folder, cfg, tv.PAIRS) for folder in (TINY / "longva", preferring / "model"))
+    print(f"preferred before {before[0]:.0%} ({before[1]:.0%} of things without a number), after {after[0]:.0%}")
+    assert before[0] < 0.8 and before[1] < 0.6 and after[0] > 0.88 and after[1] > 0.8, (before, after)
+    told = lines(preferring / "log.jsonl")
+    assert told[0]["margin"] == pytest.approx(0, abs=1e-4) and told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert np.mean([line["margin"] for line in told[-8:]]) > 0.3
+    assert np.mean([line["accuracy"] for line in told[-8:]]) > 0.8
+    assert told[-1]["chosen"] - told[-1]["rejected"] == pytest.approx(told[-1]["margin"])
+
+
+def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
+    """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
+    monkeypatch.setattr(tv, "PAIRS", 128)
+    monkeypatch.setattr(ring, "inference", None)
+    known = preferring / "reference.safetensors"
+    assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
+    kept = known.read_bytes()
+    known.unlink()
+    capsys.readouterr()
+    try:
+        assert here("train_vision.py", *PREFERRING, "--out", preferring) == 2
+    finally:
+        known.write_bytes(kept)
+    said = capsys.readouterr().err
+    assert "reference.safetensors is gone" in said and len(said.strip().splitlines()) == 1
+
+
+def test_what_is_exported(preferring):
+    """Names and shapes of the released file, the tower's name doubled; it loads."""
+    found = {name: tuple(tensor.shape) for name, tensor in weights_of(preferring).items()}
+    config = longva.load(preferring / "model").config
+    eye = "model.vision_tower.vision_tower.vision_model."
+    others = {name: shape for name, shape in found.items() if not name.startswith(("model.layers.", eye))}
+    V, D, E = config.lm.vocab_size, config.lm.hidden_size, config.vision.hidden_size
+    assert others == {
+        "model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D), "model.norm.weight": (D,),
+        "model.mm_projector.0.weight": (D, E), "model.mm_projector.0.bias": (D,),
+        "model.mm_projector.2.weight": (D, D), "model.mm_projector.2.bias": (D,),
+    }  # fmt: skip
+    assert sum(name.startswith(eye) for name in found) == 16 * config.vision.num_hidden_layers + 7
+    assert sum(name.startswith("model.layers.") for name in found) == 12 * config.lm.num_hidden_layers
+    assert found[eye + "pre_layrnorm.weight"] == (E,)
+    shipped = {name: tuple(p.shape) for name, p in longva.load(TINY / "longva").named_parameters()}
+    assert found == shipped
+
+
+@pytest.mark.ranks
+def test_a_killed_preference_resumes_to_the_bit(tmp_path):
+    """Pairs as a user has them, each about a film that is a folder of frames."""
+    written = []
+    for i in range(6):
+        (frames,), dialogues = synthetic.preference(1, i, 3)
+        (tmp_path / f"film-{i}").mkdir()
+        for j, frame in enumerate(frames):
+            frame.save(tmp_path / f"film-{i}" / f"{j}.png")
+        prompt, chosen, rejected = dialogues[0][0][1], dialogues[0][1][1], dialogues[1][1][1]
+        written.append({"id": i, "video": f"film-{i}", "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, written)))
+    flags = "--stage dpo --device cpu --frames 2 --steps 5 --batch 4 --save-every 1".split()
+    flags += ["--weights", TINY / "longva", "--data", tmp_path / "pairs.jsonl", "--images", tmp_path]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert here("train_vision.py", *flags, "--out", straight) == 0
+    assert "model:" in kill_and_resume("train_vision.py", flags, killed, 1)
+    assert (straight / "log.jsonl").exists() and losses(straight) == losses(killed) and len(losses(killed)) == 5
+    assert (straight / "reference.safetensors").read_bytes() == (killed / "reference.safetensors").read_bytes()
+    for name, tensor in weights_of(straight).items():
+        assert torch.equal(tensor, weights_of(killed)[name]), name
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_killed_ring_resumes_to_the_bit(tmp_path):
+    flags = "--stage sft --device cpu --ring 2 --steps 5 --batch 4 --save-every 1".split()
+    flags += ["--weights", TINY / "longva"]
+    run("train_vision.py", *flags, "--out", tmp_path / "straight", ranks=2)
+    kill_and_resume("train_vision.py", flags, tmp_path / "killed", 2)
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    for name, tensor in weights_of(tmp_path / "straight").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "killed")[name]), name
+
+
+# ---- both stages ----
+
+
+def test_both_stages_in_their_own_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stage in ("align", "sft"):
+        monkeypatch.setitem(tv.TINY_STAGES, stage, {**tv.TINY_STAGES[stage], "batch": 4, "steps": 2})
+    assert here("train_vision.py", "--stage", "both", "--device", "cpu") == 0
+    runs = tmp_path / "runs"
+    assert [len(losses(runs / f"tiny-longva-{stage}")) for stage in ("align", "sft")] == [2, 2]
+    align, sft = (weights_of(runs / f"tiny-longva-{stage}") for stage in ("align", "sft"))
+    assert json.loads((runs / "tiny-longva-sft/config.json").read_text())["weights"] == "runs/tiny-longva-align/model"
+    assert not torch.equal(align["lm_head.weight"], sft["lm_head.weight"])
+
+
+@pytest.mark.parametrize("flags", [["--out", "x"], ["--weights", TINY / "extended"], ["--preset", "longva"]])
+def test_both_stages_are_the_miniature_s(flags, capsys):
+    assert here("train_vision.py", "--stage", "both", *flags) == 2
+    assert "--stage both is for the miniature" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_shown_is_found_at_the_start(tmp_path, capsys):
+    flags = [*records(tmp_path), "--max-bad", 0.05, "--batch", 4, "--steps", 1, "--out", tmp_path / "out"]
+    Image.new("RGB", (20_000, 2)).save(tmp_path / "images" / "3.png")
+    assert here("train_vision.py", *flags) == 2
+    assert "record 3 (id 'r3') shows 3.png" in capsys.readouterr().err
