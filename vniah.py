@@ -38,7 +38,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -228,7 +227,7 @@ class Film:
         self.needle_NMD = look(model, (needle.picture for needle in self.hidden))[0]
         self.sign_NMD = look(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
         self.prompts = {"template": template, "pre": pre, "post": self.post}
-        self.prompts |= {"needles": [describe(needle) for needle in self.hidden]}
+        self.prompts |= {"needles": [needles.describe(needle) for needle in self.hidden]}
         self.enter(panel)
 
     def enter(self, panel: Panel) -> None:
@@ -323,18 +322,7 @@ class Film:
         text = self.words.decode(said)
         spoken = says(text, self.wanted[i]) if self.cfg.speak and self.cfg.engine == "cache" else None
         found = {"panel": self.panel.name, "length": length, "depth": depth, "needle": self.hidden[i].name}
-        return found | {"hit": hit, "spoken": spoken, "said": text, "tokens": tokens}
-
-
-def describe(needle: needles.Needle) -> dict:
-    """What results.json tells of a needle."""
-    told = {"name": needle.name, "question": needle.question, "answer": needle.answer, "kind": needle.kind}
-    return told | {"picture": digest(needle.picture)}
-
-
-def digest(picture: Image) -> str:
-    """16 hexadecimal digits that tell one picture from another."""
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
+        return found | {"kind": self.hidden[i].kind} | {"hit": hit, "spoken": spoken, "said": text, "tokens": tokens}
 
 
 def look(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: ANN001
@@ -343,7 +331,7 @@ def look(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: A
 
     def grids() -> Iterator[Tensor]:
         for picture in pictures:
-            hashes.append(digest(picture))
+            hashes.append(needles.digest(picture))
             yield unires.frame(picture, model.config.vision.side, "pad")
 
     return torch.cat(list(longva.watch(model, grids()))).unflatten(0, (-1, M)), hashes
@@ -707,6 +695,8 @@ def show(cfg: Config, known: Known, panels: list[Panel], controls: list[Panel], 
     spoken = [map_of(panel, "spoken") for panel in panels if hits_of(known, panel, key="spoken")]
     if spoken:
         print("\nby what the models say themselves:\n" + figures.table(spoken, lengths, unit))
+    if kinds := figures.by_kind(known, [panel.name for panel in [*panels, *controls]]):
+        print("\nby kind of needle:\n" + kinds)
     if trials and any(hits_of(known, trial) for trial in trials):
         tried = ", ".join(f"{trial.rope_theta:g}: {np.mean(hits_of(known, trial)):.2f}" for trial in trials)
         by = "with the same needles" if cfg.needles else "with another haystack and other needles"

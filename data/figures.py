@@ -53,6 +53,22 @@ def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:
     return "\n".join(lines)
 
 
+def by_kind(known: dict, panels: Sequence[str]) -> str:
+    """Hit rates of each kind of needle, where needles have kinds; `known`: (panel, length, depth) -> needle -> probe."""
+    found: dict[tuple[str, str], list[bool]] = {}
+    for (panel, *_), probes in known.items():
+        for probe in probes.values():
+            if panel in panels and probe.get("kind"):
+                found.setdefault((panel, probe["kind"]), []).append(probe["hit"])
+    width, lines = max(map(len, panels)), []
+    for panel in panels:
+        rates = [(kind, np.mean(hits), len(hits)) for (name, kind), hits in sorted(found.items()) if name == panel]
+        if rates:
+            told = "   ".join(f"{kind} {rate:.2f} (n={count})" for kind, rate, count in rates)
+            lines.append(f"{panel:>{width}}   {told}")
+    return "\n".join(lines)
+
+
 def blocks(one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str) -> str:
     """A heatmap for a terminal: the darker, the more were found; | where training ended."""
     ends, rows = sum(length <= one.trained for length in lengths), []

@@ -14,6 +14,7 @@ Deviations.
 - The haystack's files are read in sorted order, not in the order of the file system.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -119,6 +120,17 @@ def write_needles(folder: str | Path, needles: Sequence[Needle]) -> None:
         record = {"image": image, "question": needle.question, "answer": needle.answer}
         records.append(record | ({"kind": needle.kind} if needle.kind else {}))
     (folder / "questions.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(needle: Needle) -> dict:
+    """What results.json tells of a needle."""
+    told = {"name": needle.name, "question": needle.question, "answer": needle.answer, "kind": needle.kind}
+    return told | {"picture": digest(needle.picture)}
+
+
+def digest(picture: Image.Image) -> str:
+    """16 hexadecimal digits that tell one picture from another."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
 
 
 def shuffled_options(needle: Needle, rng: np.random.Generator) -> Needle | None:
