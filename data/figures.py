@@ -54,7 +54,7 @@ def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:
 
 
 def by_kind(known: dict, panels: Sequence[str]) -> str:
-    """Hit rates of each kind of needle, where needles have kinds; `known`: (panel, length, depth) -> needle -> probe."""
+    """Hit rates of each kind of needle, if they have kinds; `known`: (panel, length, depth) -> needle -> probe."""
     found: dict[tuple[str, str], list[bool]] = {}
     for (panel, *_), probes in known.items():
         for probe in probes.values():

@@ -302,10 +302,10 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
     panel = found["panels"]["longva"]
     assert len(set(panel["haystack"])) > 20 and len(panel["haystack"]) == 40
-    assert panel["haystack"][0] == vniah.digest(next(synthetic.film(7)))
+    assert panel["haystack"][0] == needles.digest(next(synthetic.film(7)))
     told = panel["prompts"]
     assert [one["question"] for one in told["needles"]] == [one.question for one in hidden]
-    assert [one["picture"] for one in told["needles"]] == [vniah.digest(one.picture) for one in hidden]
+    assert [one["picture"] for one in told["needles"]] == [needles.digest(one.picture) for one in hidden]
     assert told["template"] == "qwen_1_5" and told["pre"] and told["post"]
     cells = by_cell(found["cells"])
     assert len(cells) == 2 * 2 + 2 and {name for name, *_ in cells} == {"longva", "longva, no needle"}
@@ -608,7 +608,7 @@ def test_a_trial_has_other_needles(cfg, folders):
                 asked = [{words.decode(answer) for _, answer in story.probes(40, 0.5)} for story in stories]
                 assert stories[0].ids != stories[1].ids
             else:
-                asked = [{vniah.digest(n.picture) for n in vniah.pick_needles(at, panel)[0]} for panel in panels]
+                asked = [{needles.digest(n.picture) for n in vniah.pick_needles(at, panel)[0]} for panel in panels]
             assert len(asked[0]) >= 4 and not asked[0] & asked[1]
 
 
