@@ -226,8 +226,8 @@ class Film:
         self.names = [needle.name for needle in self.hidden]
         self.needle_NMD = look(model, (needle.picture for needle in self.hidden))[0]
         self.sign_NMD = look(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
-        self.prompts = {"template": template, "pre": pre, "post": self.post}
-        self.prompts |= {"needles": [needles.describe(needle) for needle in self.hidden]}
+        told = list(map(needles.describe, self.hidden))
+        self.prompts = {"template": template, "pre": pre, "post": self.post, "needles": told}
         self.enter(panel)
 
     def enter(self, panel: Panel) -> None:
@@ -280,8 +280,7 @@ class Film:
             self.spread = job.spread
         known = (self.cache.length - before) // M
         if job.at > known:
-            x_NMD = self.hay(job.spread, job.at)[known:]
-            longva.read(self.model, x_NMD.flatten(0, 1)[None], self.cache)
+            longva.read(self.model, self.hay(job.spread, job.at)[known:].flatten(0, 1)[None], self.cache)
         return before + job.at * M
 
     def probe(self, job: Job, jobs: list[Job]) -> Iterator[list[dict]]:
@@ -322,7 +321,7 @@ class Film:
         text = self.words.decode(said)
         spoken = says(text, self.wanted[i]) if self.cfg.speak and self.cfg.engine == "cache" else None
         found = {"panel": self.panel.name, "length": length, "depth": depth, "needle": self.hidden[i].name}
-        return found | {"kind": self.hidden[i].kind} | {"hit": hit, "spoken": spoken, "said": text, "tokens": tokens}
+        return found | {"kind": self.hidden[i].kind, "hit": hit, "spoken": spoken, "said": text, "tokens": tokens}
 
 
 def look(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: ANN001
@@ -381,8 +380,7 @@ def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
     """The haystack's pictures, one per second of film, as a stream; the paper's protocol counts frames of a file."""
     if cfg.haystack == "synthetic":
         return islice(synthetic.film(cfg.seed + 1000 * panel.trial), frames)
-    counts = cfg.protocol == "paper" and Path(cfg.haystack).is_file()
-    fps = video.nearly_one(cfg.haystack) if counts else 1.0
+    fps = video.nearly_one(cfg.haystack) if cfg.protocol == "paper" and Path(cfg.haystack).is_file() else 1.0
     return (picture for _, picture in islice(video.frames(cfg.haystack, fps=fps), frames))
 
 
@@ -658,12 +656,19 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
     for folder in cfg.merge:
         if not list(folder.glob(CELLS.format("*"))):
             raise ValueError(f"--merge {folder} holds no results; name folders that vniah.py wrote")
+    drawn = [Path(folder, "config.json") for folder in (cfg.out, *cfg.merge) if list(folder.glob(CELLS.format("*")))]
+    drawn = [(told["seed"], told["needles"]) for told in (json.loads(file.read_text()) for file in drawn)]
+    if cfg.merge and len(set(drawn)) < len(drawn):
+        raise ValueError("--merge would count the same needles twice: these runs have one seed; leave some out")
     folders = sorted({panel.folder for panel in panels})
     stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
     if not cfg.plot_only:
         stamp |= {"weights": {str(folder): weights.sha(folder) for folder in folders}}
         ring.say(world, "testing " + ", ".join(os.path.relpath(folder) for folder in folders))
         if world.rank == 0:
+            if cfg.out.is_dir() and not list(cfg.out.glob(CELLS.format("*"))):
+                runs.hold(cfg.out)
+                (cfg.out / "config.json").unlink(missing_ok=True)  # of a run that a mistake ended: begin anew
             runs.open_run(cfg.out, stamp)
             for file in cfg.out.glob(CELLS.format("*")):
                 runs.rewind(cfg.out, None, file.name)
@@ -724,8 +729,7 @@ def keep_results(cfg: Config, stamp: dict, told: dict, known: Known) -> None:
     runs.replace_text(file, json.dumps(results, indent=1, default=str) + "\n")
     print(f"results: {file}   pictures: {cfg.out / 'heatmap.png'}, {cfg.out / 'comparison.png'}")
     if not cfg.weights:
-        after = "python vniah.py text" if cfg.task == "vision" else "python train_text.py --preset tiny-base"
-        print(f"next:    {after}")
+        print("next:    python " + ("vniah.py text" if cfg.task == "vision" else "train_text.py --preset tiny-base"))
 
 
 def trained(cfg: Config, panel: Panel) -> tuple[float, int]:

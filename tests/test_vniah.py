@@ -807,6 +807,14 @@ def test_other_settings_need_another_folder(undrawn, cfg):
     vniah.main(replace(cfg, colours="paper", trained_on=16))  # looks alone
 
 
+def test_a_mistake_mended_needs_no_other_folder(undrawn, cfg):
+    for wrong in ({"template": "tarot"}, {"haystack": "nowhere.mp4"}):
+        with pytest.raises(ValueError, match=r"tarot|nowhere"):
+            vniah.main(replace(cfg, **wrong))
+    vniah.main(cfg)
+    assert results(cfg)["cells"]
+
+
 def test_training_never_sees_what_is_tested():
     """Needles, film and story come from streams of random numbers that no training text or picture uses."""
     tested = {n.picture.tobytes() for seed in (7, 1007) for n in synthetic.draw_needles(seed, 24, 3)[0]}
