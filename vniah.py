@@ -15,8 +15,8 @@ Key       B probes read together   N frames   M tokens per frame   T tokens   S 
 Deviates  Needles with one place in the same haystack are read once for all lengths, into a cache that grows with the
           frames, is branched off at the needle, and cropped back behind each question. --engine ring is the paper's
           way: each probe is read by all ranks at once, nothing is kept. Both give the same scores.
-          A few distractors (frames with other things and other numbers) lie in the miniature's haystack, else the only
-          number would be the answer; --distractors 0 is the paper's test.
+          A few distractors (look-alikes: other things with other numbers, or other needles of the folder) lie in the
+          miniature's haystack, else the only number would be the answer; --distractors 0 is the paper's test.
           Numbers in text are drawn anew for each cell; --protocol paper has the same five everywhere.
           Intervals are Wilson's at 95 %, over all probes; the same needles come at every length and depth, so that
           probes are not independent, and other needles may differ by more. The same questions without the needle
@@ -125,7 +125,7 @@ def settle(cfg: Config) -> Config:
     """Fill what was left to the protocol."""
     values = {"depths": PAPER_DEPTHS[cfg.task]} | PROTOCOLS[cfg.protocol]
     model = cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"
-    values |= {"out": Path(f"runs/vniah-{cfg.task}-{model}")}
+    values |= {"out": Path(f"runs/vniah-{cfg.task}-{model}")} | ({"distractors": 0} if cfg.needles else {})
     return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
@@ -391,9 +391,13 @@ def asked(cfg: Config, panel: Panel, hidden: list[needles.Needle]) -> list[needl
 
 
 def pick_needles(cfg: Config, panel: Panel) -> tuple[list[needles.Needle], list[needles.Needle]]:
-    """The needles, and the distractors: needles of other things, which no question asks about."""
+    """The needles, and the distractors: needles of other things, of a folder some that are then not asked about."""
     if cfg.needles:
-        return needles.read_needles(cfg.needles), []
+        given = needles.read_needles(cfg.needles)
+        if len(given) <= panel.distractors:
+            raise ValueError(f"{cfg.needles} has {len(given)} needles, too few for --distractors {panel.distractors}")
+        drawn = np.random.default_rng([0xD15, cfg.seed]).permutation(len(given)).tolist()
+        return [given[i] for i in sorted(drawn[panel.distractors :])], [given[i] for i in drawn[: panel.distractors]]
     count = cfg.needle_count if not panel.trial else 8
     return synthetic.draw_needles(cfg.seed + 1000 * panel.trial, count, panel.distractors)
 

@@ -820,3 +820,16 @@ def test_training_never_sees_what_is_tested():
     tested = {n.picture.tobytes() for seed in (7, 1007) for n in synthetic.draw_needles(seed, 24, 3)[0]}
     trained = {p.tobytes() for step in range(3) for p in synthetic.captioned_grids(42, step, 100)[0]}
     assert not tested & trained and len(tested) == 48
+
+
+def test_other_needles_of_a_folder_are_its_distractors(cfg, tmp_path):
+    """As many as asked for, never asked about themselves, the same on every run; without the flag there are none."""
+    write_needles(tmp_path / "needles")
+    cfg = vniah.settle(replace(cfg, needles=tmp_path / "needles", distractors=2))
+    hidden, signs = vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=2))
+    assert len(hidden) == len(signs) == 2 and not {n.name for n in hidden} & {n.name for n in signs}
+    again = vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=2))
+    assert [n.name for part in again for n in part] == [n.name for n in [*hidden, *signs]]
+    assert vniah.settle(replace(cfg, distractors=None, protocol="tiny")).distractors == 0
+    with pytest.raises(ValueError, match="has 4 needles, too few for --distractors 4"):
+        vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=4))
