@@ -14,7 +14,7 @@ from PIL import Image
 import longva
 import ring
 import train_vision as tv
-from data import chat, synthetic, tokenizer
+from data import chat, flags, synthetic, tokenizer
 from data.runs import TINY
 from tests import ranks
 from tests.test_train import ROOT, here, kill_and_resume, losses, run, weights_of
@@ -508,6 +508,41 @@ def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
         known.write_bytes(kept)
     said = capsys.readouterr().err
     assert "reference.safetensors is gone" in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
+    """One that could not be read when the reference was asked is not learned from later, also by a run that goes on."""
+    read, asked = synthetic.preference, []
+
+    def once_broken(seed, i, frames):
+        asked.append(i)
+        return read(seed, i, frames) if i != 3 or asked.count(3) > 1 else broken("is a stale file handle")
+
+    monkeypatch.setattr(tv, "PAIRS", 8)
+    monkeypatch.setattr(synthetic, "preference", once_broken)
+    cfg = settings("dpo", weights=TINY / "longva", out=tmp_path, batch=8, steps=2, frames=3, max_bad=0.5)
+    tv.train(cfg, ALONE)
+    told, reports = lines(tmp_path / "log.jsonl"), lines(tmp_path / "skipped-0.jsonl")
+    assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
+    assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
+    model, source = longva.load(TINY / "longva"), tv.synthetic_source(cfg)
+    again = tv.reference(cfg, model, ALONE, (ALONE, 0, 1), (source, None), 1)
+    assert source.lost == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
+def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch, capsys):
+    """With the data that it needs, and on the model that was just made."""
+    for place, name in ((longva, "save"), (tv.runs, "draw_curve"), (ring, "whole_parameters")):
+        monkeypatch.setattr(place, name, lambda *a: None)
+    given = {"stage": "align", "weights": tmp_path, "tower": tmp_path}
+    cfg = tv.settle(tv.Config(**tv.PRESETS[preset] | given))
+    model = longva.read_config(TINY / "longva")
+    tv.export(cfg, type("Model", (), {"config": model})(), ALONE)
+    _, _, typed = capsys.readouterr().out.rpartition("train_vision.py ")
+    after = tv.settle(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
+    assert after.stage == "sft" and after.weights == cfg.out / "model"
+    tv.check(replace(after, weights=tmp_path), 1)
 
 
 def test_what_is_exported(preferring):
