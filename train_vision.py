@@ -29,7 +29,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -264,14 +264,16 @@ def assemble(cfg: Config, words: tokenizer.Tokenizer, world: ring.World) -> tupl
 # ------------------------------------------------------------------------------------------------- its data
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Where samples come from: how many there are (None: no end), the numbers of a step's, the sample of a number."""
 
     size: int | None
     pick: Callable[[int], list[int]]
     sample: Callable[[int], tuple[llava.Shown, list[llava.Turns]]]
     name: Callable[[int], dict] = lambda i: {"sample": i}  # how a number is reported
-    bad: list[dict] = []  # records that this rank found unusable  # noqa: RUF012
+    bad: list[dict] = field(default_factory=list)  # records that this rank found unusable
+    lost: set[int] = field(default_factory=set)  # pairs that `reference` could not read: to be left out for good
 
 
 def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> Source:
@@ -349,6 +351,8 @@ class Example(NamedTuple):
 
 def prepare(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer, source: Source, i: int) -> Example:
     """Sample number i, read, cut into grids, and written out with room for them; ValueError if it cannot be used."""
+    if i in source.lost:
+        raise ValueError("could not be read when the reference was asked, so that there is nothing to compare with")
     media, dialogues = source.sample(i)
     shown = [present(cfg, config, one) for one in media]
     lengths = [how.tokens(config.vision.patches) for _, how in shown]
@@ -475,13 +479,27 @@ def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, worl
 def reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tuple, data: tuple, first: int) -> Tensor:
     """Log-probability of the chosen and the rejected answer to each pair before anything is learned, float64[pairs, 2].
 
-    Computed once and kept in reference.safetensors. Raises ValueError if a run that goes on has lost it.
+    Computed once and kept in reference.safetensors; 0 for a pair that could not be read, which is left out from then
+    on, though it may be read again. Raises ValueError if a run that goes on has lost it.
     """
-    (circle, number, many), (source, parts), file = circles, data, cfg.out / "reference.safetensors"
-    if file.exists():
-        return load_file(file)["logp"].to(world.device)
-    if first:
-        raise ValueError(f"{file} is gone, and a model that has learned cannot make it again; remove {cfg.out}")
+    file = cfg.out / "reference.safetensors"
+    if not file.exists():
+        if first:
+            raise ValueError(f"{file} is gone, and a model that has learned cannot make it again; remove {cfg.out}")
+        logp_N2 = ask_reference(cfg, model, world, circles, data)
+        if world.rank == 0:
+            draft = file.with_suffix(".tmp")
+            save_file({"logp": logp_N2.cpu()}, draft)
+            draft.rename(file)
+    else:
+        logp_N2 = load_file(file)["logp"].to(world.device)
+    data[0].lost.update((logp_N2 == 0).all(1).nonzero()[:, 0].tolist())
+    return logp_N2
+
+
+def ask_reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tuple, data: tuple) -> Tensor:
+    """Compute what `reference` keeps: every pair once, dealt out to the rings."""
+    (circle, number, many), (source, parts) = circles, data
     logp_N2 = torch.zeros(source.size, 2, dtype=torch.float64, device=world.device)
     size = cfg.batch // many
     bar = tqdm(range(0, source.size, size * many), "reference", disable=world.rank > 0)
@@ -490,19 +508,12 @@ def reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tup
             numbers = [*range(start + number, min(start + size * many, source.size), many)]
             numbers += [source.size - 1] * (size - len(numbers))  # every ring asks equally often
             for part in parts(numbers)[0]:
-                nll_B, _ = model(*part.arguments)
+                nll_B = ring.total(model(*part.arguments)[0], circle)
                 if part.numbers:
-                    logp_N2[part.numbers] = -ring.total(nll_B, circle).double().view(-1, 2)
-                else:
-                    ring.total(nll_B, circle)
+                    logp_N2[part.numbers] = -nll_B.double().view(-1, 2)
     # all ranks of a ring know a pair, and the last one may have been asked more than once
     times = ring.total((logp_N2 != 0).double(), world).clamp(min=1)
-    logp_N2 = ring.total(logp_N2, world) / times
-    if world.rank == 0:
-        draft = file.with_suffix(".tmp")
-        save_file({"logp": logp_N2.cpu()}, draft)
-        draft.rename(file)
-    return logp_N2
+    return ring.total(logp_N2, world) / times
 
 
 def prefer(part: Part, nll_B: Tensor, before_N2: Tensor, beta: float, circle: ring.World) -> tuple[Tensor, Tensor]:

@@ -510,6 +510,26 @@ def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     assert "reference.safetensors is gone" in said and len(said.strip().splitlines()) == 1
 
 
+def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
+    """One that could not be read when the reference was asked is not learned from later, also by a run that goes on."""
+    read, asked = synthetic.preference, []
+
+    def once_broken(seed, i, frames):
+        asked.append(i)
+        return read(seed, i, frames) if i != 3 or asked.count(3) > 1 else broken("is a stale file handle")
+
+    monkeypatch.setattr(tv, "PAIRS", 8)
+    monkeypatch.setattr(synthetic, "preference", once_broken)
+    cfg = settings("dpo", weights=TINY / "longva", out=tmp_path, batch=8, steps=2, frames=3, max_bad=0.5)
+    tv.train(cfg, ALONE)
+    told, reports = lines(tmp_path / "log.jsonl"), lines(tmp_path / "skipped-0.jsonl")
+    assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
+    assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
+    model, source = longva.load(TINY / "longva"), tv.synthetic_source(cfg)
+    again = tv.reference(cfg, model, ALONE, (ALONE, 0, 1), (source, None), 1)
+    assert source.lost == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
+
+
 def test_what_is_exported(preferring):
     """Names and shapes of the released file, the tower's name doubled; it loads."""
     found = {name: tuple(tensor.shape) for name, tensor in weights_of(preferring).items()}
