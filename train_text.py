@@ -174,8 +174,12 @@ def check(cfg: Config, circle: ring.World, circles: int) -> None:
         raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
     if cfg.separate_documents and cfg.corpus == "synthetic":
         raise ValueError("synthetic texts are not packed, so there is nothing to separate; give a --corpus")
-    if cfg.kernel not in ("auto", "math", circle.device.type) and circle.device.type == "cpu":
+    if cfg.kernel not in ("auto", "math", "cpu") and circle.device.type == "cpu":
         raise ValueError(f"--kernel {cfg.kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
+    if cfg.kernel == "cpu" and circle.device.type == "cuda":
+        raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
+    if cfg.kernel not in ("auto", "math", "cpu") and cfg.precision == "fp32":
+        raise ValueError(f"--kernel {cfg.kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
     if cfg.accumulate % circles:
         raise ValueError(f"--accumulate {cfg.accumulate} parts cannot be dealt evenly to {circles} rings; change one")
     for S in {cfg.seq_len, cfg.short_len if cfg.short_steps else cfg.seq_len}:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,6 +247,21 @@ def test_mistakes_get_one_sentence(made, tmp_path, capsys, flags, complaint):
     said = capsys.readouterr().err
     assert complaint in said and len(said.strip().splitlines()) == 1, said
     assert not (tmp_path / "out").exists()  # so that the mended command is not refused
+
+
+@pytest.mark.parametrize("kernel, device, precision, complaint", [
+    ("cpu", "cuda", "bf16", "needs tensors on the CPU"),
+    ("cudnn", "cuda", "fp32", "takes no fp32"),
+    ("cudnn", "cpu", "bf16", "needs a CUDA GPU"),
+    ("cudnn", "cuda", "bf16", None),
+    ("math", "cuda", "fp32", None),
+    ("cpu", "cpu", "fp32", None),
+])  # fmt: skip
+def test_kernels_that_cannot_run_are_refused_at_the_start(monkeypatch, kernel, device, precision, complaint):
+    cfg = train_text.Config(**train_text.TINY | {"kernel": kernel, "precision": precision, "seq_len": 64})
+    monkeypatch.setattr(ring, "zigzag_index", lambda S, world: None)  # there may be no GPU
+    with pytest.raises(ValueError, match=complaint) if complaint else nullcontext():
+        train_text.check(cfg, ring.World(0, 1, torch.device(device)), 1)
 
 
 def test_a_mistake_ends_the_program_without_a_traceback(tmp_path):
