@@ -32,7 +32,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -657,9 +657,8 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
         if not list(folder.glob(CELLS.format("*"))):
             raise ValueError(f"--merge {folder} holds no results; name folders that vniah.py wrote")
     drawn = [Path(folder, "config.json") for folder in (cfg.out, *cfg.merge) if list(folder.glob(CELLS.format("*")))]
-    drawn = [(told["seed"], told["needles"]) for told in (json.loads(file.read_text()) for file in drawn)]
-    if cfg.merge and len(set(drawn)) < len(drawn):
-        raise ValueError("--merge would count the same needles twice: these runs have one seed; leave some out")
+    if any(same_probes(*pair) for pair in combinations([json.loads(file.read_text()) for file in drawn], 2)):
+        raise ValueError("--merge would count the same needles twice: these runs share seed or film; leave some out")
     folders = sorted({panel.folder for panel in panels})
     stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
     if not cfg.plot_only:
@@ -675,6 +674,13 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
     elif world.rank == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
     return stamp, all_cells(cfg, ring.patient(world))
+
+
+def same_probes(one: dict, other: dict) -> bool:
+    """Whether runs with these settings ask the same: needles of a folder in a given film owe nothing to the seed."""
+    agree = {name for name in ("needles", "seed", "haystack", "weights") if one[name] == other[name]}
+    given = one["needles"] and one["haystack"] != "synthetic" and {"needles", "haystack", "weights"} <= agree
+    return {"needles", "seed"} <= agree or bool(given)
 
 
 LOOKS = ("merge", "plot_only", "colours", "trained_on", "device", "keep")  # change no score

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -656,6 +657,27 @@ def test_merged_runs_add_their_probes(shipped, capsys, monkeypatch):
     new = base.out.with_name("new")
     vniah.main(replace(base, plot_only=True, merge=(base.out, other.out), out=new))
     assert (new / "heatmap.png").is_file() and all(cell["of"] == 6 for cell in results(replace(base, out=new))["cells"])
+
+
+def test_a_seed_that_changes_nothing_is_no_other_run(cfg, tmp_path, undrawn):
+    """Given needles in a given film are the same under every seed; in a film that is drawn they are not."""
+    write_needles(tmp_path / "needles")
+    (tmp_path / "film").mkdir()
+    for i, picture in enumerate(islice(synthetic.film(1), 8)):
+        picture.save(tmp_path / "film" / f"{i}.png")
+    for haystack in (str(tmp_path / "film"), "synthetic"):
+        base = replace(cfg, needles=tmp_path / "needles", haystack=haystack, controls=False, speak=0)
+        base = replace(base, frames=(3,), out=tmp_path / Path(haystack).name / "7")
+        other = replace(base, seed=8, out=base.out.with_name("8"))
+        vniah.main(base)
+        vniah.main(other)
+        merged = replace(base, plot_only=True, merge=(other.out,))
+        if haystack == "synthetic":
+            vniah.main(merged)
+            assert all(cell["of"] == 8 for cell in results(base)["cells"])
+        else:
+            with pytest.raises(ValueError, match="same needles twice"):
+                vniah.main(merged)
 
 
 @pytest.mark.parametrize("made", [False, True])
