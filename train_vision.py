@@ -72,7 +72,7 @@ class Config:
     ring: int = knob(1, "ranks that share a sample; the rest take others (release: 1)")
     batch: int | None = knob(None, "samples per step over all ranks (release: pretrain.sh, finetune.sh)")
     at_once: int | None = knob(None, "of these, read at once by each ring; none: all (release: 16, 4, 1)")
-    steps: int | None = knob(None, "optimizer steps (release: one epoch)")
+    steps: int | None = knob(None, "optimizer steps (release: one epoch, dpo three)")
     lr: float | None = knob(None, "peak learning rate; then a cosine, for dpo a line, down to zero (release)")
     tower_lr: float | None = knob(None, "the tower's (release: finetune.sh)")
     warmup: float | None = knob(None, "share of the steps in which the rate rises from zero (release: 0.03, dpo 0.1)")
@@ -659,8 +659,11 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
     stream, folder = ring.whole_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
         return
-    preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system if cfg.tiny else 'longva'}"
+    preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system}"
     follow = f"torchrun --nproc-per-node 2 train_vision.py --stage sft{preset}"
+    if not cfg.tiny:
+        follow = "torchrun --nproc-per-node 8 train_vision.py --stage sft --preset longva"
+        follow += f" --weights {folder} --data LLAVA.json --images IMAGES"
     if cfg.stage == "tower":
         eye = ((name, tensor) for name, tensor in stream if name.startswith("vision_model."))
         weights.write(folder, eye, {"model_type": "clip_vision_model", **asdict(TINY_CLIP)}, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from PIL import Image
 import longva
 import ring
 import train_vision as tv
-from data import chat, synthetic, tokenizer
+from data import chat, flags, synthetic, tokenizer
 from data.runs import TINY
 from tests import ranks
 from tests.test_train import ROOT, here, kill_and_resume, losses, run, weights_of
@@ -528,6 +528,21 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
     model, source = longva.load(TINY / "longva"), tv.synthetic_source(cfg)
     again = tv.reference(cfg, model, ALONE, (ALONE, 0, 1), (source, None), 1)
     assert source.lost == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
+def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch, capsys):
+    """With the data that it needs, and on the model that was just made."""
+    for place, name in ((longva, "save"), (tv.runs, "draw_curve"), (ring, "whole_parameters")):
+        monkeypatch.setattr(place, name, lambda *a: None)
+    given = {"stage": "align", "weights": tmp_path, "tower": tmp_path}
+    cfg = tv.settle(tv.Config(**tv.PRESETS[preset] | given))
+    model = longva.read_config(TINY / "longva")
+    tv.export(cfg, type("Model", (), {"config": model})(), ALONE)
+    _, _, typed = capsys.readouterr().out.rpartition("train_vision.py ")
+    after = tv.settle(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
+    assert after.stage == "sft" and after.weights == cfg.out / "model"
+    tv.check(replace(after, weights=tmp_path), 1)
 
 
 def test_what_is_exported(preferring):
