@@ -29,7 +29,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -264,15 +264,16 @@ def assemble(cfg: Config, words: tokenizer.Tokenizer, world: ring.World) -> tupl
 # ------------------------------------------------------------------------------------------------- its data
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Where samples come from: how many there are (None: no end), the numbers of a step's, the sample of a number."""
 
     size: int | None
     pick: Callable[[int], list[int]]
     sample: Callable[[int], tuple[llava.Shown, list[llava.Turns]]]
     name: Callable[[int], dict] = lambda i: {"sample": i}  # how a number is reported
-    bad: list[dict] = []  # records that this rank found unusable  # noqa: RUF012
-    lost: set[int] = set()  # pairs that `reference` could not read: to be left out for good  # noqa: RUF012
+    bad: list[dict] = field(default_factory=list)  # records that this rank found unusable
+    lost: set[int] = field(default_factory=set)  # pairs that `reference` could not read: to be left out for good
 
 
 def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> Source:
@@ -308,7 +309,6 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
         lambda i: llava.sample(records[i], cfg.images, cfg.frames),
         lambda i: {"record": records.numbers[i].item(), "id": records[i].get("id")},
         [{"record": i, "id": called, "why": why} for i, called, why in records.bad],
-        set(),
     )
 
 
@@ -329,8 +329,7 @@ def synthetic_source(cfg: Config) -> Source:
         return synthetic.preference(cfg.seed, i, cfg.frames)
 
     if cfg.stage == "dpo":
-        picked = lambda step: text.shuffled(PAIRS, cfg.seed, step * cfg.batch, cfg.batch)  # noqa: E731
-        return Source(PAIRS, picked, prefer, lost=set())
+        return Source(PAIRS, lambda step: text.shuffled(PAIRS, cfg.seed, step * cfg.batch, cfg.batch), prefer)
     made = caption if cfg.stage == "align" else converse
     return Source(None, lambda step: [*range(step * cfg.batch, (step + 1) * cfg.batch)], made)
 

@@ -9,10 +9,17 @@ Deviates  The release copies on the stream that computes, which waits for each c
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+
+@cache
+def beside_computation(device: torch.device) -> "torch.cuda.Stream | None":
+    """The stream for copies, one for all passes: what was allocated on one stream is not given to another."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @dataclass(eq=False)
@@ -30,7 +37,7 @@ class Away:
 
     def __init__(self, device: torch.device):
         self.device, self.last = device, None
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.side = beside_computation(device)
 
     def beside(self) -> "torch.cuda.StreamContext | nullcontext":
         """Copies go here; not on CUDA there is one stream alone."""

@@ -49,6 +49,16 @@ def test_gradients_are_the_same_and_copies_come_ahead(device):
     assert torch.equal(away.grad, 2 * plain.grad)
 
 
+def test_all_passes_copy_on_one_stream(monkeypatch):
+    """Torch hands out 32 in turn, and its allocator would keep memory for each of them."""
+    offload.beside_computation.cache_clear()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())  # there may be no GPU
+    gpu = torch.device("cuda", 0)
+    assert offload.Away(gpu).side is offload.Away(gpu).side is not None
+    assert offload.Away(torch.device("cpu")).side is None
+    offload.beside_computation.cache_clear()
+
+
 def test_what_is_kept_shares_nothing_with_what_is_computed():
     x = torch.ones(3, requires_grad=True)
     with offload.away(torch.device("cpu")):
