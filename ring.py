@@ -11,7 +11,7 @@ Dimensions: B batch, T tokens held here, S tokens of the whole sequence or of a 
 Departures from the release, with reasons:
     - K and V travel with their G heads, not repeated to H: 7 times fewer bytes for Qwen2-7B, the same result.
     - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
-    - Partial results are merged and gradients summed in fp32 (fp64 for fp64), so errors do not grow with R.
+    - Its sums are fp32, as the release's, and fp64 for fp64: errors do not grow with R.
     - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
     - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2 with its log-sum-exp.
 """

@@ -301,8 +301,9 @@ def main(cfg: Config) -> None:
 
     # 4 optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay
-    )
+        model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay,
+        fused=(cfg.offload and world.device.type == "cuda") or None,  # on a CPU beside GPUs 8 times faster than a loop
+    )  # fmt: skip
 
     # 5 resume
     if world.rank == 0:

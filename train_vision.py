@@ -483,7 +483,8 @@ def reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tup
     on, though it may be read again. Raises ValueError if a run that goes on has lost it.
     """
     file = cfg.out / "reference.safetensors"
-    if not file.exists():
+    known = ring.gather(torch.tensor(file.exists()), world)[0]  # as rank 0 sees it: a shared folder may lag
+    if not known:
         if first:
             raise ValueError(f"{file} is gone, and a model that has learned cannot make it again; remove {cfg.out}")
         logp_N2 = ask_reference(cfg, model, world, circles, data)
@@ -589,7 +590,8 @@ def train(cfg: Config, world: ring.World) -> None:
     batches, data = make_batches(cfg, model, words, world, circles)
 
     # 4 optimizer
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    fused = (cfg.offload and world.device.type == "cuda") or None  # on a CPU beside GPUs 8 times faster than a loop
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
 
     # 5 resume
     if world.rank == 0:

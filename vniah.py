@@ -358,6 +358,9 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
             file.with_suffix(".tmp").rename(file)
     ring.total(torch.zeros(1), waiting)
     film_NMD, hashes = kept if world.rank == 0 else read_film(file, model.device)
+    ring.total(torch.zeros(1), waiting)  # all have read it
+    if not cfg.keep and world.rank == 0:
+        file.unlink(missing_ok=True)
     if len(film_NMD) < N:
         raise ValueError(
             f"{cfg.haystack} gives {len(film_NMD)} frames at 1 per second, but the longest haystack has "
@@ -532,6 +535,7 @@ class Bench:
             names = set(asked_names(self.cfg, panel))
             if all(names <= set(self.known.get((panel.name, *cell), ())) for cell in cells):
                 continue
+            test = None  # one model at a time: the old one goes before the next is loaded
             test = self.test(panel)
             jobs = [left for job in test.jobs(cells) if (left := self.left(panel, test, job)).cells]
             mine = jobs if self.cfg.engine == "ring" else jobs[self.world.rank :: self.world.ranks]
@@ -661,7 +665,7 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
         if not list(folder.glob(CELLS.format("*"))):
             raise ValueError(f"--merge {folder} holds no results; name folders that vniah.py wrote")
     drawn = [Path(folder, "config.json") for folder in (cfg.out, *cfg.merge) if list(folder.glob(CELLS.format("*")))]
-    if any(same_probes(*pair) for pair in combinations([json.loads(file.read_text()) for file in drawn], 2)):
+    if any(needles.same_probes(*pair) for pair in combinations([json.loads(file.read_text()) for file in drawn], 2)):
         raise ValueError("--merge would count the same needles twice: these runs share seed or film; leave some out")
     folders = sorted({panel.folder for panel in panels})
     stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
@@ -678,13 +682,6 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
     elif world.rank == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
     return stamp, all_cells(cfg, ring.patient(world))
-
-
-def same_probes(one: dict, other: dict) -> bool:
-    """Whether runs with these settings ask the same: needles of a folder in a given film owe nothing to the seed."""
-    agree = {name for name in ("needles", "seed", "haystack", "weights") if one[name] == other[name]}
-    given = one["needles"] and one["haystack"] != "synthetic" and {"needles", "haystack", "weights"} <= agree
-    return {"needles", "seed"} <= agree or bool(given)
 
 
 LOOKS = ("merge", "plot_only", "colours", "trained_on", "device", "keep")  # change no score

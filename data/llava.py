@@ -267,11 +267,16 @@ def sample(record: dict, folder: str | Path | None, frames: int = 10) -> tuple[S
     for kind, path in media:
         file = locate(path, folder)
         try:
-            read = video.read_picture(file) if kind == "image" else [x for _, x in video.frames(file, count=frames)]
+            read = video.read_picture(file) if kind == "image" else film(file, frames)
         except ValueError as e:
             raise ValueError(f"shows {path}: {e}") from e
         shown.append(read)
     return shown, dialogues
+
+
+def film(file: str, count: int) -> list[Image.Image]:
+    """So many frames of a video, evenly spread; a shorter one's come again, as in the release."""
+    return [picture for _, picture in video.frames(file, count=count, repeat=True)]
 
 
 # ------------------------------------------------------------------------------------------- what a step takes

@@ -158,6 +158,13 @@ def shuffled_options(needle: Needle, rng: np.random.Generator) -> Needle | None:
     return replace(needle, question="\n".join(lines), answer=letters[new])
 
 
+def same_probes(one: dict, other: dict) -> bool:
+    """Whether runs with these settings ask the same: needles of a folder in a given film owe nothing to the seed."""
+    agree = {name for name in ("needles", "seed", "haystack", "weights") if one[name] == other[name]}
+    given = one["needles"] and one["haystack"] != "synthetic" and {"needles", "haystack", "weights"} <= agree
+    return {"needles", "seed"} <= agree or bool(given)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Text needles
 

@@ -318,9 +318,9 @@ def _on_screen_webp(path: Path, index: Index, times: list[float], resize: Callab
 # Frames of either
 
 
-def _evenly(path: Path, total: int, count: int | None) -> list[int]:
+def _evenly(path: Path, total: int, count: int | None, repeat: bool = False) -> list[int]:
     """Choose `count` of `total` indices as the release does (rounded down); all of them without a count."""
-    if count is not None and count > total:
+    if count is not None and count > total and not repeat:
         raise ValueError(f"{path}: has {total} frames, but {count} were asked for; ask for at most {total} (--frames)")
     return np.linspace(0, total - 1, count or total).astype(int).tolist()
 
@@ -350,6 +350,7 @@ def frames(
     count: int | None = None,
     resize: Callable[[Image.Image], Any] | None = None,
     keep: Callable[[int], bool] | None = None,
+    repeat: bool = False,
 ) -> Frames:
     """Stream a video as (seconds from its start, upright RGB picture); `len` of it says how many will come.
 
@@ -358,6 +359,7 @@ def frames(
     arrival and its result is yielded instead, so that whoever collects frames never holds them at full size.
     `keep` is asked for each frame's number, 0, 1, 2, ...: frames it says no to are neither counted by `len`
     nor yielded, converted or resized, nor decoded where a key frame lets the decoder jump over them.
+    With `repeat` a video of fewer frames than `count` shows some of them again.
 
     Raises ValueError, naming the file, when it is no video, has no picture or fewer frames than `count`: in
     the call itself where it can be known, on the way where damage shows only then. A film that ends early is
@@ -370,7 +372,7 @@ def frames(
         raise ValueError(f"{path}: cannot take {count} frames; ask for at least 1")
     if path.is_dir():
         files = picture_files(path)
-        chosen = _evenly(path, len(files), count)
+        chosen = _evenly(path, len(files), count, repeat)
         ours = [i for n, i in enumerate(chosen) if keep(n)]
         return Frames(len(chosen), len(ours), ((i / fps, resize(read_picture(files[i]))) for i in ours))
 
@@ -379,7 +381,7 @@ def frames(
     if count is None:
         times = [k / fps for k in range(max(1, math.ceil((index.seconds - SLACK) * fps)))]
     else:
-        _evenly(path, len(index.stamps), count)
+        _evenly(path, len(index.stamps), count, repeat)
         times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], count).tolist()
         if index.cut:
             _refuse_cut(path, index.seconds)
