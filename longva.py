@@ -635,6 +635,8 @@ def questions(cfg: Config, world: ring.World) -> Iterator[str]:
             return
         if chat.PLACEHOLDER in line:
             note(world, f"({chat.PLACEHOLDER} cannot be asked for in a chat: what is shown was read before)")
+        elif line.startswith("/") and line.strip() != NEW:
+            note(world, f"({line.strip()} is unknown: {NEW} begins again, Ctrl-D ends)")
         elif line.strip():
             yield line.strip()
 

@@ -168,6 +168,8 @@ def language_model(cfg: Config) -> longva.LMConfig:
 
 def check(cfg: Config, circle: ring.World, circles: int) -> None:
     """Raise ValueError for what contradicts itself or cannot be shared, before anything is loaded."""
+    if cfg.weights and not cfg.weights.is_dir():
+        raise ValueError(f"--weights {cfg.weights} is no folder; name a model's folder")
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
     if cfg.corpus != "synthetic" and cfg.weights is None:
@@ -359,9 +361,10 @@ def export(cfg: Config, config: longva.LMConfig, model: longva.LM, world: ring.W
     if world.rank > 0:
         return
     longva.save(folder, stream, config, cfg.weights or synthetic.TOKENIZER)
-    follow = f"train_vision.py --preset longva --stage align --weights {folder} --tower CLIP --data LLAVA.json"
+    follow = "torchrun --nproc-per-node 8 train_vision.py --preset longva --stage align --tower CLIP --data LLAVA.json"
+    follow = f"python vniah.py text --weights {folder}" if cfg.corpus == "synthetic" else f"{follow} --weights {folder}"
     print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
-    print(f"next:  {NEXT.get(cfg.out.name, 'torchrun --nproc-per-node 8 ' + follow)}")
+    print(f"next:  {NEXT.get(cfg.out.name, follow)}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ from data.flags import at_least, knob, run
 class Config:
     """Teach a language model to see, on pictures only (Sec. 3.2). What is None is the stage's own: see STAGES."""
 
-    stage: Literal["tower", "align", "sft", "both", "dpo"] = knob("align", "what is taught: see above (Sec. 3.2)")
+    stage: Literal["tower", "align", "sft", "both", "dpo"] = knob(
+        "align", "what is taught; both: align and sft of the miniature (Sec. 3.2)"
+    )
     out: Path | None = knob(None, "folder of this run (ours: runs/SYSTEM-STAGE)")
     system: str = knob("longva", "name of the model in the making, for folders (ours)")
     weights: Path | None = knob(None, "align: the language model; then what came before (Sec. 3.2: Qwen2-7B-224K)")
@@ -89,6 +91,8 @@ class Config:
     def __post_init__(self):
         at_least(self, max_len=1, grids=1, frames=1, ring=1, batch=1, at_once=1, steps=1, save_every=1, seed=0)
         at_least(self, grow=0, lr=0, tower_lr=0, warmup=0, max_norm=0, max_bad=0, beta=0)
+        if self.max_bad > 1:
+            raise ValueError(f"--max-bad {self.max_bad:g} makes no sense; give a share of the samples, 0 to 1")
 
 
 STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
@@ -159,6 +163,10 @@ def check(cfg: Config, rings: int) -> None:
         if not getattr(cfg, name).is_dir():
             before = {"sft": "run --stage align first, or ", "dpo": "run --stage sft first, or "}.get(cfg.stage, "")
             raise ValueError(f"--{name} {getattr(cfg, name)} is no folder; {before}name another")
+    if cfg.stage == "tower" and cfg.data != "synthetic":
+        raise ValueError("--stage tower learns from the miniature's own pictures; leave out --data")
+    if cfg.images and not cfg.images.is_dir():
+        raise ValueError(f"--images {cfg.images} is no folder; name the one in which --data's paths start")
     if cfg.data == "synthetic" and not cfg.tiny:
         raise ValueError("the synthetic pictures are for the tiny model; give LLaVA-style JSON as --data")
     if cfg.stage in ("sft", "dpo") and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
@@ -663,6 +671,8 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
         return
     preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system}"
     follow = f"torchrun --nproc-per-node 2 train_vision.py --stage sft{preset}"
+    if cfg.out != Path(f"runs/{cfg.system}-{cfg.stage}"):
+        follow += f" --weights {folder}"
     if not cfg.tiny:
         follow = "torchrun --nproc-per-node 8 train_vision.py --stage sft --preset longva"
         follow += f" --weights {folder} --data LLAVA.json --images IMAGES"
@@ -681,6 +691,8 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
         follow = f"torchrun --nproc-per-node 2 train_vision.py --stage align --preset {other}"
         if not other:
             follow = "python vniah.py --own" if cfg.tiny else f"python vniah.py --weights {folder} --haystack FILM.mp4"
+    if cfg.stage == "sft" and cfg.tiny and cfg.data != "synthetic":
+        follow = f'python longva.py "QUESTION" --image PICTURE --weights {folder}'
     print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
     print(f"next:  {follow}")
 

@@ -29,7 +29,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice
@@ -38,7 +37,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -60,7 +58,7 @@ class Config:
     weights: Path | None = knob(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
     own: bool = knob(False, "test what the training commands left in runs/, not the shipped models (ours)")
     template: str | None = knob(None, "of the question; none: the tokenizer's family (release: qwen2, mistral, ...)")
-    out: Path | None = knob(None, "folder of results (ours: runs/vniah-TASK-MODEL)")
+    out: Path | None = knob(None, "folder of results (ours: runs/vniah-TASK-MODEL and what was given)")
     haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4)")
     needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4)")
     needle_count: int | None = knob(None, "needles drawn from the seed (Sec. 4: 5)")
@@ -124,8 +122,9 @@ AT_ONCE = 2**17  # tokens read together, over all probes of a batch; longer hays
 def settle(cfg: Config) -> Config:
     """Fill what was left to the protocol."""
     values = {"depths": PAPER_DEPTHS[cfg.task]} | PROTOCOLS[cfg.protocol]
-    model = cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"
-    values |= {"out": Path(f"runs/vniah-{cfg.task}-{model}")} | ({"distractors": 0} if cfg.needles else {})
+    name = [cfg.task, cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"]
+    name += [Path(part).stem for part in (cfg.haystack, cfg.needles) if part and part != "synthetic"]
+    values |= {"out": Path(f"runs/vniah-{'-'.join(name)}")} | ({"distractors": 0} if cfg.needles else {})
     return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
@@ -349,7 +348,7 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
     facts |= {"dtype": str(model.lm_head.weight.dtype)}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     file, waiting = cfg.out / "seen" / f"{name}.safetensors", ring.patient(world)
-    if world.rank == 0 and not (file.exists() and (kept := read_film(file, model.device))):
+    if world.rank == 0 and not (file.exists() and (kept := film_cache.read_film(file, model.device))):
         kept = film_NMD, hashes = look(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
         if cfg.keep or world.ranks > 1:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +356,7 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
             save_file({"film": film_NMD}, file.with_suffix(".tmp"), told)
             file.with_suffix(".tmp").rename(file)
     ring.total(torch.zeros(1), waiting)
-    film_NMD, hashes = kept if world.rank == 0 else read_film(file, model.device)
+    film_NMD, hashes = kept if world.rank == 0 else film_cache.read_film(file, model.device)
     ring.total(torch.zeros(1), waiting)  # all have read it
     if not cfg.keep and world.rank == 0:
         file.unlink(missing_ok=True)
@@ -367,16 +366,6 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
             f"{N}; take a longer film or name shorter lengths, such as --frames {len(film_NMD)}"
         )
     return film_NMD, hashes
-
-
-def read_film(file: Path, device: torch.device) -> tuple[Tensor, list[str]] | None:
-    """What `encode_film` kept; None where it is damaged: then the film is looked at again."""
-    try:
-        with safe_open(file, "pt", str(device)) as kept:
-            return kept.get_tensor("film"), kept.metadata()["hashes"].split()
-    except (SafetensorError, OSError) as error:
-        print(f"({file} cannot be read ({error}): the film is looked at again)", file=sys.stderr)
-        return None
 
 
 def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
@@ -668,6 +657,10 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
     if any(needles.same_probes(*pair) for pair in combinations([json.loads(file.read_text()) for file in drawn], 2)):
         raise ValueError("--merge would count the same needles twice: these runs share seed or film; leave some out")
     folders = sorted({panel.folder for panel in panels})
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"{missing[0]} is no folder; name a model's folder as --weights")
+    if cfg.own and all(folder.parent == runs.TINY for folder in folders):
+        raise ValueError("--own tests what the training commands of the README left in runs/, where none of it is")
     stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
     if not cfg.plot_only:
         stamp |= {"weights": {str(folder): weights.sha(folder) for folder in folders}}

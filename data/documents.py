@@ -85,6 +85,8 @@ def find_files(given: Iterable[Path]) -> list[Path]:
             raise ValueError(f"{path} holds no documents; expected names that end in {', '.join(READERS)}")
         files += inside
     for path in files:
+        if not path.exists():
+            raise ValueError(f"{path} is no file or folder; expected documents")
         if not path.name.endswith(tuple(READERS)):
             raise ValueError(f"{path} is of an unknown kind; expected a name that ends in {', '.join(READERS)}")
         if not path.is_file() or not path.stat().st_size:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from data import video, weights
 from data.config import LongVAConfig, to_dict
@@ -74,3 +74,13 @@ def recall(root: Path, facts: dict, cache: Any) -> bool:
         print(f"({error}: the film is read again)", file=sys.stderr)
         return False
     return True
+
+
+def read_film(file: Path, device: torch.device) -> tuple[torch.Tensor, list[str]] | None:
+    """What vniah.py kept of a film, (x_NMD, digests of its frames); None where it is damaged, to be made again."""
+    try:
+        with safe_open(file, "pt", str(device)) as kept:
+            return kept.get_tensor("film"), kept.metadata()["hashes"].split()
+    except (SafetensorError, OSError) as error:
+        print(f"({file} cannot be read ({error}): the film is looked at again)", file=sys.stderr)
+        return None

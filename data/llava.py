@@ -82,6 +82,8 @@ def open_records(
     are more than a share of `max_bad`.
     """
     path, (rank, ranks) = Path(path), mine
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected LLaVA-style JSON or JSONL")
     spans, tokens, bad = array("q"), [], []
     try:
         with ThreadPoolExecutor(16) as pool, open(path, "rb") as file:

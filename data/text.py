@@ -114,6 +114,8 @@ def open_tokens(path: str | Path, words: Tokenizer | None = None) -> np.memmap |
 
 def open_part(path: Path, words: Tokenizer | None) -> np.memmap:
     """The ids of one token file, one dimension of uint16, uint32 or int32, held against its summary."""
+    if not path.exists():
+        raise ValueError(f"{path} is no file or folder of tokens; make it with python -m data.text")
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as e:
@@ -501,7 +503,10 @@ def report(name: Path, summary: dict) -> str:
 def main(cfg: Config) -> None:
     """Pack, say what was packed, and when the last of several workers is done sum them up."""
     words = load_tokenizer(cfg.tokenizer)
-    print(report(cfg.part, pack(cfg, words)))
+    packed = pack(cfg, words)
+    print(report(cfg.part, packed))
+    if not packed["tokens"]:
+        raise ValueError("nothing was packed: short documents are thinned out, and these all are; try --keep-short 1")
     if cfg.part != cfg.out:
         done = [part for n in range(cfg.workers) if (part := part_file(cfg.out, n, cfg.workers)).exists()]
         if len(done) < cfg.workers:

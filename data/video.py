@@ -380,6 +380,9 @@ def frames(
     index = _scan_webp(path) if webp else _scan(path)
     if count is None:
         times = [k / fps for k in range(max(1, math.ceil((index.seconds - SLACK) * fps)))]
+        if fps > 4 and len(times) > 4 * len(index.stamps):
+            rate = len(index.stamps) / max(index.seconds, SLACK)
+            raise ValueError(f"{path}: shows {rate:.3g} frames per second, but {fps:g} were asked for; lower --fps")
     else:
         _evenly(path, len(index.stamps), count, repeat)
         times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], count).tolist()

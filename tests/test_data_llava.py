@@ -174,7 +174,7 @@ def test_a_bad_line_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (None, "No such file"),
+    (None, "no such file"),
     (json.dumps(GOOD)[:-9].encode(), "is not a LLaVA file"),
     (json.dumps(GOOD)[:-1].encode(), "is not a LLaVA file"),
     (b'[{"id": "\xff"}]', "is not a LLaVA file"),
@@ -337,8 +337,8 @@ def test_missing_and_broken_pictures_are_named(images):
             llava.sample({**PAIR, "video": path}, images)
     with pytest.raises(ValueError, match=r"^shows none\.mp4: there is no such video"):
         llava.sizes({**PAIR, "video": "none.mp4"}, images)
-    with pytest.raises(ValueError, match=r"^shows film: .*12.* 13"):
-        llava.sample(PAIR, images, frames=13)
+    (film,), _ = llava.sample(PAIR, images, frames=13)  # of 12 frames one comes again, as in the release
+    assert len(film) == 13 and len({frame.tobytes() for frame in film}) == 12
 
 
 @pytest.mark.parametrize("folder", [None, "nowhere"])

@@ -99,7 +99,7 @@ def test_largest(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (None, "No such file"),
+    (None, "is no file"),
     (b"", "is not a token file"),
     (b"not numpy at all, but long enough", "is not a token file"),
     (np.arange(0, dtype=np.uint16), "holds no tokens"),

@@ -542,7 +542,7 @@ def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch
     _, _, typed = capsys.readouterr().out.rpartition("train_vision.py ")
     after = tv.settle(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
     assert after.stage == "sft" and after.weights == cfg.out / "model"
-    tv.check(replace(after, weights=tmp_path), 1)
+    tv.check(replace(after, weights=tmp_path, images=after.images and tmp_path), 1)
 
 
 def test_what_is_exported(preferring):
