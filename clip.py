@@ -103,7 +103,10 @@ class ClipVision(nn.Module):
         assert shape[1:] == (3, side, side), f"{shape}, not [N, 3, {side}, {side}]"
         x_NAE = self.pre_layrnorm(self.embeddings(pixels_NCYX))
         for block in self.encoder.layers[:depth]:
-            x_NAE = checkpoint(block, x_NAE, use_reentrant=False) if self.recompute else block(x_NAE)
+            if self.recompute:
+                x_NAE = checkpoint(block, x_NAE, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_NAE = block(x_NAE)
         return x_NAE
 
     def forward(self, pixels_NCYX: Tensor) -> Tensor:

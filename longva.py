@@ -224,7 +224,9 @@ def direct(compute: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
 
 def again(compute: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
     """Compute, keeping the inputs alone; backward computes again from them what it wants."""
-    return checkpoint(compute, *x, use_reentrant=False) if torch.is_grad_enabled() else compute(*x)
+    if not torch.is_grad_enabled():
+        return compute(*x)
+    return checkpoint(compute, *x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn at random
 
 
 class RMSNorm(nn.Module):
@@ -705,7 +707,7 @@ def main(cfg: Config) -> None:
         for piece in words.stream(generate(model, x_1TD, cache, stop, left, pick, cfg.chunk)):
             ring.say(world, piece, end="")
         ring.say(world, "")
-    ring.stop(world)
+    ring.stop()
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def start(device: str = "auto") -> World:
     return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
 
 
-def stop(world: World) -> None:
+def stop() -> None:
     """Leave the process group. Ranks need not arrive together, so it may stand in a `finally`."""
     rollcall.note(rollcall.DONE)
     if dist.is_initialized():
@@ -695,7 +695,7 @@ def whole_parameters(model: nn.Module, world: World) -> Iterator[tuple[str, Tens
     return stream
 
 
-def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their global norm is at most `max_norm`; the norm before that is returned.
 
     Raises FloatingPointError, on all ranks alike, if the norm is not finite: call it before optimizer.step.

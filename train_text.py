@@ -200,6 +200,11 @@ def share(batch, parts: range, circle: ring.World) -> tuple[Tensor, list, Tensor
     return idx_T, mine, sum((targets_BT != chat.IGNORE).sum() for _, targets_BT, _ in mine)
 
 
+def attention(cfg: Config, circle: ring.World, starts: ring.Starts | None = None) -> longva.Attend:
+    """The `attend` of a part whose documents begin at `starts`, if they are not to see each other."""
+    return ring.zigzag_attend(circle, None if cfg.kernel == "auto" else cfg.kernel, starts)
+
+
 def deal(pair: tuple[Tensor, Tensor], idx_T: Tensor) -> list[Tensor]:
     """What this rank holds of (ids_BS, targets_BS)."""
     return [x_BS.to(idx_T.device)[:, idx_T] for x_BS in pair]
@@ -253,9 +258,8 @@ def hide(cfg: Config, words: tokenizer.Tokenizer) -> Iterator[tuple[Tensor, Tens
 
 def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle: ring.World, step: int) -> None:
     """Write perplexity over `slide`'s windows and the share of `hide`'s numbers found to eval.jsonl."""
-    kernel = None if cfg.kernel == "auto" else cfg.kernel
     loss, count, found = torch.zeros((), device=circle.device), torch.zeros((), device=circle.device), []
-    idx_T, attend = ring.zigzag_index(cfg.seq_len, circle), ring.zigzag_attend(circle, kernel)
+    idx_T, attend = ring.zigzag_index(cfg.seq_len, circle), attention(cfg, circle)
     with ring.inference(model):
         for pair in windows:
             ids_BT, targets_BT = deal(pair, idx_T)
@@ -317,7 +321,6 @@ def main(cfg: Config) -> None:
 
     # 6 the loop
     saver = state.Saver(cfg.async_save)
-    kernel = None if cfg.kernel == "auto" else cfg.kernel
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         saver.check()
@@ -325,11 +328,11 @@ def main(cfg: Config) -> None:
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
         for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
-            nll_B, _ = model(ids_BT, idx_T, targets_BT, ring.zigzag_attend(circle, kernel, starts))
+            nll_B, _ = model(ids_BT, idx_T, targets_BT, attention(cfg, circle, starts))
             ring.global_mean(nll_B.sum(), count, world).backward()
             loss_P[part % cfg.accumulate] += nll_B.detach().sum()
         loss = runs.finite(step, (ring.total(loss_P, world) / ring.total(count, world)).tolist())
-        norm = ring.clip_gradients(model, cfg.max_norm, world)
+        norm = ring.clip_gradients(model, cfg.max_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         optimizer.step()
@@ -352,7 +355,7 @@ def main(cfg: Config) -> None:
 
     # 7 export
     export(cfg, config, model, world)
-    ring.stop(world)
+    ring.stop()
 
 
 def export(cfg: Config, config: longva.LMConfig, model: longva.LM, world: ring.World) -> None:

@@ -292,23 +292,23 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
     pooled = config.vision.patches**2 // 4
 
     def measure(record: dict) -> int:
+        """About how many tokens its sample has; ValueError if this stage cannot use it."""
         _, dialogues = llava.understand(record)
         if (len(dialogues) == 2) != (cfg.stage == "dpo"):
             kind = "a pair of answers; use --stage dpo" if len(dialogues) == 2 else "no 'chosen' and 'rejected' answer"
             raise ValueError(f"has {kind}")
         if cfg.stage == "align" and [role for role, _ in dialogues[0]] != ["user", "assistant"]:
             raise ValueError(f"has {len(dialogues[0])} turns, but --stage align takes a question and a caption")
-        spoken = max(sum(len(text.split()) for _, text in turns) for turns in dialogues)
-        seen = [measure_picture(cfg, config, size) if size else cfg.frames * pooled for size in look(record)]
+        spoken = max(sum(len(said.split()) for _, said in turns) for turns in dialogues)
+        sizes = llava.sizes(record, cfg.images)
+        seen = [measure_picture(cfg, config, size) if size else cfg.frames * pooled for size in sizes]
         return round(spoken / words_per_token) + sum(seen) + 1
 
-    def look(record: dict) -> list:
-        return llava.sizes(record, cfg.images)
-
-    def share(tokens: np.ndarray) -> np.ndarray:
+    def summed(tokens: np.ndarray) -> np.ndarray:
+        """Over the ranks, each of which measured its share of the records."""
         return ring.total(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
 
-    records = llava.open_records(cfg.data, measure, cfg.max_bad, (world.rank, world.ranks), share)
+    records = llava.open_records(cfg.data, measure, cfg.max_bad, (world.rank, world.ranks), summed)
     if lost := records.count - len(records):
         ring.say(world, f"{lost:,} of {records.count:,} records are bad: {cfg.out / 'unusable-*.jsonl'} says why")
     return Source(
@@ -333,11 +333,11 @@ def synthetic_source(cfg: Config) -> Source:
         pictures, turns = synthetic.captioned(cfg.seed, i)
         return pictures, [turns]
 
-    def prefer(i: int) -> tuple[llava.Shown, list[llava.Turns]]:
+    def pair(i: int) -> tuple[llava.Shown, list[llava.Turns]]:
         return synthetic.preference(cfg.seed, i, cfg.frames)
 
     if cfg.stage == "dpo":
-        return Source(PAIRS, lambda step: text.shuffled(PAIRS, cfg.seed, step * cfg.batch, cfg.batch), prefer)
+        return Source(PAIRS, lambda step: text.shuffled(PAIRS, cfg.seed, step * cfg.batch, cfg.batch), pair)
     made = caption if cfg.stage == "align" else converse
     return Source(None, lambda step: [*range(step * cfg.batch, (step + 1) * cfg.batch)], made)
 
@@ -581,7 +581,7 @@ def main(cfg: Config) -> None:
     for stage in stages:
         train(settle(replace(cfg, stage=stage)), world)
         ring.total(torch.zeros(1, device=world.device), world)  # rank 0 has written what the next one reads
-    ring.stop(world)
+    ring.stop()
 
 
 def train(cfg: Config, world: ring.World) -> None:
@@ -626,7 +626,7 @@ def train(cfg: Config, world: ring.World) -> None:
         refuse_many(cfg, skipped, max((step + 1) * cfg.batch, data[0].size or 0) if data else 0)
         told = learn(cfg, model, parts, before, world, circle)
         runs.finite(step, [told["loss"]])
-        norm = ring.clip_gradients(model, cfg.max_norm, world)
+        norm = ring.clip_gradients(model, cfg.max_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
         optimizer.step()

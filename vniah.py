@@ -643,7 +643,7 @@ def main(cfg: Config) -> None:
     if world.rank == 0:
         show(cfg, known, panels, controls, trials)
         keep_results(cfg, stamp, bench.told, known)
-    ring.stop(world)
+    ring.stop()
 
 
 def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[dict, Known]:

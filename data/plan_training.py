@@ -322,14 +322,14 @@ def pinned(size: int) -> int:
 def host(step: Step) -> int:
     """Bytes of CPU memory for one rank whose device is a GPU; 0 on a CPU, where all is counted as the device's.
 
-    With offload: shards and their gradients, each pinned; AdamW's moments, and two numbers of the largest shard. With
+    With offload: shards and their gradients, each pinned, and AdamW's moments; fused, it takes nothing else. With
     hidden_offload what remat keeps, pinned: a layer's input; with around it and attention's answer twice, as two
     computations need them, q, k, v and the log-sum-exp. And the step's ids and targets, whole.
     """
     if step.device != "cuda":
         return 0
     sizes, (D, _, Q, GK), b, T = all_shards(step), step.widths, step.b, step.T
-    states = 2 * sum(pinned(4 * size) for size in sizes) + 8 * sum(sizes) + adamw(step) if step.away else 0
+    states = 2 * sum(pinned(4 * size) for size in sizes) + 8 * sum(sizes) if step.away else 0
     kept = [D] if not step.around else [D, D, Q, Q, Q, GK, GK]
     lse = pinned(4 * T * step.lm.num_attention_heads) if step.around else 0
     hidden = step.lm.num_hidden_layers * (sum(pinned(b * T * width) for width in kept) + lse)

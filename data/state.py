@@ -119,14 +119,14 @@ class Saver:
         def attempt() -> None:
             try:
                 work()
-            except OSError as error:
+            except (OSError, RuntimeError, ValueError) as error:  # whatever it is: an unsaved run must not go on
                 self.error = error
 
         self.thread = Thread(target=attempt, daemon=True)  # a run that fails does not wait for it
         self.thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, as soon as it is known: OSError."""
+        """Raise what went wrong in the thread, as soon as it is known: OSError for a full disk."""
         if self.error:
             raise self.error
 

@@ -24,7 +24,7 @@ def one_rank(rank: int, ranks: int, port: int, checks: list[Callable], args: tup
     for check in checks:
         check(world, *args)
         ring.total(torch.zeros(1), world)  # a barrier
-    ring.stop(world)
+    ring.stop()
 
 
 def run(ranks: int, checks: list[Callable], *args) -> None:

@@ -80,7 +80,7 @@ def train(flags_):
     try:
         train_text.main(flags.parse(train_text.Config, train_text.PRESETS, "tiny", flags_))
     except Done:  # two steps are made; saving is no part of one
-        ring.stop(None)
+        ring.stop()
 
 def measure(rank, ranks, port, small, case, tell):
     torch.set_num_threads(1)

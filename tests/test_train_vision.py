@@ -157,7 +157,7 @@ def on(world, *flags):
     """Run the script on the ranks that are there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring, "start", lambda device: world)
-        patch.setattr(ring, "stop", lambda world: None)
+        patch.setattr(ring, "stop", lambda: None)
         assert here("train_vision.py", *flags) == 0
 
 

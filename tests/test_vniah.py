@@ -391,7 +391,7 @@ def test_one_cell_whose_first_jobs_are_done_is_not_taken_for_whole(undrawn, cfg,
 def whole_run(world, cfg):
     """A run as torchrun would start it, in a process that is a rank already."""
     start, stop = ring.start, ring.stop
-    ring.start, ring.stop = lambda device: world, lambda world: None
+    ring.start, ring.stop = lambda device: world, lambda: None
     try:
         vniah.main(cfg)
     finally:
