@@ -40,11 +40,12 @@ from clip import ClipVision
 from data import chat, film_cache, plan, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
 from data.flags import at_least, knob, run
-from data.offload import away
+from data.offload import ActivationOffload
 from data.parameters import fill_from
 from data.sampling import choose
 
-CHUNK = 2048  # tokens read at once; on a CPU their mask takes 5 bytes for each of them and each token before
+CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens read at once: on a CPU they have a mask; on a GPU it is 32 frames
+LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once: 2048 of Qwen2-7B are 0.6 GB in bf16
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 
 
@@ -73,6 +74,25 @@ def causal_attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) ->
     q_BHTK, k_BGTK, v_BGTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     o_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
     return o_BHTK.transpose(1, 2)
+
+
+def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+    """Attention of the last T of S positions, each to the keys up to its own; no gradient.
+
+    With one query no mask is needed: the query heads that share a key head become rows, and each key is read once.
+    On a GPU FlashAttention is called by its own name, for scaled_dot_product_attention may take cuDNN's kernel, which
+    makes a plan for each new S (some 50 ms a token); its causal mask is aligned to the last key.
+    """
+    T, S, G = q_BTHK.shape[1], *k_BSGK.shape[1:3]
+    rows = q_BTHK.unflatten(2, (G, -1))[:, 0].transpose(1, 2) if T == 1 else q_BTHK  # [B, H / G, G, K] for one query
+    if q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2:  # it takes bfloat16 and float16
+        given = rows, k_BSGK, v_BSGK, None, None, rows.shape[1], S, 0.0, T > 1, False
+        o = torch.ops.aten._flash_attention_forward(*given)[0].transpose(1, 2)
+    else:
+        heads_first = [x.transpose(1, 2) for x in (rows, k_BSGK, v_BSGK)]
+        mask = causal_lower_right(T, S) if T > 1 else None
+        o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=T > 1)
+    return o.flatten(1, 2)[:, None] if T == 1 else o.transpose(1, 2)
 
 
 class KVCache:
@@ -126,15 +146,9 @@ class KVCache:
         self.kv[0, layer, :, start:stop], self.kv[1, layer, :, start:stop] = k_BTGK, v_BTGK
         if layer == self.kv.shape[1] - 1:
             self.length = stop
-        if start == 0:
-            return causal_attend(layer, q_BTHK, k_BTGK, v_BTGK)
-        k_BGSK, v_BGSK = self.kv[:, layer, :, :stop].transpose(2, 3)
-        if stop - start == 1:  # one query sees all: a group's query heads become rows, and no mask is needed
-            q_BGRK = q_BTHK[:, 0].unflatten(1, (k_BTGK.shape[2], -1))
-            return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK).flatten(1, 2)[:, None]
-        q_BHTK, lower_right = q_BTHK.transpose(1, 2), causal_lower_right(stop - start, stop)
-        o_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=lower_right, enable_gqa=True)
-        return o_BHTK.transpose(1, 2)
+        if start == 0 and not q_BTHK.is_cuda:
+            return causal_attend(layer, q_BTHK, k_BTGK, v_BTGK)  # without a mask in memory
+        return attend_to_past(q_BTHK, *self.kv[:, layer, :, :stop])
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -166,6 +180,8 @@ class ChunkedNLL(torch.autograd.Function):
                 torch.mm(p_UV, head_VD, out=dh_ND[i : i + chunk])
             if learns[1] and p_UV.dtype == torch.float32:
                 dhead_VD.addmm_(p_UV.T, h_UD)
+            elif learns[1] and p_UV.is_cuda:  # adds up in float32, without a rounded product in between
+                torch.ops.aten.addmm.dtype_out(dhead_VD, p_UV.T, h_UD, torch.float32, out=dhead_VD)
             elif learns[1]:
                 dhead_VD += p_UV.T @ h_UD
         return nll_N, dh_ND, dhead_VD
@@ -191,11 +207,12 @@ class ChunkedNLL(torch.autograd.Function):
         return dh_ND, None if dhead_VD is None else dhead_VD.to(inputs[1].dtype), None, None, None
 
 
-def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
+def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood and number of targets of each row, float32 (nll_B, count_B).
 
-    A target of -100 counts nothing and costs nothing: its logits are never computed.
+    A target of -100 counts nothing and costs nothing: its logits are never computed. `chunk`: see LOSS_CHUNK.
     """
+    chunk = chunk or LOSS_CHUNK[h_BTD.device.type]
     wanted_BT = targets_BT != chat.IGNORE
     row_N = wanted_BT.nonzero()[:, 0]
     learns = tuple(torch.is_grad_enabled() and x.requires_grad for x in (h_BTD, head_VD))
@@ -237,10 +254,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Normalise in float32, cast back, then multiply by the weight: Qwen2's order of roundings."""
-        wide = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x_BTD.dtype)
+        """x / sqrt(mean(x^2) + eps) in float32, cast back, then times the weight: Qwen2's order of roundings."""
+        return self.weight * F.rms_norm(x_BTD, x_BTD.shape[-1:], None, self.eps)
 
 
 class Attention(nn.Module):
@@ -324,9 +339,9 @@ class Decoder(nn.Module):
         turn = rope(pos_T, self.config.head_width, self.config.rope_theta)
         cos_T1K, sin_T1K = (angle_TK[:, None].to(x_BTD.dtype) for angle_TK in turn)
         call = again if self.remat else direct
-        kept = away(x_BTD.device) if self.offload else nullcontext()
+        offload = ActivationOffload(x_BTD.device) if self.offload else None
         for layer in self.layers:
-            with kept:  # positions come by closure, or each layer would send them away again
+            with offload.layer() if offload else nullcontext():  # positions come by closure, or each layer would send them away again
                 x_BTD = call(lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend), x_BTD)
         return self.norm(x_BTD)
 
@@ -351,13 +366,17 @@ class LM(nn.Module):
         """Where the parameters are."""
         return self.lm_head.weight.device
 
-    def embed(self, ids_BT: Tensor, seen_ID: Tensor | None = None) -> Tensor:
-        """Embeddings x_BTD; the places of chat.IMAGE take the rows of `seen_ID`, in order."""
+    def embed(self, ids_BT: Tensor, seen_ID: Tensor | None = None, place_I: Tensor | None = None) -> Tensor:
+        """Embeddings x_BTD; the places of chat.IMAGE take the rows of `seen_ID`, in order.
+
+        `place_I`: these places in the flattened batch; without it a GPU is asked for them and has to be waited for.
+        """
         image_BT = ids_BT == chat.IMAGE
         x_BTD = self.model.embed_tokens(ids_BT.masked_fill(image_BT, 0))
         if seen_ID is None:
             return x_BTD
-        return x_BTD.masked_scatter(image_BT[..., None], seen_ID.to(x_BTD.dtype))
+        place_I = image_BT.flatten().nonzero()[:, 0] if place_I is None else place_I
+        return x_BTD.flatten(0, 1).index_copy(0, place_I, seen_ID.to(x_BTD.dtype)).view_as(x_BTD)
 
     def logits(self, h_BTD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, float32[B, T, V]; ask for few positions only."""
@@ -399,10 +418,14 @@ class LongVA(LM):
     def see(self, pixels_NCYX: Tensor, layout: list[unires.Layout]) -> Tensor:
         """Turn the grids of any number of pictures and videos into visual tokens x_ID, in order.
 
-        `layout` tells how many grids each picture has and how they lie. The tower is called once, whatever the
+        Pixels are uint8, or floating and normalised already.         `layout` tells how many grids each picture has and how they lie. The tower is called once, whatever the
         number of grids, because ranks that share its parameters must call it equally often.
         """
-        z_NPE = self.tower(pixels_NCYX.to(self.model.mm_projector[0].weight))
+        like = self.model.mm_projector[0].weight
+        pixels_NCYX = pixels_NCYX.to(like.device)
+        if pixels_NCYX.dtype == torch.uint8:
+            pixels_NCYX = unires.normalise(pixels_NCYX)
+        z_NPE = self.tower(pixels_NCYX.to(like.dtype))
         x_NPD = self.model.mm_projector(z_NPE)
         newline_D = getattr(self.model, "image_newline", None)
         parts = x_NPD.split([picture.grids for picture in layout])
@@ -421,14 +444,16 @@ class LongVA(LM):
         layout: list[unires.Layout],
         attend: Attend = causal_attend,
         row_I: Tensor | None = None,
+        place_I: Tensor | None = None,
     ) -> tuple:
         """The training question, as LM.forward, with pictures in the places of chat.IMAGE.
 
         `row_I`: which of the visual tokens goes where, if they are not used once each and in order (unires.Parts).
+        `place_I`: where, as for `embed`.
         """
         seen_ID = self.see(pixels_NCYX, layout)
         seen_ID = seen_ID if row_I is None else seen_ID[row_I]
-        h_BTD = self.model(self.embed(ids_BT, seen_ID), pos_T, attend)
+        h_BTD = self.model(self.embed(ids_BT, seen_ID, place_I), pos_T, attend)
         return nll(h_BTD, self.lm_head.weight, targets_BT)
 
 
@@ -463,7 +488,7 @@ def watch(model: LongVA, frames: Iterable[Tensor], batch: int = 32) -> Iterator[
     """Visual tokens x_TD of a video's frames (unires.frame: pixels_CYX), `batch` of them at a time, as they come."""
     frames = iter(frames)
     while held := list(islice(frames, batch)):
-        yield model.see(torch.stack(held).to(model.device), [unires.Layout(1, len(held))])
+        yield model.see(unires.upload(torch.stack(held), model.device), [unires.Layout(1, len(held))])
 
 
 def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMIT) -> tuple[Tensor, unires.Layout]:
@@ -472,14 +497,17 @@ def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMI
 
 
 @torch.no_grad()
-def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int = CHUNK) -> Tensor:
+def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int | None = None) -> Tensor:
     """Read embedded tokens behind what `cache` holds, `chunk` at a time; the hidden states of the last piece."""
+    chunk = chunk or CHUNK[x_BTD.device.type]
     for here, idx_U in cache.pieces(x_BTD.shape[1], chunk):
         h_BUD = model.model(x_BTD[:, here][:, idx_U], cache.length + idx_U, cache.attend)
     return h_BUD
 
 
-def read_prompt(model: LM, ids: list[int], shown: Iterable[Iterable[Tensor]], cache: KVCache, chunk: int) -> list[int]:
+def read_prompt(
+    model: LM, ids: list[int], shown: Iterable[Iterable[Tensor]], cache: KVCache, chunk: int | None = None
+) -> list[int]:
     """Read a prompt up to its last picture; the ids that follow it, which are still to be read.
 
     Each chat.IMAGE in `ids` stands for the next of `shown`: a picture's or a video's visual tokens x_TD, in parts
@@ -506,7 +534,7 @@ def generate(
     stop_ids: Iterable[int],
     max_tokens: int = 256,
     pick: Callable[[Tensor, list[int]], int] = greedy,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Iterator[int]:
     """Answer embedded tokens that follow what `cache` holds, id by id as they are found.
 
@@ -552,7 +580,7 @@ class Config:
     seed: int = knob(0, "of what is drawn (ours)")
     cache: Path | None = knob(None, "folder that keeps what was read of a film, for the next question (ours)")
     batch: int = knob(32, "frames that the tower sees at once (ours)")
-    chunk: int = knob(CHUNK, "tokens read at once (ours)")
+    chunk: int | None = knob(None, "tokens read at once; none: 2048 on a CPU, 4608 on a GPU (ours)")
     plan: bool = knob(False, "print the memory that this would take, and the most frames that fit; load nothing (ours)")
     dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "of weights and cache; auto: bf16 on a GPU, else fp32 (ours)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")

@@ -84,6 +84,7 @@ def start(device: str = "auto") -> World:
             fix = f"start torchrun with --nproc-per-node {found}" if found else "choose --device cpu"
             raise ValueError(f"{here} process(es) here need one GPU each, but torch sees {found}; {fix}")
         torch.cuda.set_device(local)
+        set_precision()
     if ranks > 1:
         if sys.platform == "linux":  # else ranks outlive a killed torchrun, hold the GPUs and write on
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -91,6 +92,14 @@ def start(device: str = "auto") -> World:
         dist.init_process_group(BACKENDS[kind], store=table, rank=rank, world_size=ranks, timeout=TIMEOUT)
         rollcall.join(dist.PrefixStore("roll", table.clone()), rank, ranks)  # a connection of its own
     return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
+
+
+def set_precision() -> None:
+    """Settings of torch's CUDA libraries for this process: full precision of sums, and no cuDNN chosen unasked."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums of a split-K matmul
+    torch.backends.cudnn.allow_tf32 = False  # CLIP's convolution in float32
+    # scaled_dot_product_attention prefers cuDNN on Hopper, which builds a plan, some 50 ms, for each new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def stop() -> None:
@@ -292,7 +301,9 @@ def cudnn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) 
 
 
 def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of cudnn_forward."""
+    """Gradients of cudnn_forward; FlashAttention-2 where cuDNN's own are in doubt."""
+    if k_BSGK.shape[1] % 128 == 64:  # on Hopper cuDNN masks such a tail wrongly: NaN for small lse (pytorch #196678)
+        return cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
     heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
     dice = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]  # there is no dropout
     rest = None, None, None, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal
@@ -473,15 +484,19 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
     dq_BTHK, follower = torch.zeros_like(q_BTHK, dtype=wide(q_BTHK)), None
     home = dq_BTHK.new_zeros(2, *k_BTGK.shape)
     for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
-        dkv = home if hop == 0 else follower.wait() if follower else torch.zeros_like(home)
+        dkv = home if hop == 0 else torch.zeros_like(home) if hop == 1 else None  # later: what comes in
         for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
             asked = (x[b, t] for x in (do_BTHK, q_BTHK))
             known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
             part = block_attention_backward(*asked, *known, causal, kernel)
+            if dkv is None:  # the sum comes in while the first block computes
+                dkv = follower.wait()
             for so_far, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
                 so_far += new
             del part, new  # not to be held while the next is computed
         if hop > 0:
+            if dkv is None:  # no document reaches from these keys to our queries
+                dkv = follower.wait()
             follower = Hop(dkv, world)
     dk_BTGK, dv_BTGK = home + follower.wait() if follower else home
     return dq_BTHK.to(q_BTHK.dtype), dk_BTGK.to(k_BTGK.dtype), dv_BTGK.to(v_BTGK.dtype)
@@ -630,6 +645,9 @@ def shard_parameters(
     """
     assert not any(b.is_meta for b in model.buffers()), "no one fills buffers: compute them instead"
     home = torch.device("cpu") if offload else world.device
+    if offload and world.device.type == "cuda":  # torchrun allows one thread, and a CPU core would do AdamW alone
+        cores, here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, cores // here))
     if world.ranks == 1 and not offload and param_dtype is None:
         own: dict[nn.Parameter, nn.Parameter] = {}  # to_empty would give tied parameters two memories
         for module in model.modules():
@@ -648,6 +666,25 @@ def shard_parameters(
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=home)
+
+
+def set_gradients_aside(model: nn.Module, sums: dict[nn.Parameter, Tensor]) -> None:
+    """Add the gradients of a part of a step to `sums`, and take them from the parameters.
+
+    For offloaded parameters: FSDP2 copies gradients to the CPU beside the backward pass while parameters have none;
+    where they have one, it stops the pass at each layer to copy and add. `put_gradients_back` ends the step.
+    """
+    for p in model.parameters():
+        if p.grad is not None:
+            sums[p] = sums[p].add_(p.grad) if p in sums else p.grad
+            p.grad = None
+
+
+def put_gradients_back(sums: dict[nn.Parameter, Tensor]) -> None:
+    """Give each parameter the sum of its gradients."""
+    for p, gradient in sums.items():
+        p.grad = gradient
+    sums.clear()
 
 
 @contextmanager

@@ -412,12 +412,15 @@ def collate(
     idx_T = ring.zigzag_index(ids_BS.shape[1], replace(circle, device=torch.device("cpu")))
     image_BS = ids_BS == chat.IMAGE
     nth_BS = image_BS.flatten().cumsum(0).view_as(ids_BS) - 1  # number of each visual token in the batch
-    pixels_NCYX, layout, row_I = parts.only(nth_BS[:, idx_T][image_BS[:, idx_T]], config.vision.side)
-    ids_BT, targets_BT, idx_T, pixels_NCYX, row_I = (
-        x.to(circle.device) for x in (ids_BS[:, idx_T], targets_BS[:, idx_T], idx_T, pixels_NCYX, row_I)
+    image_BT = image_BS[:, idx_T]
+    pixels_NCYX, layout, row_I = parts.only(nth_BS[:, idx_T][image_BT], config.vision.side)
+    place_I = image_BT.flatten().nonzero()[:, 0]
+    ids_BT, targets_BT, idx_T, pixels_NCYX, row_I, place_I = (
+        unires.upload(x, circle.device)
+        for x in (ids_BS[:, idx_T], targets_BS[:, idx_T], idx_T, pixels_NCYX, row_I, place_I)
     )
     padding = 1 - sum(len(ids) for ids, _ in texts) / ids_BS.numel()
-    arguments = (ids_BT, idx_T, targets_BT, pixels_NCYX, layout, ring.zigzag_attend(circle), row_I)
+    arguments = (ids_BT, idx_T, targets_BT, pixels_NCYX, layout, ring.zigzag_attend(circle), row_I, place_I)
     return Part(arguments, [example.number for example in examples], targets_BT, padding)
 
 
@@ -467,7 +470,7 @@ def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, worl
             pictures, captions = synthetic.captioned_grids(cfg.seed, step, cfg.batch)
             rows = [words.encode(caption) for caption in captions]
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(world.device)
-            pixels_NCYX = unires.frames(pictures, synthetic.SIDE, "pad").to(world.device)
+            pixels_NCYX = unires.normalise(unires.frames(pictures, synthetic.SIDE, "pad").to(world.device))
             return [Part((pixels_NCYX, ids), [], torch.zeros(len(rows)), 0.0)], []
 
         return lambda steps: video.ahead(map(captioned, steps), 1), None
@@ -559,6 +562,7 @@ def learn(
     else:  # each rank of a ring counts the ring's pairs
         names, count = PREFERENCE, torch.tensor(sum(len(part.numbers) for part in parts), device=world.device)
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    gradients: dict = {}  # of the parts so far, where parameters are offloaded
     for part in parts:
         nll_B, _ = model(*part.arguments)
         if before is None:
@@ -567,7 +571,10 @@ def learn(
             summed, told = prefer(part, nll_B, before, cfg.beta, circle)
             summed = summed * circle.ranks
         ring.global_mean(summed, count, world).backward()
+        if cfg.offload:
+            ring.set_gradients_aside(model, gradients)
         sums += told
+    ring.put_gradients_back(gradients)
     means = ring.total(sums, world) / ring.total(count, world)
     return dict(zip(names, means.tolist()))
 
@@ -598,7 +605,7 @@ def train(cfg: Config, world: ring.World) -> None:
     batches, data = make_batches(cfg, model, words, world, circles)
 
     # 4 optimizer
-    fused = (cfg.offload and world.device.type == "cuda") or None  # on a CPU beside GPUs 8 times faster than a loop
+    fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
 
     # 5 resume

@@ -136,14 +136,24 @@ def rgb(picture: Picture) -> Image.Image:
     return image.convert("RGB")
 
 
-def normalise(image: Image.Image) -> Tensor:
-    """8-bit RGB to what CLIP was trained on: pixels_CYX, float32, mean 0 and deviation 1 per colour."""
-    pixels_YXC = torch.from_numpy(np.array(image)).float() / 255
-    return ((pixels_YXC - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+def to_pixels(image: Image.Image) -> Tensor:
+    """8-bit RGB as pixels_CYX, uint8: a quarter of the bytes of float32, until `normalise`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; to a GPU through pinned memory, so that the CPU goes on meanwhile."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def normalise(pixels_NCYX: Tensor) -> Tensor:
+    """uint8 pixels as CLIP was trained on them, where they are: float32, mean 0 and deviation 1 per colour."""
+    mean_C11, std_C11 = (torch.tensor(x, device=pixels_NCYX.device)[:, None, None] for x in (MEAN, STD))
+    return pixels_NCYX.float().div_(255).sub_(mean_C11).div_(std_C11)
 
 
 def cut(picture: Picture, rows: int, cols: int, side: int, rule: str = "canvas") -> Tensor:
-    """Lay a picture on rows x cols grids and cut them apart, row by row -> pixels_NCYX, float32, normalised.
+    """Lay a picture on rows x cols grids and cut them apart, row by row -> pixels_NCYX, uint8.
 
     Rules "canvas" and "anyres": the picture keeps its aspect in the middle of a black canvas (release).
     Rule "floor": it is stretched over the canvas. The paper names no padding, and what is left over each way
@@ -160,13 +170,13 @@ def cut(picture: Picture, rows: int, cols: int, side: int, rule: str = "canvas")
             fitted = image.resize((min(ceil(image.width * down), width), height), Image.BICUBIC)
         canvas = Image.new("RGB", (width, height))
         canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
-    grids = normalise(canvas).unflatten(2, (cols, side)).unflatten(1, (rows, side))  # colour, row, y, col, x
+    grids = to_pixels(canvas).unflatten(2, (cols, side)).unflatten(1, (rows, side))  # colour, row, y, col, x
     return grids.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 def base_grid(picture: Picture, side: int) -> Tensor:
-    """The whole picture squashed into one grid, pixels_1CYX: what AnyRes puts first."""
-    return normalise(rgb(picture).resize((side, side), Image.BICUBIC))[None]
+    """The whole picture squashed into one grid, pixels_1CYX, uint8: what AnyRes puts first."""
+    return to_pixels(rgb(picture).resize((side, side), Image.BICUBIC))[None]
 
 
 def letterbox(image: Image.Image, side: int) -> Image.Image:
@@ -186,7 +196,7 @@ def letterbox(image: Image.Image, side: int) -> Image.Image:
 
 
 def frame(picture: Picture, side: int, how: str = "crop") -> Tensor:
-    """One frame of a video as one grid, pixels_CYX.
+    """One frame of a video as one grid, pixels_CYX, uint8.
 
     "crop": the short side becomes `side` and the middle is kept (the release's demo, its benchmarks, DPO).
     "pad": all is kept, on a square filled with CLIP's mean colour (V-NIAH, Sec. 4). The two look different to
@@ -197,14 +207,14 @@ def frame(picture: Picture, side: int, how: str = "crop") -> Tensor:
         short = min(image.size)
         image = image.resize((side * image.width // short, side * image.height // short), Image.BICUBIC)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        return normalise(image.crop((left, top, left + side, top + side)))
+        return to_pixels(image.crop((left, top, left + side, top + side)))
     if how == "pad":
-        return normalise(letterbox(image, side))
+        return to_pixels(letterbox(image, side))
     raise ValueError(f"a frame can be fitted by 'crop' or by 'pad', not by {how!r}")
 
 
 def frames(pictures: Iterable[Picture], side: int, how: str = "crop") -> Tensor:
-    """The frames of a video as one row of grids, pixels_NCYX. Raises ValueError where there is no frame."""
+    """The frames of a video as one row of grids, pixels_NCYX, uint8. Raises ValueError where there is no frame."""
     grids = [frame(picture, side, how) for picture in pictures]
     if not grids:
         raise ValueError("a video without frames cannot be shown; check how frames were sampled")
@@ -374,7 +384,7 @@ class Parts:
         layout = [self.layouts[i] for i in used] or [Layout(1, 1, self.scheme)]
         size = torch.tensor([0, *(how.tokens(self.patches) for how in layout)]).cumsum(0)
         moved_J = row_J - torch.tensor(self.starts)[part_J] + size[which_J]
-        pixels = [self.pixels[i] for i in used] or [torch.zeros(layout[0].grids, 3, side, side)]
+        pixels = [self.pixels[i] for i in used] or [torch.zeros(layout[0].grids, 3, side, side, dtype=torch.uint8)]
         if all(how.scheme == "unires" for how in layout):
             layout = [Layout(1, sum(how.grids for how in layout))]  # grid after grid, as in a video: one call, not many
         return torch.cat(pixels), layout, moved_J

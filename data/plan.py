@@ -28,6 +28,7 @@ from data.config import LMConfig, LongVAConfig
 GB = 10**9  # bytes
 PROMPT = 64  # tokens around a question, about
 FRAMES = (8, 32, 128, 384, 1000, 3000)  # the paper's, from Table 4 to Fig. 4
+CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens read at once, as longva.CHUNK
 TOKENS = (8_192, 32_768, 131_072, 229_376, 1_048_576)
 CARDS = (24, 48, 80, 141)  # GB of usual GPUs
 PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
@@ -126,7 +127,7 @@ def reading_bytes(lm: LMConfig, S: int, b: int, chunk: int, ranks: int, device: 
 def vision_bytes(config: LongVAConfig, N: int, b: int) -> int:
     """What is alive at the widest moment of seeing N frames at once (longva.watch and LongVA.see).
 
-    The frames are float32, and also in the numbers of the model where these differ. On top comes the widest of
+    The frames are uint8, and in the numbers of the model. On top comes the widest of
       MLP        per place, the class token's too: a block's input, its sum after attention, normalised: 3 E;
                  and fc1, its gate, their product: 3 I
       attention  per place: the block's input, normalised, q, k, v, the answer, mapped: 7 E
@@ -135,11 +136,11 @@ def vision_bytes(config: LongVAConfig, N: int, b: int) -> int:
     eye, D = config.vision, config.lm.hidden_size
     P, E, width = eye.patches**2, eye.hidden_size, eye.intermediate_size
     widest = max((P + 1) * (3 * E + 3 * width), (P + 1) * 7 * E, P * (E + 2 * D))
-    return N * (3 * eye.side**2 * (4 if b == 4 else 4 + b) + b * widest)
+    return N * (3 * eye.side**2 * (1 + b) + b * widest)
 
 
 def memory(
-    config: Model, S: int, b: int = 2, chunk: int = 2048, batch: int = 32, ranks: int = 1, device: str = "cuda"
+    config: Model, S: int, b: int = 2, chunk: int | None = None, batch: int = 32, ranks: int = 1, device: str = "cuda"
 ) -> dict[str, int]:
     """Bytes on each rank for S tokens in all, by what they are for; b bytes per number, `device` cpu or cuda.
 
@@ -147,6 +148,7 @@ def memory(
     their pixels stay, too, and 2 N frames wait (video.ahead);
     reading needs most at the end of a film, when none waits.
     """
+    chunk = chunk or CHUNK[device]
     lm, rows = language(config), S if ranks == 1 else -(-S // ranks) + max(128, 2 * ranks)  # ring.ShardedCache
     terms = {"weights": b * parameters(config), "cache": cache_bytes(lm, rows, b)}
     if isinstance(config, LMConfig):
@@ -154,7 +156,7 @@ def memory(
     M = frame_tokens(config)
     frames = -(-S // M)
     N = min(batch, frames)
-    pixels = 4 * 3 * config.vision.side**2 if device == "cpu" else 0  # of a frame, before it is seen
+    pixels = 3 * config.vision.side**2 if device == "cpu" else 0  # of a frame, before it is seen
     seen = N * M * lm.hidden_size * b * ranks
     reading = reading_bytes(lm, S, b, min(chunk, N * M * ranks), ranks, device)
     vision = vision_bytes(config, N, b) + pixels * min(2 * N, frames - N)
@@ -230,7 +232,7 @@ def table(config: Model, cfg: Any) -> str:
                 f"  {'at most' if most < MOST - 1 else 'more than'} {most:,} {unit} in {room / GB:.1f} GB per rank"
             )
     seeing = f", {cfg.batch:,} frames seen at once" if sees else ""
-    page += ["", f"With {text:,} tokens of text, read {cfg.chunk:,} tokens at once{seeing}; * is what was asked for."]
+    page += ["", f"With {text:,} tokens of text, read {cfg.chunk or CHUNK[device]:,} tokens at once{seeing}; * is what was asked for."]
     if device == "cpu":
         page.append(f"Python and torch themselves take {PROCESS / GB:.2f} GB more, which are left free above.")
     return "\n".join(page)

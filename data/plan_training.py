@@ -25,7 +25,7 @@ from data import plan
 from data.config import LMConfig
 from data.plan import CARDS, GB
 
-CHUNK = 512  # positions whose logits longva.nll holds at once
+CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits longva.nll holds at once, as longva.LOSS_CHUNK
 MOST = 10**9  # tokens: nobody asks for more
 TERMS = ("shards", "gradients", "AdamW", "gathered", "kept", "work")
 HEAD = "  {:26}" + "".join(f"{name:>10}" for name in (*TERMS, "peak", "host")) + "   widest moment"
@@ -228,7 +228,7 @@ def loss_backward(step: Step) -> int:
     losses. Then the head's gradient in float32 (4 V D) and a chunk's logits; in bfloat16 these in float32 too, their
     part of the head's gradient, and the probabilities: those of the chunk before, while its successor's are made.
     """
-    D, V, b, U = step.widths[0], step.lm.vocab_size, step.b, min(CHUNK, step.T)
+    D, V, b, U = step.widths[0], step.lm.vocab_size, step.b, min(CHUNK[step.device], step.T)
     per_token = (8 if b == 4 else 6) * D + 2 * stream(step) + 2 * 8 + 8 + 8 + 4 + 4
     chunk = U * V * b if b == 4 else U * V * (b + 4 + b) + b * V * D
     return step.T * per_token + 4 * V * D + chunk

@@ -1,67 +1,128 @@
-"""Tensors that wait for backward in CPU memory: the same bits come back, in time, and few at once."""
+"""Tensors that wait for backward in CPU memory: the same bits come back, one layer ahead, and few at once."""
+
+import gc
+import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from data import offload
 
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-class Watched(offload.Away):
-    """Counts how many tensors are on their way back or there, and not yet asked for."""
+
+class Watched(offload.ActivationOffload):
+    """Notes for each layer that backward reaches which layers' tensors are on the device."""
 
     def __init__(self, device):
         super().__init__(device)
-        self.all, self.most, self.late = [], 0, 0
+        self.there = {}
 
-    def pack(self, x):
-        self.all.append(super().pack(x))
-        return self.all[-1]
-
-    def unpack(self, kept):
-        self.late += kept.back is None
-        x = super().unpack(kept)
-        self.most = max(self.most, 1 + sum(other.back is not None for other in self.all))
+    def unpack(self, saved):
+        late = isinstance(saved, offload.Saved) and saved.layer not in self.back
+        x = super().unpack(saved)
+        if isinstance(saved, offload.Saved):
+            self.there.setdefault(saved.layer, (late, sorted(self.back)))
         return x
 
 
-def chain(x, layers=6):
+def layer(x):
+    return x.exp().sub(1).tanh()  # tanh saves its answer, exp too
+
+
+def chain(x, hooks, layers=6):
     for _ in range(layers):
-        x = x.exp().sub(1).tanh()  # tanh keeps its answer, exp too
+        with hooks.layer():
+            x = layer(x)
     return x
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_gradients_are_the_same_and_copies_come_ahead(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     torch.manual_seed(0)
     x = torch.randn(7, 5, dtype=torch.float64, device=device).t()  # not contiguous
     plain, away = (x.clone().requires_grad_() for _ in range(2))
-    chain(plain).sum().backward()
+    y = plain
+    for _ in range(6):
+        y = layer(y)
+    y.sum().backward()
     hooks = Watched(torch.device(device))
-    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-        y = chain(away)
-    assert all(kept.host.device.type == "cpu" for kept in hooks.all) and len(hooks.all) == 12
+    y = chain(away, hooks)
+    assert [len(saved) for saved in hooks.layers] == [2] * 6
+    assert all(saved.host.device.type == "cpu" for kept in hooks.layers for saved in kept.values())
+    assert len(hooks.leaving) == 2  # of the last layer; those before it are free
     y.sum().backward(retain_graph=True)
     assert torch.equal(away.grad, plain.grad)
-    assert hooks.late == 1 and hooks.most == 2  # all but the first were under way when they were asked for
+    # the last layer's are fetched when they are asked for, all others while the layer above computes
+    assert hooks.there == {5: (True, [4, 5])} | {n: (False, [n - 1, n]) for n in (4, 3, 2, 1)} | {0: (False, [0])}
     y.sum().backward()  # asked again, they come again
     assert torch.equal(away.grad, 2 * plain.grad)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_checkpoint_inside(device):
+    """One tensor a layer is saved, its input; checkpoint of torch 2.11 also saves an empty tensor on the CPU."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, device=device)
+    plain, away = (x.clone().requires_grad_() for _ in range(2))
+    layer(layer(plain)).sum().backward()
+    hooks, y = offload.ActivationOffload(torch.device(device)), away
+    for _ in range(2):
+        with hooks.layer():
+            y = checkpoint(layer, y, use_reentrant=False, preserve_rng_state=False)
+    assert [len(saved) for saved in hooks.layers] == [1, 1]
+    y.sum().backward()
+    assert torch.equal(away.grad, plain.grad)
+
+
+def test_what_is_empty_or_elsewhere_stays():
+    hooks = offload.ActivationOffload(CPU)
+    with hooks.layer():
+        empty, elsewhere = torch.empty(0), torch.empty(3, device="meta")
+        assert hooks.pack(empty) is empty and hooks.pack(elsewhere) is elsewhere
+        assert hooks.unpack(elsewhere) is elsewhere
+
+
+def test_a_tensor_that_two_operations_save_is_copied_once():
+    x = torch.ones(3, requires_grad=True)
+    hooks = offload.ActivationOffload(CPU)
+    with hooks.layer():
+        y = x.exp()
+        z = y * y
+    assert len(hooks.layers[0]) == 1
+    z.sum().backward()
+    assert torch.equal(x.grad, 2 * y.detach() ** 2)
+
+
+def test_host_memory_is_free_as_soon_as_backward_is_done():
+    gc.disable()  # nothing may wait for the collector
+    try:
+        x, hooks = torch.ones(3, requires_grad=True), offload.ActivationOffload(CPU)
+        y = chain(x, hooks)
+        alive = weakref.ref(next(iter(hooks.layers[0].values())).host)
+        del hooks
+        y.sum().backward()
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_all_passes_copy_on_one_stream(monkeypatch):
     """Torch hands out 32 in turn, and its allocator would keep memory for each of them."""
-    offload.beside_computation.cache_clear()
+    offload.copy_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())  # there may be no GPU
     gpu = torch.device("cuda", 0)
-    assert offload.Away(gpu).side is offload.Away(gpu).side is not None
-    assert offload.Away(torch.device("cpu")).side is None
-    offload.beside_computation.cache_clear()
+    assert offload.ActivationOffload(gpu).stream is offload.ActivationOffload(gpu).stream is not None
+    assert offload.ActivationOffload(CPU).stream is None
+    offload.copy_stream.cache_clear()
 
 
 def test_what_is_kept_shares_nothing_with_what_is_computed():
     x = torch.ones(3, requires_grad=True)
-    with offload.away(torch.device("cpu")):
+    with offload.ActivationOffload(CPU).layer():
         y = x.exp()
     kept = y.detach().clone()
     y.data.zero_()  # autograd cannot see this

@@ -376,7 +376,7 @@ def slowly(model, pixels, layout):
     """Tokens of one picture, grid by grid; pooled with four loops where nothing ends its rows."""
     first, _, last = model.model.mm_projector
     features = []
-    for one in pixels:
+    for one in pixels if pixels.is_floating_point() else unires.normalise(pixels):
         z = model.tower.hidden(one[None], 1)[0, 1:]
         features.append(F.linear(F.gelu(F.linear(z, first.weight, first.bias)), last.weight, last.bias))
     if layout.scheme == "anyres":

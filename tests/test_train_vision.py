@@ -208,7 +208,7 @@ def test_shards_cut_pictures_and_grids():
     assert (inside & (before % 4 > 0)).any()
     both = [{grid.numpy().tobytes() for grid in pixels} for _, _, _, pixels, *_ in sides]
     assert both[0] & both[1] and both[0] - both[1] and both[1] - both[0]
-    assert all(len(rows) == (ids == chat.IMAGE).sum() for ids, _, _, _, _, _, rows in sides)
+    assert all(len(rows) == len(places) == (ids == chat.IMAGE).sum() for ids, *_, rows, places in sides)
 
 
 # ---- what is seen, and what learns ----
