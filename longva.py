@@ -254,7 +254,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) in float32, cast back, then times the weight: Qwen2's order of roundings."""
+        """Normalise in float32, x / sqrt(mean(x^2) + eps), cast back, then scale: Qwen2's order."""
         return self.weight * F.rms_norm(x_BTD, x_BTD.shape[-1:], None, self.eps)
 
 
@@ -341,7 +341,7 @@ class Decoder(nn.Module):
         call = again if self.remat else direct
         offload = ActivationOffload(x_BTD.device) if self.offload else None
         for layer in self.layers:
-            with offload.layer() if offload else nullcontext():  # positions come by closure, or each layer would send them away again
+            with offload.layer() if offload else nullcontext():  # positions come by closure: they are not offloaded
                 x_BTD = call(lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend), x_BTD)
         return self.norm(x_BTD)
 
@@ -418,8 +418,9 @@ class LongVA(LM):
     def see(self, pixels_NCYX: Tensor, layout: list[unires.Layout]) -> Tensor:
         """Turn the grids of any number of pictures and videos into visual tokens x_ID, in order.
 
-        Pixels are uint8, or floating and normalised already.         `layout` tells how many grids each picture has and how they lie. The tower is called once, whatever the
-        number of grids, because ranks that share its parameters must call it equally often.
+        Pixels are uint8, or floating and normalised already. `layout` tells how many grids each picture has and how
+        they lie. The tower is called once, whatever the number of grids, because ranks that share its parameters must
+        call it equally often.
         """
         like = self.model.mm_projector[0].weight
         pixels_NCYX = pixels_NCYX.to(like.device)

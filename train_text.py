@@ -207,6 +207,23 @@ def attention(cfg: Config, circle: ring.World, starts: ring.Starts | None = None
     return ring.zigzag_attend(circle, None if cfg.kernel == "auto" else cfg.kernel, starts)
 
 
+def learn(
+    cfg: Config, model: longva.LM, mine: range, idx_T: Tensor, parts: list, count: Tensor, circle: ring.World,
+    world: ring.World,
+) -> Tensor:  # fmt: skip
+    """The gradient of a step, summed over its parts; each part's summed loss, of the tokens here."""
+    loss_P = torch.zeros(cfg.accumulate, device=world.device)
+    gradients: dict = {}  # of the parts so far, where parameters are offloaded
+    for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
+        nll_B, _ = model(ids_BT, idx_T, targets_BT, attention(cfg, circle, starts))
+        ring.global_mean(nll_B.sum(), count, world).backward()
+        if cfg.offload:
+            ring.set_gradients_aside(model, gradients)
+        loss_P[part % cfg.accumulate] += nll_B.detach().sum()
+    ring.put_gradients_back(gradients)
+    return loss_P
+
+
 def deal(pair: tuple[Tensor, Tensor], idx_T: Tensor) -> list[Tensor]:
     """What this rank holds of (ids_BS, targets_BS)."""
     return [x_BS.to(idx_T.device)[:, idx_T] for x_BS in pair]
@@ -326,17 +343,10 @@ def main(cfg: Config) -> None:
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         saver.check()
-        began, loss_P = time.perf_counter(), torch.zeros(cfg.accumulate, device=world.device)
+        began = time.perf_counter()
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
-        gradients: dict = {}  # of the parts so far, where parameters are offloaded
-        for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
-            nll_B, _ = model(ids_BT, idx_T, targets_BT, attention(cfg, circle, starts))
-            ring.global_mean(nll_B.sum(), count, world).backward()
-            if cfg.offload:
-                ring.set_gradients_aside(model, gradients)
-            loss_P[part % cfg.accumulate] += nll_B.detach().sum()
-        ring.put_gradients_back(gradients)
+        loss_P = learn(cfg, model, mine, idx_T, parts, count, circle, world)
         loss = runs.finite(step, (ring.total(loss_P, world) / ring.total(count, world)).tolist())
         norm = ring.clip_gradients(model, cfg.max_norm)
         for group in optimizer.param_groups:
@@ -344,9 +354,9 @@ def main(cfg: Config) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
-            speed = ids_BT.numel() * circle.ranks * cfg.accumulate / (time.perf_counter() - began)
+            speed = parts[0][0].numel() * circle.ranks * cfg.accumulate / (time.perf_counter() - began)
             line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
-            work = plan.train_flop(config, ids_BT.shape[1] * circle.ranks) * speed / world.ranks / 1e12
+            work = plan.train_flop(config, len(idx_T) * circle.ranks) * speed / world.ranks / 1e12
             line |= {"tokens_per_s": round(speed), "tflop_per_s_and_rank": float(f"{work:.4g}")}
             line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
             if world.device.type == "cuda":

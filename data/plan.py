@@ -232,7 +232,8 @@ def table(config: Model, cfg: Any) -> str:
                 f"  {'at most' if most < MOST - 1 else 'more than'} {most:,} {unit} in {room / GB:.1f} GB per rank"
             )
     seeing = f", {cfg.batch:,} frames seen at once" if sees else ""
-    page += ["", f"With {text:,} tokens of text, read {cfg.chunk or CHUNK[device]:,} tokens at once{seeing}; * is what was asked for."]
+    chunk = cfg.chunk or CHUNK[device]
+    page += ["", f"With {text:,} tokens of text, read {chunk:,} tokens at once{seeing}; * is what was asked for."]
     if device == "cpu":
         page.append(f"Python and torch themselves take {PROCESS / GB:.2f} GB more, which are left free above.")
     return "\n".join(page)

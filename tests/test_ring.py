@@ -533,8 +533,6 @@ def test_cuda_kernel_signatures(monkeypatch, kernel):
 
 def missing(kernel):
     """Why a GPU kernel cannot be tried here; an empty text if it can."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU"
     if kernel == "flash_attn" and not find_spec("flash_attn"):
         return "needs flash-attn: pip install flash-attn --no-build-isolation"
     if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
@@ -542,6 +540,7 @@ def missing(kernel):
     return ""
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @pytest.mark.parametrize("causal, S", [(True, 128), (False, 128), (False, 64)])
 @pytest.mark.parametrize("kernel", ["cuda", "cudnn", "flash_attn"])

@@ -1,0 +1,872 @@
+"""Does everything that needs a GPU work on this one, and how fast is it?
+
+What      Ten cases, each a few lines of a table: what, measured, expected, ok or not. Models are random, of the real
+          width, made on the card; nothing is downloaded. Where transformers is installed it is measured beside.
+Paper     The sizes are the paper's: Qwen2-7B and CLIP ViT-L/14, 224,000 tokens of text, 3,000 frames.
+Run       python tests/gpu.py                               all cases, about ten minutes on one card of 80 GB
+          python tests/gpu.py --only kernels decode         some of them: the names are those of CASES
+          python tests/gpu.py --json FILE                   also the rows as JSON
+          python tests/gpu.py --dry                         toy sizes on the CPU: only shows that every case runs
+Differs   NCCL takes one process per GPU, so that the ring's ranks are threads here, and a message is a queue.
+
+Times are of one run after a warm-up, on a card that nothing else uses. Exit code 1 if a row is not ok.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import longva
+import ring
+import train_vision
+import unires
+from clip import ClipVision
+from data import plan, plan_training
+from data.config import ClipConfig, LMConfig, LongVAConfig
+
+GB = 10**9
+PEAK = 989e12  # FLOP/s in bf16 of an H100 or H200, without sparsity
+
+
+@dataclass
+class Row:
+    """A line of the table; `ok` is None where there is nothing to expect."""
+
+    case: str
+    what: str
+    measured: str
+    expected: str = ""
+    ok: bool | None = None
+
+    def __str__(self) -> str:
+        verdict = {True: "ok", False: "NOT OK", None: ""}[self.ok]
+        return f"{self.case:8} {self.what:62} {self.measured:>24}  {self.expected:28} {verdict}"
+
+
+class Kit:
+    """The table in the making, the device, and whether sizes are toys."""
+
+    def __init__(self, dry: bool):
+        self.dry, self.case, self.rows = dry, "", []
+        self.device = torch.device("cpu" if dry else "cuda:0")
+        self.memory = 0 if dry else torch.cuda.get_device_properties(0).total_memory
+
+    def row(self, what: str, measured: str, expected: str = "", ok: bool | None = None) -> None:
+        """Add a line and print it. A dry run measures nothing: only finite errors can fail it."""
+        self.rows.append(Row(self.case, what, measured, expected, ok))
+        print(self.rows[-1], flush=True)
+
+    def at_most(self, what: str, value: float, bound: float, unit: str = "") -> None:
+        """A line whose figure has an upper bound."""
+        self.row(what, f"{value:.4g} {unit}", f"<= {bound:g} {unit}", bool(value <= bound))
+
+    def speed(self, what: str, value: float, bound: float, unit: str = "", least: bool = False) -> None:
+        """The same of a time, or with `least` of a rate: not judged in a dry run."""
+        good = value >= bound if least else value <= bound
+        self.row(what, f"{value:.4g} {unit}", f"{'>=' if least else '<='} {bound:g} {unit}", None if self.dry else good)
+
+    def sync(self) -> None:
+        """Wait for the card."""
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def seconds(self, f: Callable, times: int = 1) -> float:
+        """Of one call, the mean of `times`."""
+        self.sync()
+        began = time.perf_counter()
+        for _ in range(times):
+            f()
+        self.sync()
+        return (time.perf_counter() - began) / times
+
+    def clear(self) -> None:
+        """Free what the last case left, and begin to count peaks."""
+        gc.collect()
+        if not self.dry:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peaks(self) -> tuple[float, float]:
+        """GB allocated and GB reserved, at most, since `clear`."""
+        if self.dry:
+            return 0.0, 0.0
+        return torch.cuda.max_memory_allocated() / GB, torch.cuda.max_memory_reserved() / GB
+
+    def noise(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+        """Normal numbers on the device."""
+        return torch.randn(*shape, device=self.device, dtype=torch.float32).mul_(scale).to(dtype)
+
+    def lm(self, layers: int) -> LMConfig:
+        """Qwen2-7B with so many layers, or a toy."""
+        if not self.dry:
+            return LMConfig(num_hidden_layers=layers)
+        sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": min(layers, 2)}
+        return LMConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+
+    def eye(self) -> ClipConfig:
+        """CLIP ViT-L/14 at 336 pixels, or a toy."""
+        return ClipConfig(32, 64, 2, 2, 14, 56) if self.dry else ClipConfig()
+
+    def model(self, config: LMConfig | LongVAConfig, dtype: torch.dtype = torch.bfloat16) -> longva.LM:
+        """A model with random weights, made on the device, to answer."""
+        with torch.device("meta"):
+            model = longva.LongVA(config) if isinstance(config, LongVAConfig) else longva.LM(config)
+        model.to(dtype).to_empty(device=self.device).tie()
+        randomise(model)
+        return model.eval().requires_grad_(False)
+
+
+def randomise(model: nn.Module, device: torch.device | None = None) -> None:
+    """Norms one, biases zero, the rest normal(0, 0.02); drawn on `device`, where the parameters are elsewhere."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            local = ring.my_rows(p)[0]
+            if p.ndim == 1:
+                local.fill_("norm" in name and name.endswith("weight"))
+            else:
+                drawn = torch.empty(local.shape, dtype=local.dtype, device=device or local.device)
+                local.copy_(drawn.normal_(0, 0.02))
+
+
+def ulps(got: Tensor, want: Tensor) -> float:
+    """The largest error, in units of the last place that bfloat16 has for the largest value."""
+    want = want.double()
+    if not got.isfinite().all():
+        return math.inf
+    last_place = 2.0 ** (math.floor(math.log2(want.abs().max().item())) - 7)
+    return ((got.double() - want).abs().max() / last_place).item()
+
+
+def usable_kernels(kit: Kit) -> list[str]:
+    """Of ring.KERNELS, those that this machine can run in bf16."""
+    if kit.dry:
+        return ["cpu"]
+    found = ["cuda"] + ["cudnn"] * (torch.cuda.get_device_capability() >= (9, 0))
+    return found + ["flash_attn"] * (find_spec("flash_attn") is not None)
+
+
+# ------------------------------------------------------------------------------------------------- 1 kernels
+
+
+def kernels(kit: Kit) -> None:
+    """Each kernel against the ten visible lines in fp32, at Qwen2-7B's heads, on slices of longer tensors."""
+    H, G, K = (4, 2, 16) if kit.dry else (28, 4, 128)
+    shapes = [(577, 577, True), (129, 129, True), (1, 577, False), (129, 577, False), (577, 129, False)]
+    shapes += [(577, 1, False), (577, 192, False), (577, 640, False)]
+    if kit.dry:
+        shapes = [(17, 17, True), (5, 13, False)]
+    for kernel in usable_kernels(kit):
+        worst = {"o": 0.0, "lse": 0.0, "dq": 0.0, "dk": 0.0, "dv": 0.0}
+        for T, S, causal in shapes:
+            if kernel == "cudnn" and S == 1:  # it takes no single key
+                continue
+            q, do = (kit.noise(2, T + 5, H, K)[:, 3 : 3 + T] for _ in range(2))
+            k, v = (kit.noise(2, S + 5, G, K)[:, 2 : 2 + S] for _ in range(2))
+            o, lse = ring.math_forward(q.float(), k.float(), v.float(), causal)
+            fast_o, fast_lse = ring.block_attention(q, k, v, causal, kernel)
+            found = {"o": ulps(fast_o, o), "lse": (fast_lse - lse).abs().max().item()}
+            more = (lse, o) if causal else (lse + 0.5, o + 0.1)  # as if other blocks had been merged in
+            lse, o = more[0], more[1].to(q.dtype)
+            slow = ring.math_backward(*(x.float() for x in (do, q, k, v, o)), lse, causal)
+            fast = ring.block_attention_backward(do, q, k, v, o, lse, causal, kernel)
+            found |= {name: ulps(a, b) for name, a, b in zip(("dq", "dk", "dv"), fast, slow)}
+            worst = {name: max(worst[name], found[name]) for name in worst}
+        for name in ("o", "dq", "dk", "dv"):
+            kit.at_most(f"{kernel}: {name}, worst of {len(shapes)} shapes, against math in fp32", worst[name], 2, "ulp")
+        kit.at_most(f"{kernel}: log-sum-exp", worst["lse"], 1e-3)
+    for kernel in usable_kernels(kit):
+        extreme_lse(kit, kernel, H, G, K)
+    cached_reading(kit, H, G, K)
+
+
+def extreme_lse(kit: Kit, kernel: str, H: int, G: int, K: int) -> None:
+    """Logits of about -100: where cuDNN's backward is said to give NaN for S = 64 (mod 128)."""
+    for S in [64] if kit.dry else [64, 192, 576, 640]:
+        q, do, k, v = (kit.noise(1, n, heads, K) for n, heads in ((128, H), (128, H), (S, G), (S, G)))
+        q[..., 0], k[..., 0] = 10, -10 * math.sqrt(K)  # this one entry makes all logits small
+        o, lse = ring.math_forward(q.float(), k.float(), v.float(), False)
+        slow = ring.math_backward(*(x.float() for x in (do, q, k, v, o)), lse, False)
+        fast = ring.block_attention_backward(do, q, k, v, o.to(q.dtype), lse, False, kernel)
+        whole = all(x.isfinite().all() for x in fast)  # the entry's own gradients are a difference of large numbers
+        error = max(ulps(a[..., 1:], b[..., 1:]) for a, b in zip(fast, slow)) if whole else math.inf
+        kit.at_most(f"{kernel}: gradients where lse is {lse.mean():.0f}, S = {S}", error, 2, "ulp")
+        if kernel == "cudnn" and S % 128 == 64:
+            heads_first = [x.transpose(1, 2) for x in (do, q, k, v, o.to(q.dtype))]
+            zeros = [torch.zeros((), dtype=torch.int64, device=kit.device) for _ in range(2)]
+            raw = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+            rest = None, None, None, 128, S, 0.0, False
+            dq = raw(*heads_first, lse.unsqueeze(-1).contiguous(), *zeros, *rest)[0]
+            kit.row(
+                f"cudnn without the guard, S = {S}: share of dq that is no number", f"{dq.isnan().float().mean():.2f}"
+            )
+
+
+def cached_reading(kit: Kit, H: int, G: int, K: int) -> None:
+    """longva.attend_to_past, by which a model with a cache reads: 1, 129 or 577 queries at the end of the keys."""
+    worst = 0.0
+    for T, S in [(3, 9)] if kit.dry else [(1, 577), (1, 4096), (129, 577), (577, 577), (577, 1024)]:
+        q, k, v = kit.noise(2, T, H, K), kit.noise(2, S + 9, G, K)[:, :S], kit.noise(2, S + 9, G, K)[:, :S]
+        whole = F.pad(q.float(), (0, 0, 0, 0, S - T, 0))  # queries before ours, whose answers are left out
+        want = ring.math_forward(whole, k.float(), v.float(), True)[0][:, S - T :]
+        worst = max(worst, ulps(longva.attend_to_past(q, k, v), want))
+    kit.at_most("attention of a KV cache, T = 1, 129, 577", worst, 2, "ulp")
+
+
+# ---------------------------------------------------------------------------------------------------- 2 ring
+
+
+@contextmanager
+def virtual_ranks(R: int, device: torch.device) -> Iterator[Callable]:
+    """A function that calls f(world) on R ranks, which are threads here, and returns their answers in order."""
+    boxes = [queue.Queue() for _ in range(R)]
+
+    class Hop:
+        """As ring.Hop, through the next rank's queue."""
+
+        def __init__(self, mine: Tensor, world: ring.World):
+            self.box = boxes[world.rank]
+            boxes[(world.rank + 1) % R].put(mine.clone())
+
+        def wait(self) -> Tensor:
+            return self.box.get(timeout=300)
+
+    def on_all(f: Callable) -> list:
+        with ThreadPoolExecutor(R) as pool:
+            return list(pool.map(f, [ring.World(r, R, device) for r in range(R)]))
+
+    real = ring.Hop
+    ring.Hop = Hop
+    try:
+        yield on_all
+    finally:
+        ring.Hop = real
+
+
+def full_ring(kit: Kit) -> None:
+    """Zigzag ring attention at the paper's length, forward and backward, against one call and against fp64."""
+    R, S, (H, G, K) = (4, 64, (4, 2, 16)) if kit.dry else (8, 224_000, (28, 4, 128))
+    q, do = (kit.noise(1, S, H, K) for _ in range(2))
+    k, v = (kit.noise(1, S, G, K) for _ in range(2))
+    rows = torch.linspace(0, S - 1, 16 if kit.dry else 64).long().to(kit.device)
+    exact = torch.cat([dense_row(q, k, v, int(i)) for i in rows], dim=1)
+    flop = 4 * S * S / 2 * H * K
+    for kernel in usable_kernels(kit):
+        ring.block_attention(q[:, :256], k[:, :256], v[:, :256], True, kernel)  # load it
+        alone, one_call, one_back = one_rank(kit, kernel, q, k, v, do)
+        kit.row(f"{kernel}: one call, {S:,} tokens: forward, backward", f"{one_call:.2f}, {one_back:.2f} s")
+        rates = flop / one_call / 1e12, 2.5 * flop / one_back / 1e12
+        kit.row(f"{kernel}: TFLOP/s forward, backward", f"{rates[0]:.0f}, {rates[1]:.0f}")
+        whole, forward, backward = all_ranks(kit, R, kernel, q, k, v, do)
+        error = ulps(whole[0][:, rows], exact)
+        kit.at_most(f"{kernel}: ring of {R}, o at {len(rows)} rows against fp64", error, 2, "ulp")
+        for name, a, b in zip(("dq", "dk", "dv"), whole[1:], alone):
+            kit.at_most(f"{kernel}: ring of {R}, {name} against one call", ulps(a, b), 4, "ulp")
+        kit.speed(f"{kernel}: {R} ranks one after the other over one call: forward", forward / one_call, 1.25)
+        kit.speed(f"{kernel}: the same, backward", backward / one_back, 1.25)
+        del alone, whole
+        kit.clear()
+
+
+def one_rank(kit: Kit, kernel: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[tuple, float, float]:
+    """((dq, dk, dv) of one call over all tokens, seconds of its forward, of its backward)."""
+    made = {}
+    forward = kit.seconds(lambda: made.update(o=ring.block_attention(q, k, v, True, kernel)))
+    given = do, q, k, v, *made["o"], True, kernel
+    backward = kit.seconds(lambda: made.update(grads=ring.block_attention_backward(*given)))
+    return made["grads"], forward, backward
+
+
+def all_ranks(kit: Kit, R: int, kernel: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple:
+    """([o, dq, dk, dv] of all ranks, put in order; seconds of all ranks' forward, of their backward)."""
+    S, made, whole = q.shape[1], {}, [torch.empty_like(x) for x in (q, q, k, v)]
+    shard = [ring.zigzag_index(S, ring.World(r, R, kit.device)) for r in range(R)]
+
+    def forward(world: ring.World) -> tuple[Tensor, Tensor]:
+        o, lse = ring.ring_forward(*(x[:, shard[world.rank]] for x in (q, k, v)), world, kernel)
+        return o.to(q.dtype), lse
+
+    def backward(world: ring.World) -> tuple[Tensor, Tensor, Tensor]:
+        mine = (x[:, shard[world.rank]] for x in (do, q, k, v))
+        return ring.ring_backward(*mine, *made["o"][world.rank], world, kernel)
+
+    with virtual_ranks(R, kit.device) as on_all:
+        there = kit.seconds(lambda: made.update(o=on_all(forward)))
+        back = kit.seconds(lambda: made.update(grads=on_all(backward)))
+    for idx, (o, _), grads in zip(shard, made["o"], made["grads"]):
+        for x, part in zip(whole, (o, *grads)):
+            x[:, idx] = part
+    return whole, there, back
+
+
+def dense_row(q_1SHK: Tensor, k_1SGK: Tensor, v_1SGK: Tensor, i: int) -> Tensor:
+    """What query i attends to, in fp64: [1, 1, H, K]."""
+    out = []
+    for g in range(k_1SGK.shape[2]):
+        k, v = (x[0, : i + 1, g].double() for x in (k_1SGK, v_1SGK))
+        J = q_1SHK.shape[2] // k_1SGK.shape[2]
+        logits = q_1SHK[0, i, g * J : (g + 1) * J].double() @ k.T / math.sqrt(k.shape[1])
+        out.append(logits.softmax(-1) @ v)
+    return torch.cat(out)[None, None]
+
+
+# -------------------------------------------------------------------------------------------------- 3 decode
+
+
+def theirs_like(model: longva.LM) -> nn.Module:
+    """Transformers' Qwen2 with this model's weights, sharing their memory."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    c = model.model.config
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    sizes = {name: getattr(c, name) for name in names.split()}
+    config = Qwen2Config(**sizes, max_position_embeddings=10**6, rope_theta=c.rope_theta, tie_word_embeddings=False)
+    dtype = model.lm_head.weight.dtype
+    with torch.device("meta"):
+        theirs = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config).to(model.device)
+    return theirs.eval()
+
+
+@torch.no_grad()
+def decode(kit: Kit) -> None:
+    """Time per token when a long past is in the cache; the past is random. Memory's rate is the floor."""
+    model = kit.model(kit.lm(28))
+    config, new = model.model.config, 4 if kit.dry else 20
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    lengths = [40] if kit.dry else [8_000, 131_000, 432_000]
+    for S in lengths:
+        cache = longva.KVCache(config, 1, S + 3 * new, model.lm_head.weight)
+        for kv in cache.kv.unbind(1):  # layer by layer, as fp32 noise is twice as large
+            kv.copy_(kit.noise(*kv.shape))
+        x_1TD = model.embed(torch.zeros(1, 1, dtype=torch.int64, device=kit.device))
+
+        def ours(n: int, cache: longva.KVCache = cache, S: int = S, x_1TD: Tensor = x_1TD) -> None:
+            cache.length = S
+            list(longva.generate(model, x_1TD, cache, [], n))
+
+        ours(3)
+        mine = kit.seconds(partial(ours, new)) / (new + 1)  # a last pass stores the last token
+        read = weights + plan.cache_bytes(config, S, 2)
+        kit.row(
+            f"after {S:,} tokens: ms per token (weights and cache read at)",
+            f"{1e3 * mine:.2f} ({read / mine / 1e12:.2f} TB/s)",
+        )
+        kv = [cache.kv[:, layer, :, :S].transpose(2, 3) for layer in range(config.num_hidden_layers)]
+        if not find_spec("transformers") or (S > lengths[0] and weights + 3 * read > 1.9 * kit.memory):
+            kit.row(f"after {S:,} tokens: beside transformers", "left out", "needs it, and its memory")
+            continue
+        other = best_of_theirs(kit, model, kv, new)
+        if S == lengths[0]:
+            kit.speed(f"after {S:,} tokens: transformers' time over ours", other / mine, 1.5, least=True)
+        else:
+            kit.row(f"after {S:,} tokens: transformers' time over ours", f"{other / mine:.2f}")
+        del cache, kv
+        kit.clear()
+
+
+def best_of_theirs(kit: Kit, model: longva.LM, kv: list, new: int) -> float:
+    """Seconds per token of transformers with a growing cache, sdpa with cuDNN or without: the faster one."""
+    from transformers import DynamicCache
+
+    theirs, found = theirs_like(model), []
+    for cudnn in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(kv):
+            cache.update(k, v, layer)
+
+        def step(n: int, cache: DynamicCache = cache) -> None:
+            token = torch.zeros(1, 1, dtype=torch.int64, device=kit.device)
+            for _ in range(n):
+                token = theirs(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                token.item()  # as generate, which looks for the end
+
+        step(3)
+        found.append(kit.seconds(partial(step, new)) / new)
+        del cache, step
+        kit.clear()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kit.row("transformers, ms per token without and with cuDNN", ", ".join(f"{1e3 * s:.2f}" for s in found))
+    return min(found)
+
+
+# ---------------------------------------------------------------------------------------------------- 4 film
+
+
+@torch.no_grad()
+def film(kit: Kit) -> None:
+    """A question about 3,000 frames: CLIP, projector, prefill, 16 tokens of answer. Decoding a video is left out."""
+    config = LongVAConfig(kit.lm(28), kit.eye())
+    model = kit.model(config)
+    M, side = plan.frame_tokens(config), config.vision.side
+    chunked_equals_whole(kit, model, 40 if kit.dry else 222 * M)
+    kit.clear()
+    frames = 6 if kit.dry else 3000
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8)) for i in range(8)]
+    S = frames * M + 64 + 16
+    cache = longva.KVCache(config.lm, 1, S, model.lm_head.weight)
+
+    def answer(frames: int) -> None:
+        cache.rewind(0)
+        stream = longva.video.ahead((unires.frame(pictures[i % 8], side) for i in range(frames)), 64)
+        ids = longva.read_prompt(model, [1, 2, longva.chat.IMAGE, 3], [longva.watch(model, stream)], cache)
+        list(longva.generate(model, model.embed(torch.tensor([ids], device=kit.device)), cache, [], 16))
+
+    answer(2)  # load the kernels
+    kit.clear()
+    seconds = kit.seconds(partial(answer, frames))
+    allocated, reserved = kit.peaks()
+    planned = plan.peak(plan.memory(config, S)) / GB
+    kit.speed(f"{frames:,} frames, {S:,} tokens, 16 of them the answer's", seconds, 130, "s")
+    work = frames * M * (plan.train_flop(config.lm, frames * M) / 3)
+    kit.row("language model alone, TFLOP/s", f"{work / seconds / 1e12:.0f}")
+    kit.speed("GB reserved", reserved, 80 * 2**30 / GB, "GB")
+    kit.row("GB allocated", f"{allocated:.1f} GB")
+    if not kit.dry:
+        kit.row(
+            "planned over reserved", f"{planned / reserved:.3f}", "0.9 to 1.1", bool(0.9 <= planned / reserved <= 1.1)
+        )
+
+
+def chunked_equals_whole(kit: Kit, model: longva.LM, S: int) -> None:
+    """Reading in chunks through the cache gives the logits of one pass over all."""
+    x_1SD = kit.noise(1, S, model.model.config.hidden_size, scale=0.02)
+    cache = longva.KVCache(model.model.config, 1, S, x_1SD)
+    got = model.logits(longva.read(model, x_1SD, cache, 7 if kit.dry else None)[:, -1:])
+    attend = ring.zigzag_attend(ring.World(0, 1, kit.device))
+    h_1SD = model.model(x_1SD, torch.arange(S, device=kit.device), attend)
+    want = model.logits(h_1SD[:, -1:])
+    error = ((got - want).norm() / want.norm()).item()
+    kit.at_most(f"logits after {S:,} tokens, in chunks against one pass: relative error", error, 0.03)
+
+
+# -------------------------------------------------------------------------------------------------- 5 training
+
+
+@dataclass(frozen=True)
+class Ideas:
+    """How a step of training saves memory, and its kernel."""
+
+    kernel: str
+    hidden_offload: bool = True
+    around: bool = False
+    tile: int = 0
+
+    def __str__(self) -> str:
+        names = [
+            self.kernel,
+            "hidden states on the CPU" if self.hidden_offload else "",
+            "attention kept" if self.around else "",
+        ]
+        return ", ".join(filter(None, [*names, f"MLP by {self.tile}" if self.tile else ""]))
+
+
+def step(kit: Kit) -> None:
+    """A part of a training step, forward and backward, parameters offloaded: 28,000 tokens a rank; 224,000 on one."""
+    kernels = usable_kernels(kit)[:2]
+    tokens, long, tile = (64, 128, 32) if kit.dry else (28_000, 224_000, 28_000)
+    ways = (True, False), (False, False), (True, True)
+    train_steps(kit, 12, tokens, [Ideas(kernel, *way) for kernel in kernels for way in ways], update=False)
+    train_steps(kit, 4, long, [Ideas(kernel, True, True, tile) for kernel in kernels], update=True)
+
+
+def train_steps(kit: Kit, layers: int, T: int, variants: list[Ideas], update: bool) -> None:
+    """Each variant of a step at one length, on a model made once; AdamW's `update` of 12 layers is too much for 128 GB."""
+    kit.clear()
+    config = kit.lm(layers)
+    world = ring.World(0, 1, kit.device)
+    with torch.device("meta"):
+        model = longva.LM(config)
+    ring.shard_parameters(model, model.model.layers, world, True, torch.bfloat16)
+    randomise(model, kit.device)
+    ids = torch.randint(config.vocab_size, (1, T + 1), device=kit.device)
+    pos_T, gradients = torch.arange(T, device=kit.device), {}
+    useful = plan.train_flop(config, T) * T
+
+    def part(kernel: str) -> None:
+        attend = ring.zigzag_attend(world, kernel)
+        model(ids[:, :-1], pos_T, ids[:, 1:], attend)[0].sum().div(T).backward()
+        ring.set_gradients_aside(model, gradients)
+
+    for n, ideas in enumerate(variants):
+        model.model.remat, model.model.offload = not ideas.around, ideas.hidden_offload
+        for block in model.model.layers:
+            block.around, block.mlp.tile = ideas.around, ideas.tile
+        if T < 100_000 or n == 0:
+            part(ideas.kernel)
+        kit.clear()
+        seconds = kit.seconds(partial(part, ideas.kernel))
+        allocated, reserved = kit.peaks()
+        name = f"{config.num_hidden_layers} layers, {T:,} tokens, {ideas}"
+        kit.row(f"{name}:", f"{T / seconds:,.0f} tokens/s")
+        mfu = useful / seconds / PEAK
+        wanted = 0.45 if ideas.kernel == "cudnn" else 0.35
+        if T < 100_000 and ideas.around:
+            kit.speed("  MFU", 100 * mfu, 100 * wanted, "%", least=True)
+        else:
+            kit.row("  MFU", f"{100 * mfu:.1f} %")
+        if not kit.dry:
+            planned = sum(plan_training.widest(planned_step(config, T, ideas))[1].values()) / GB
+            kit.row("  GB allocated, reserved, planned", f"{allocated:.1f}, {reserved:.1f}, {planned:.1f}")
+            kit.row(
+                "  planned over reserved",
+                f"{planned / reserved:.3f}",
+                "0.9 to 1.1",
+                bool(0.9 <= planned / reserved <= 1.1),
+            )
+    kit.row(
+        f"share of the time that the card is idle, {variants[0]}",
+        f"{100 * idle_share(kit, partial(part, variants[0].kernel)):.1f} %",
+    )
+    ring.put_gradients_back(gradients)
+    if update:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        threads = torch.get_num_threads()
+        for name in ("first, which makes the moments", "next"):
+            seconds = kit.seconds(optimizer.step)
+            n = sum(p.numel() for p in model.parameters()) / 1e9
+            kit.row(f"AdamW on the CPU, {n:.1f}e9 numbers, {threads} threads: {name}", f"{seconds:.2f} s")
+    status = Path("/proc/self/status").read_text().splitlines()
+    host = float(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 / GB
+    kit.row("GB of CPU memory, at most, so far", f"{host:.0f}")
+    broken = sum(not ring.my_rows(p.grad)[0].isfinite().all() for p in model.parameters())
+    kit.at_most("gradients that are no number", broken, 0)
+
+
+def planned_step(config: LMConfig, T: int, ideas: Ideas) -> plan_training.Step:
+    """The planner's account of it."""
+    remat = {"remat": True, "around": ideas.around, "hidden_offload": ideas.hidden_offload, "tile": ideas.tile}
+    return plan_training.Step(config, T, ranks=1, circle=1, parts=2, **remat)
+
+
+def idle_share(kit: Kit, f: Callable) -> float:
+    """Share of the time of a call in which no kernel runs on the card."""
+    if kit.dry:
+        f()
+        return 0.0
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        f()
+        kit.sync()
+    spans = sorted(
+        (e.time_range.start, e.time_range.end) for e in seen.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))
+    )  # fmt: skip
+    busy, end = 0.0, spans[0][0]
+    for a, z in spans:
+        busy += max(0.0, z - max(a, end))
+        end = max(end, z)
+    return 1 - busy / (end - spans[0][0])
+
+
+# ---------------------------------------------------------------------------------------------------- 6 loss
+
+
+def loss(kit: Kit) -> None:
+    """Head and cross-entropy by chunks: time, memory, and the error of the gradients against fp64."""
+    N, V, D = (96, 300, 64) if kit.dry else (28_000, 152_064, 3584)
+    h, head = kit.noise(1, N, D), kit.noise(V, D, scale=0.02)
+    targets = torch.randint(V, (1, N), device=kit.device)
+
+    def once(chunk: int, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = (x.detach().requires_grad_() for x in (h[:, :n], head))
+        total = longva.nll(a, b, targets[:, :n], chunk)[0].sum()
+        total.backward()
+        return total, a.grad, b.grad
+
+    n, rows = min(N, 4096), 512  # rows of the head whose gradient is compared
+    logits = h[0, :n].float() @ head.float().T
+    p = logits.softmax(-1)
+    p[torch.arange(n, device=kit.device), targets[0, :n]] -= 1
+    want = p[:, :rows].double().T @ h[0, :n].double()
+    del logits, p
+    for chunk in [32] if kit.dry else [512, 2048, 4096]:
+        once(chunk, n)
+        kit.clear()
+        seconds = kit.seconds(partial(once, chunk))
+        least = 3 * 2 * N * V * D / PEAK
+        kit.row(f"{N:,} tokens by {chunk}: seconds (arithmetic at the card's peak: {least:.3f})", f"{seconds:.3f} s")
+        kit.row("  GB allocated", f"{kit.peaks()[0]:.1f}")
+        kit.at_most("  gradient of the head against fp64", ulps(once(chunk, n)[2][:rows], want), 2, "ulp")
+
+
+# -------------------------------------------------------------------------------------------------- 7 vision
+
+
+def vision(kit: Kit) -> None:
+    """A step of sft, all parameters on the card, on pictures of 1 to 49 grids; and how fast the CPU reads them."""
+    config = LongVAConfig(kit.lm(4), kit.eye())
+    world = ring.World(0, 1, kit.device)
+    with torch.device("meta"):
+        model = longva.LongVA(config)
+    model.model.remat = model.tower.recompute = True
+    ring.shard_parameters(model, [*model.model.layers, *model.tower.encoder.layers], world, False, torch.bfloat16)
+    randomise(model, kit.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    words, side = SimpleNamespace(pad_id=0), config.vision.side
+    for rows, cols in [(1, 1), (1, 2)] if kit.dry else [(1, 2), (2, 3), (4, 6), (7, 7)]:
+        noise = np.random.default_rng(0).integers(0, 256, (rows * side, cols * side, 3), np.uint8)
+        began = time.perf_counter()
+        pixels, layout = longva.show(Image.fromarray(noise), config)
+        keys = unires.keys(pixels, layout)
+        cpu = time.perf_counter() - began
+        tokens = layout.tokens(config.vision.patches)
+        ids = [5] * 20 + [longva.chat.IMAGE] * tokens + [6] * 60
+        labels = [longva.chat.IGNORE] * (20 + tokens) + [6] * 60
+        part = train_vision.collate(
+            [train_vision.Example(0, [(pixels, layout, keys)], [(ids, labels)])], config, words, world
+        )
+
+        def once(part: train_vision.Part = part) -> None:
+            model(*part.arguments)[0].sum().div(60).backward()
+            ring.clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        kit.clear()
+        first, then = kit.seconds(once), kit.seconds(once)
+        name = f"{layout.grids} grids, {len(ids):,} tokens"
+        kit.row(f"{name}: first step, next; CPU before it", f"{first:.2f}, {then:.2f}; {cpu:.2f} s")
+        kit.row("  GB allocated, reserved", "{:.1f}, {:.1f}".format(*kit.peaks()))
+    broken = sum(not ring.my_rows(p)[0].isfinite().all() for p in model.parameters())
+    kit.at_most("parameters that are no number after these steps", broken, 0)
+
+
+# -------------------------------------------------------------------------------------------------- 8 parity
+
+
+def parity(kit: Kit) -> None:
+    """Two layers of the real width, and CLIP, beside transformers: logits, loss and gradients."""
+    if not find_spec("transformers"):
+        kit.row("beside transformers", "left out", "needs it")
+        return
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = kit.lm(2)
+    exact = kit.model(config, torch.float32).requires_grad_()
+    T = 32 if kit.dry else 1024
+    ids = torch.randint(config.vocab_size, (1, T + 1), device=kit.device)
+    pos_T, attend = torch.arange(T, device=kit.device), ring.zigzag_attend(ring.World(0, 1, kit.device))
+    want = probe_ours(exact, ids, pos_T, attend)
+    their = probe_theirs(theirs_like(exact).requires_grad_(), ids)
+    for name, a, b in zip(NAMES, want, their):
+        kit.at_most(f"fp32: {name}, relative difference", distance(a, b), 1e-4)
+    half = kit.model(config)
+    half.load_state_dict(exact.state_dict())
+    half.requires_grad_()
+    mine = probe_ours(half, ids, pos_T, attend)
+    their = probe_theirs(theirs_like(half).requires_grad_(), ids)
+    for name, w, a, b in zip(NAMES, want, mine, their):
+        ours, others = distance(a, w), distance(b, w)
+        kit.row(
+            f"bf16: {name}, relative error, ours and theirs",
+            f"{ours:.1e}, {others:.1e}",
+            "<= 1.5 times",
+            ours <= 1.5 * others + 1e-5,
+        )
+    del exact, half, mine, their, want
+    kit.clear()
+    eye = kit.eye()
+    with torch.device("meta"):
+        tower = ClipVision(eye)
+    tower.to_empty(device=kit.device)
+    randomise(tower)
+    sizes = {name: getattr(eye, name) for name in asdict(eye) if name != "select_layer"}
+    other = CLIPVisionModel(CLIPVisionConfig(**sizes)).to(kit.device).eval()
+    state = {name.removeprefix("vision_model."): name for name in other.state_dict()}
+    other.load_state_dict({state[name]: x for name, x in tower.state_dict().items()}, strict=False)
+    pixels = kit.noise(2, 3, eye.side, eye.side, dtype=torch.float32)
+    with torch.no_grad():
+        their = other(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        kit.at_most("CLIP in fp32, relative difference", distance(tower(pixels), their), 1e-4)
+        ours, others = tower.bfloat16()(pixels), other.bfloat16()(pixels.bfloat16(), output_hidden_states=True)
+        a, b = distance(ours, their), distance(others.hidden_states[-2][:, 1:], their)
+        kit.row("CLIP in bf16, relative error, ours and theirs", f"{a:.1e}, {b:.1e}", "<= 1.5 times", a <= 1.5 * b)
+
+
+NAMES = ("logits", "loss", "gradient of q_proj", "gradient of down_proj", "gradient of the head")
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative error in the root mean square."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def looked_at(model: nn.Module) -> list[Tensor]:
+    """Gradients that are compared."""
+    first, last = model.model.layers[0], model.model.layers[-1]
+    return [first.self_attn.q_proj.weight.grad, last.mlp.down_proj.weight.grad, model.lm_head.weight.grad]
+
+
+def probe_ours(model: longva.LM, ids: Tensor, pos_T: Tensor, attend: longva.Attend) -> list[Tensor]:
+    """Logits of the last tokens, mean loss, and gradients."""
+    with torch.no_grad():
+        logits = model.logits(model.model(model.embed(ids[:, :-1]), pos_T, attend)[:, -16:])
+    mean = model(ids[:, :-1], pos_T, ids[:, 1:], attend)[0].sum() / len(pos_T)
+    mean.backward()
+    return [logits, mean.detach(), *looked_at(model)]
+
+
+def probe_theirs(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """The same."""
+    model.zero_grad()
+    logits = model(ids[:, :-1]).logits.float()
+    mean = F.cross_entropy(logits[0], ids[0, 1:])
+    mean.backward()
+    return [logits[:, -16:].detach(), mean.detach(), *looked_at(model)]
+
+
+# ------------------------------------------------------------------------------------------------ 9 commands
+
+
+def commands(kit: Kit) -> None:
+    """The README's commands: needles, fifty steps of both trainings, and one of them killed and started again."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, device = Path(folder), ["--device", "cpu" if kit.dry else "cuda"]
+        small = ["--frames", "8", "--needle-count", "2", "--depths", "0.5", "--no-controls"] if kit.dry else []
+        steps = 6 if kit.dry else 50
+        text = [
+            "train_text.py",
+            "--preset",
+            "tiny-base",
+            "--steps",
+            str(steps),
+            "--save-every",
+            str(steps // 3),
+            *device,
+        ]
+        jobs = {
+            "python vniah.py": ["vniah.py", *small, "--out", str(out / "needles"), *device],
+            f"{steps} steps of train_text.py": [*text, "--out", str(out / "text")],
+            f"{steps} steps of train_vision.py": ["train_vision.py", "--stage", "tower", "--steps", str(steps), "--out", str(out / "tower"), *device],
+        }  # fmt: skip
+        began = time.perf_counter()
+        running = {name: start(words, out / f"{n}.txt") for n, (name, words) in enumerate(jobs.items())}
+        killed_and_resumed(kit, [*text, "--out", str(out / "killed")], out, steps)
+        for name, job in running.items():
+            code = job.wait(timeout=500)
+            kit.row(
+                f"{name}: exit code, and seconds, all at once",
+                f"{code}, {time.perf_counter() - began:.0f} s",
+                "0",
+                code == 0,
+            )
+            if code:
+                print((out / f"{[*running].index(name)}.txt").read_text()[-2000:])
+        compare_logs(kit, out)
+        cells = json.loads((out / "needles" / "results.json").read_text())["cells"]
+        for panel in dict.fromkeys(cell["panel"] for cell in cells):
+            mine = [cell for cell in cells if cell["panel"] == panel and "trial" not in panel]
+            if mine and not kit.dry:
+                found = sum(cell["found"] for cell in mine) / sum(cell["of"] for cell in mine)
+                kit.row(f"needles found: {panel}", f"{found:.3f}")
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    """A command, its output in a file."""
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
+
+
+def killed_and_resumed(kit: Kit, words: list[str], out: Path, steps: int) -> None:
+    """Kill a run in its second half, and start it again."""
+    job, log = start(words, out / "killed.txt"), out / "killed" / "log.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and job.poll() is None:
+        if log.exists() and log.read_text().count("\n") > steps // 2:
+            break
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    code = start(words, out / "resumed.txt").wait(timeout=300)
+    kit.row("killed and started again: exit code", f"{code}", "0", code == 0)
+
+
+def compare_logs(kit: Kit, out: Path) -> None:
+    """Losses of the run that was killed beside those of the run that was not."""
+    logs = [(out / name / "log.jsonl").read_text().splitlines() for name in ("text", "killed")]
+    a, b = ([json.loads(line)["loss"] for line in log] for log in logs)
+    worst = max(abs(x - y) / x for x, y in zip(a, b)) if len(a) == len(b) else math.inf
+    kit.at_most("killed and started again: losses against the undisturbed run", worst, 0 if kit.dry else 1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+CASES = {
+    "kernels": kernels, "ring": full_ring, "loss": loss, "parity": parity, "commands": commands, "decode": decode,
+    "vision": vision, "step": step, "film": film,
+}  # fmt: skip
+
+
+def run_case(kit: Kit, name: str) -> None:
+    """One case; a mistake in it is a row, and the others go on."""
+    kit.case = name
+    kit.clear()
+    began = time.perf_counter()
+    try:
+        CASES[name](kit)
+    except Exception as error:  # noqa: BLE001  (a card's time is too dear to stop at the first)
+        import traceback
+
+        traceback.print_exc()
+        kit.row("stopped", type(error).__name__, str(error).split("\n")[0][:100], False)
+    print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run the cases and print the table once more, ready for tests/README.md."""
+    parser = argparse.ArgumentParser(description="Acceptance on a GPU.")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="these cases alone")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
+    asked = parser.parse_args()
+    if not asked.dry and not torch.cuda.is_available():
+        sys.exit("no CUDA GPU is here; --dry runs every case at toy size on the CPU")
+    kit = Kit(asked.dry)
+    if not kit.dry:
+        ring.set_precision()
+    name = "CPU, toy sizes" if kit.dry else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    for case in asked.only:
+        run_case(kit, case)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    print(f"\n| case | {name}, torch {torch.__version__} | measured | expected | |\n|---|---|--:|---|---|")
+    for row in kit.rows:
+        verdict = {True: "ok", False: "**not ok**", None: ""}[row.ok]
+        print(f"| {row.case} | {row.what} | {row.measured} | {row.expected} | {verdict} |")
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(row) for row in kit.rows], indent=1) + "\n")
+    sys.exit(any(row.ok is False for row in kit.rows))
+
+
+if __name__ == "__main__":
+    main()
