@@ -497,7 +497,7 @@ def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMI
     return unires.show(picture, config.vision.side, config.rule, limit, config.scheme)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int | None = None) -> Tensor:
     """Read embedded tokens behind what `cache` holds, `chunk` at a time; the hidden states of the last piece."""
     chunk = chunk or CHUNK[x_BTD.device.type]

@@ -204,7 +204,11 @@ def share(batch, parts: range, circle: ring.World) -> tuple[Tensor, list, Tensor
 
 def attention(cfg: Config, circle: ring.World, starts: ring.Starts | None = None) -> longva.Attend:
     """The `attend` of a part whose documents begin at `starts`, if they are not to see each other."""
-    return ring.zigzag_attend(circle, None if cfg.kernel == "auto" else cfg.kernel, starts)
+    if cfg.kernel != "auto":
+        return ring.zigzag_attend(circle, cfg.kernel, starts)
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    one_shape = starts is None  # documents have as many lengths as there are documents
+    return ring.zigzag_attend(circle, ring.fastest_kernel(circle.device, dtype) if one_shape else None, starts)
 
 
 def learn(

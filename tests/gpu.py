@@ -206,25 +206,25 @@ def kernels(kit: Kit) -> None:
 
 
 def extreme_lse(kit: Kit, kernel: str, H: int, G: int, K: int) -> None:
-    """Logits of about -100: where cuDNN's backward is said to give NaN for S = 64 (mod 128)."""
-    for S in [64] if kit.dry else [64, 192, 576, 640]:
-        q, do, k, v = (kit.noise(1, n, heads, K) for n, heads in ((128, H), (128, H), (S, G), (S, G)))
+    """Logits of about -100: where cuDNN's backward gives NaN for S = 64 (mod 128)."""
+    for S, causal in [(64, False)] if kit.dry else [(n, c) for n in (64, 129, 192, 200, 640) for c in (False, True)]:
+        T = S if causal else 128
+        q, do, k, v = (kit.noise(1, n, heads, K) for n, heads in ((T, H), (T, H), (S, G), (S, G)))
         q[..., 0], k[..., 0] = 10, -10 * math.sqrt(K)  # this one entry makes all logits small
-        o, lse = ring.math_forward(q.float(), k.float(), v.float(), False)
-        slow = ring.math_backward(*(x.float() for x in (do, q, k, v, o)), lse, False)
-        fast = ring.block_attention_backward(do, q, k, v, o.to(q.dtype), lse, False, kernel)
+        o, lse = ring.math_forward(q.float(), k.float(), v.float(), causal)
+        slow = ring.math_backward(*(x.float() for x in (do, q, k, v, o)), lse, causal)
+        fast = ring.block_attention_backward(do, q, k, v, o.to(q.dtype), lse, causal, kernel)
         whole = all(x.isfinite().all() for x in fast)  # the entry's own gradients are a difference of large numbers
         error = max(ulps(a[..., 1:], b[..., 1:]) for a, b in zip(fast, slow)) if whole else math.inf
-        kit.at_most(f"{kernel}: gradients where lse is {lse.mean():.0f}, S = {S}", error, 2, "ulp")
+        name = f"{kernel}: gradients where lse is {lse.mean():.0f}, S = {S}{', causal' * causal}"
+        kit.at_most(name, error, 2, "ulp")
         if kernel == "cudnn" and S % 128 == 64:
             heads_first = [x.transpose(1, 2) for x in (do, q, k, v, o.to(q.dtype))]
             zeros = [torch.zeros((), dtype=torch.int64, device=kit.device) for _ in range(2)]
             raw = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-            rest = None, None, None, 128, S, 0.0, False
-            dq = raw(*heads_first, lse.unsqueeze(-1).contiguous(), *zeros, *rest)[0]
-            kit.row(
-                f"cudnn without the guard, S = {S}: share of dq that is no number", f"{dq.isnan().float().mean():.2f}"
-            )
+            rest = None, None, None, T, S, 0.0, causal
+            lost = raw(*heads_first, lse.unsqueeze(-1).contiguous(), *zeros, *rest)[0].isnan().float().mean()
+            kit.row("  without the guard: share of dq that is no number", f"{lost:.2f}")
 
 
 def cached_reading(kit: Kit, H: int, G: int, K: int) -> None:
@@ -257,13 +257,13 @@ def virtual_ranks(R: int, device: torch.device) -> Iterator[Callable]:
             return self.box.get(timeout=300)
 
     def on_all(f: Callable) -> list:
-        with ThreadPoolExecutor(R) as pool:
-            return list(pool.map(f, [ring.World(r, R, device) for r in range(R)]))
+        return list(pool.map(f, [ring.World(r, R, device) for r in range(R)]))
 
     real = ring.Hop
     ring.Hop = Hop
     try:
-        yield on_all
+        with ThreadPoolExecutor(R) as pool:
+            yield on_all
     finally:
         ring.Hop = real
 
@@ -316,6 +316,8 @@ def all_ranks(kit: Kit, R: int, kernel: str, q: Tensor, k: Tensor, v: Tensor, do
         return ring.ring_backward(*mine, *made["o"][world.rank], world, kernel)
 
     with virtual_ranks(R, kit.device) as on_all:
+        made["o"] = on_all(forward)  # once for cuDNN, which plans for each shape in each thread
+        on_all(backward)
         there = kit.seconds(lambda: made.update(o=on_all(forward)))
         back = kit.seconds(lambda: made.update(grads=on_all(backward)))
     for idx, (o, _), grads in zip(shard, made["o"], made["grads"]):
@@ -450,6 +452,8 @@ def film(kit: Kit) -> None:
     kit.speed("GB reserved", reserved, 80 * 2**30 / GB, "GB")
     kit.row("GB allocated", f"{allocated:.1f} GB")
     if not kit.dry:
+        kit.row("segments of the allocator can grow", str(torch.cuda.memory_snapshot()[0].get("is_expandable")))
+    if not kit.dry:
         kit.row(
             "planned over reserved", f"{planned / reserved:.3f}", "0.9 to 1.1", bool(0.9 <= planned / reserved <= 1.1)
         )
@@ -489,102 +493,116 @@ class Ideas:
 
 
 def step(kit: Kit) -> None:
-    """A part of a training step, forward and backward, parameters offloaded: 28,000 tokens a rank; 224,000 on one."""
+    """A part of a training step, forward and backward: 28,000 tokens a rank, and 224,000 on one card."""
     kernels = usable_kernels(kit)[:2]
     tokens, long, tile = (64, 128, 32) if kit.dry else (28_000, 224_000, 28_000)
     ways = (True, False), (False, False), (True, True)
-    train_steps(kit, 12, tokens, [Ideas(kernel, *way) for kernel in kernels for way in ways], update=False)
-    train_steps(kit, 4, long, [Ideas(kernel, True, True, tile) for kernel in kernels], update=True)
+    run = Training(kit, 12, offload=False)  # AdamW's moments would not fit on 80 GB beside all this
+    for ideas in [Ideas(kernel, *way) for kernel in kernels for way in ways]:
+        run.measure(tokens, ideas, warm=2)
+    kit.row(f"  {ideas}: share of the time that the card is idle", f"{100 * run.idle_share():.1f} %")
+    del run
+    run = Training(kit, 4, offload=True)
+    run.measure(tokens, Ideas(kernels[-1]), warm=2)
+    kit.row("  share of the time that the card is idle", f"{100 * run.idle_share():.1f} %")
+    run.aside = False
+    run.measure(tokens, Ideas(kernels[-1]), warm=2)
+    kit.row("  the same where FSDP2 adds the gradients", f"{100 * run.idle_share():.1f} %")
+    run.aside = True
+    for kernel in kernels:
+        run.measure(long, Ideas(kernel, True, True, tile), warm=0)
+    run.update()
 
 
-def train_steps(kit: Kit, layers: int, T: int, variants: list[Ideas], update: bool) -> None:
-    """Each variant of a step at one length, on a model made once; AdamW's `update` of 12 layers is too much for 128 GB."""
-    kit.clear()
-    config = kit.lm(layers)
-    world = ring.World(0, 1, kit.device)
-    with torch.device("meta"):
-        model = longva.LM(config)
-    ring.shard_parameters(model, model.model.layers, world, True, torch.bfloat16)
-    randomise(model, kit.device)
-    ids = torch.randint(config.vocab_size, (1, T + 1), device=kit.device)
-    pos_T, gradients = torch.arange(T, device=kit.device), {}
-    useful = plan.train_flop(config, T) * T
+class Training:
+    """A model with real layers, made to be trained, and one part of a step after the other."""
 
-    def part(kernel: str) -> None:
-        attend = ring.zigzag_attend(world, kernel)
-        model(ids[:, :-1], pos_T, ids[:, 1:], attend)[0].sum().div(T).backward()
-        ring.set_gradients_aside(model, gradients)
-
-    for n, ideas in enumerate(variants):
-        model.model.remat, model.model.offload = not ideas.around, ideas.hidden_offload
-        for block in model.model.layers:
-            block.around, block.mlp.tile = ideas.around, ideas.tile
-        if T < 100_000 or n == 0:
-            part(ideas.kernel)
+    def __init__(self, kit: Kit, layers: int, offload: bool):
         kit.clear()
-        seconds = kit.seconds(partial(part, ideas.kernel))
+        self.kit, self.offload, self.aside, self.gradients = kit, offload, True, {}
+        self.config, self.world = kit.lm(layers), ring.World(0, 1, kit.device)
+        with torch.device("meta"):
+            self.model = longva.LM(self.config)
+        ring.shard_parameters(self.model, self.model.model.layers, self.world, offload, torch.bfloat16)
+        randomise(self.model, kit.device)
+
+    def part(self) -> None:
+        """Forward and backward."""
+        T = self.ids.shape[1] - 1
+        attend = ring.zigzag_attend(self.world, self.ideas.kernel)
+        pos_T = torch.arange(T, device=self.kit.device)
+        self.model(self.ids[:, :-1], pos_T, self.ids[:, 1:], attend)[0].sum().div(T).backward()
+        if self.offload and self.aside:
+            ring.set_gradients_aside(self.model, self.gradients)
+
+    def measure(self, T: int, ideas: Ideas, warm: int) -> None:
+        """Rows about one part, after `warm` others."""
+        kit, self.ideas = self.kit, ideas
+        self.model.model.remat, self.model.model.offload = not ideas.around, ideas.hidden_offload
+        for block in self.model.model.layers:
+            block.around, block.mlp.tile = ideas.around, ideas.tile
+        self.ids = torch.randint(self.config.vocab_size, (1, T + 1), device=kit.device)
+        for _ in range(warm):
+            self.part()
+        kit.clear()
+        seconds = kit.seconds(self.part)
         allocated, reserved = kit.peaks()
-        name = f"{config.num_hidden_layers} layers, {T:,} tokens, {ideas}"
-        kit.row(f"{name}:", f"{T / seconds:,.0f} tokens/s")
-        mfu = useful / seconds / PEAK
-        wanted = 0.45 if ideas.kernel == "cudnn" else 0.35
-        if T < 100_000 and ideas.around:
-            kit.speed("  MFU", 100 * mfu, 100 * wanted, "%", least=True)
+        place = "on the CPU" if self.offload else "on the card"
+        name = f"{self.config.num_hidden_layers} layers {place}, {T:,} tokens, {ideas}"
+        kit.row(name, f"{T / seconds:,.0f} tokens/s")
+        mfu = plan.train_flop(self.config, T) * T / seconds / PEAK
+        if not self.offload and ideas.around:
+            kit.speed("  MFU", 100 * mfu, 45 if ideas.kernel == "cudnn" else 35, "%", least=True)
         else:
             kit.row("  MFU", f"{100 * mfu:.1f} %")
-        if not kit.dry:
-            planned = sum(plan_training.widest(planned_step(config, T, ideas))[1].values()) / GB
-            kit.row("  GB allocated, reserved, planned", f"{allocated:.1f}, {reserved:.1f}, {planned:.1f}")
-            kit.row(
-                "  planned over reserved",
-                f"{planned / reserved:.3f}",
-                "0.9 to 1.1",
-                bool(0.9 <= planned / reserved <= 1.1),
-            )
-    kit.row(
-        f"share of the time that the card is idle, {variants[0]}",
-        f"{100 * idle_share(kit, partial(part, variants[0].kernel)):.1f} %",
-    )
-    ring.put_gradients_back(gradients)
-    if update:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        threads = torch.get_num_threads()
+        if kit.dry:
+            return
+        sizes = plan_training.widest(planned_step(self.config, T, ideas, self.offload))[1]
+        planned = (sum(sizes.values()) - sizes["AdamW"]) / GB  # there is no optimizer yet
+        kit.row("  GB allocated, reserved, planned", f"{allocated:.1f}, {reserved:.1f}, {planned:.1f}")
+        ratio = planned / reserved
+        kit.row("  planned over reserved", f"{ratio:.3f}", "0.9 to 1.1", bool(0.9 <= ratio <= 1.1))
+
+    def idle_share(self) -> float:
+        """Share of the time of a part in which no kernel runs on the card."""
+        if self.kit.dry:
+            self.part()
+            return 0.0
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self.part()
+            self.kit.sync()
+        spans = sorted(
+            (e.time_range.start, e.time_range.end) for e in seen.events()
+            if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))
+        )  # fmt: skip
+        busy, end = 0.0, spans[0][0]
+        for a, z in spans:
+            busy += max(0.0, z - max(a, end))
+            end = max(end, z)
+        return 1 - busy / (end - spans[0][0])
+
+    def update(self) -> None:
+        """Rows about AdamW."""
+        kit, threads = self.kit, torch.get_num_threads()
+        ring.put_gradients_back(self.gradients)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        n = sum(p.numel() for p in self.model.parameters()) / 1e9
         for name in ("first, which makes the moments", "next"):
             seconds = kit.seconds(optimizer.step)
-            n = sum(p.numel() for p in model.parameters()) / 1e9
             kit.row(f"AdamW on the CPU, {n:.1f}e9 numbers, {threads} threads: {name}", f"{seconds:.2f} s")
-    status = Path("/proc/self/status").read_text().splitlines()
-    host = float(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 / GB
-    kit.row("GB of CPU memory, at most, so far", f"{host:.0f}")
-    broken = sum(not ring.my_rows(p.grad)[0].isfinite().all() for p in model.parameters())
-    kit.at_most("gradients that are no number", broken, 0)
+        status = Path("/proc/self/status").read_text().splitlines()
+        host = float(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 / GB
+        kit.row("GB of CPU memory, at most, so far", f"{host:.0f}")
+        broken = sum(not ring.my_rows(p)[0].isfinite().all() for p in self.model.parameters())
+        kit.at_most("parameters that are no number", broken, 0)
 
 
-def planned_step(config: LMConfig, T: int, ideas: Ideas) -> plan_training.Step:
+def planned_step(config: LMConfig, T: int, ideas: Ideas, offload: bool) -> plan_training.Step:
     """The planner's account of it."""
     remat = {"remat": True, "around": ideas.around, "hidden_offload": ideas.hidden_offload, "tile": ideas.tile}
-    return plan_training.Step(config, T, ranks=1, circle=1, parts=2, **remat)
-
-
-def idle_share(kit: Kit, f: Callable) -> float:
-    """Share of the time of a call in which no kernel runs on the card."""
-    if kit.dry:
-        f()
-        return 0.0
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        f()
-        kit.sync()
-    spans = sorted(
-        (e.time_range.start, e.time_range.end) for e in seen.events()
-        if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))
-    )  # fmt: skip
-    busy, end = 0.0, spans[0][0]
-    for a, z in spans:
-        busy += max(0.0, z - max(a, end))
-        end = max(end, z)
-    return 1 - busy / (end - spans[0][0])
+    return plan_training.Step(config, T, ranks=1, circle=1, parts=2, offload=offload, **remat)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 loss
@@ -848,11 +866,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
     asked = parser.parse_args()
-    if not asked.dry and not torch.cuda.is_available():
+    if not asked.dry and not torch.cuda.is_available():  # this does not start CUDA
         sys.exit("no CUDA GPU is here; --dry runs every case at toy size on the CPU")
+    ring.set_cuda_defaults()
     kit = Kit(asked.dry)
-    if not kit.dry:
-        ring.set_precision()
     name = "CPU, toy sizes" if kit.dry else torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     for case in asked.only:
