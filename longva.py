@@ -523,6 +523,12 @@ def read_prompt(
     return ids
 
 
+@torch.inference_mode()
+def next_logits(model: LM, x_1TD: Tensor, cache: KVCache, chunk: int | None) -> Tensor:
+    """Read embedded tokens behind what `cache` holds; logits_V of what comes next."""
+    return model.logits(read(model, x_1TD, cache, chunk)[:, -1:])[0, 0]
+
+
 def greedy(logits_V: Tensor, said: list[int]) -> int:
     """The likeliest id."""
     return logits_V.argmax().item()
@@ -544,7 +550,7 @@ def generate(
     """
     stop, said = set(stop_ids), []
     while len(said) < max_tokens:
-        best = pick(model.logits(read(model, x_1TD, cache, chunk)[:, -1:])[0, 0], said)
+        best = pick(next_logits(model, x_1TD, cache, chunk), said)
         if best in stop:
             return
         said.append(best)
