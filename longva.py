@@ -37,7 +37,7 @@ from tqdm import tqdm
 import ring
 import unires
 from clip import ClipVision
-from data import chat, film_cache, plan, runs, tokenizer, video, weights
+from data import chat, plan, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
 from data.flags import at_least, knob, run
 from data.offload import ActivationOffload
@@ -53,20 +53,23 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BT
 
 
 def rope(pos_T: Tensor, K: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation at each position, float32 (cos_TK, sin_TK) from integer positions.
+    """Cosine and sine of each position's angles, for `rotate`: float32 (cos_TK, sin_TK) from integer positions.
 
     The product of position and frequency is exact enough only in float32: bfloat16 cannot even hold 257.
     """
-    turn_J = 1.0 / theta ** (torch.arange(0, K, 2, device=pos_T.device, dtype=torch.int64).float() / K)
-    angle_TJ = pos_T.float()[:, None] * turn_J
-    angle_TK = torch.cat([angle_TJ, angle_TJ], dim=-1)
-    return angle_TK.cos(), angle_TK.sin()
+    frequency_J = 1.0 / theta ** (torch.arange(0, K, 2, device=pos_T.device, dtype=torch.int64).float() / K)
+    angle_TJ = pos_T.float()[:, None] * frequency_J
+    cos_TJ, sin_TJ = angle_TJ.cos(), angle_TJ.sin()
+    return torch.cat([cos_TJ, cos_TJ], dim=-1), torch.cat([-sin_TJ, sin_TJ], dim=-1)
 
 
 def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
-    """Turn each pair of numbers (i, i + K/2) of every head by its position's angle (RoPE)."""
-    first, second = x_BTHK.chunk(2, dim=-1)
-    return x_BTHK * cos_T1K + torch.cat([-second, first], dim=-1) * sin_T1K
+    """Rotate each pair of numbers (a, b) = (i, i + K/2) of every head by its position's angle (RoPE).
+
+    a cos - b sin, b cos + a sin: the roll swaps a and b, and the minus is in sin_T1K. Four kernels on a GPU, not six.
+    """
+    swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
+    return x_BTHK * cos_T1K + swapped_BTHK * sin_T1K
 
 
 def causal_attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
@@ -121,16 +124,6 @@ class KVCache:
     def rewind(self, mark: int) -> None:
         """Forget what was read after the mark: it will be overwritten."""
         self.length = mark
-
-    def layers(self) -> Iterator[tuple[str, Tensor]]:
-        """What is known by now as (name, [2, B, length, G, K]) of each layer, to be kept on a disk."""
-        return ((f"layers.{layer}", self.kv[:, layer, :, : self.length]) for layer in range(self.kv.shape[1]))
-
-    def fill(self, layers: Iterable[tuple[str, Tensor]], length: int) -> None:
-        """Know what another cache knew, from its `layers`."""
-        for name, kv in layers:
-            self.kv[:, int(name.removeprefix("layers.")), :, :length] = kv
-        self.length = length
 
     def branch(self, length: int, B: int, room: int) -> "KVCache":
         """A new cache of B rows that all begin with this one's first `length` tokens, with room for more."""
@@ -563,7 +556,7 @@ def generate(
 
 TINY_MODEL = runs.TINY / "longva"
 QUESTION = "What is in the picture?"
-NEW = "/new"  # typed in a chat: all that was read after the film is forgotten
+CHAT = plan.CHAT  # tokens of room for what is said in a chat
 
 
 @dataclass(frozen=True)
@@ -576,8 +569,7 @@ class Config:
     frames: int = knob(32, "frames taken evenly from the video (Table 4: 8 to 384)")
     fps: float | None = knob(None, "frames per second instead, of however long a video (Sec. 4: 1)")
     weights: Path = knob(TINY_MODEL, "model folder (ours)")
-    chat: bool = knob(False, "go on asking, line by line; /new begins again about the same film (ours)")
-    dialogue: int = knob(4096, "room for what is said in a chat, tokens (ours)")
+    chat: bool = knob(False, "go on asking, line by line, about the same film (ours)")
     template: str | None = knob(None, "chat template; none: the one that fits the tokenizer (release: conversation.py)")
     max_tokens: int = knob(256, "tokens of an answer, at most (ours)")
     temperature: float | None = knob(None, "0 takes the best token; none: generation_config.json's (release)")
@@ -585,7 +577,6 @@ class Config:
     top_k: int | None = knob(None, "draw from so many of the likeliest, 0: all; none: the folder's (release)")
     repetition_penalty: float | None = knob(None, "on tokens of the answer so far; none: the folder's (release)")
     seed: int = knob(0, "of what is drawn (ours)")
-    cache: Path | None = knob(None, "folder that keeps what was read of a film, for the next question (ours)")
     batch: int = knob(32, "frames that the tower sees at once (ours)")
     chunk: int | None = knob(None, "tokens read at once; none: 2048 on a CPU, 4608 on a GPU (ours)")
     plan: bool = knob(False, "print the memory that this would take, and the most frames that fit; load nothing (ours)")
@@ -593,7 +584,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
     def __post_init__(self):
-        at_least(self, frames=1, dialogue=0, max_tokens=1, batch=1, chunk=1, seed=0)
+        at_least(self, frames=1, max_tokens=1, batch=1, chunk=1, seed=0)
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"--fps {self.fps} makes no sense; give a positive number of frames per second")
         if self.seed >= 2**63:
@@ -602,8 +593,6 @@ class Config:
             raise ValueError(f"{self.question} is a file where the question should stand; write --image before each")
         if self.video and self.image:
             raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
-        if self.cache and not self.video:
-            raise ValueError("--cache keeps what was read of a film; give --video FILE, or leave it out")
 
 
 def progress(parts: Iterable[Tensor], frames: int, M: int) -> Iterator[Tensor]:
@@ -646,7 +635,7 @@ def new_cache(model: LM, S: int, world: ring.World) -> KVCache | ring.ShardedCac
     )
     if needed > free:
         gb = f"{needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB can be had"
-        raise ValueError(f"{S:,} tokens take {gb}; give fewer --frames, --max-tokens or --dialogue (see --plan)")
+        raise ValueError(f"{S:,} tokens take {gb}; give fewer --frames or --max-tokens (see --plan)")
     if world.ranks == 1:
         return KVCache(lm, 1, S, like)
     return ring.ShardedCache(world, lm.num_hidden_layers, 1, S, lm.num_key_value_heads, lm.head_width, like)
@@ -663,7 +652,7 @@ def questions(cfg: Config, world: ring.World) -> Iterator[str]:
     if cfg.question or not cfg.chat:
         yield cfg.question or QUESTION
     if cfg.chat:
-        note(world, f"(one line, one question; {NEW} begins again about the same film; Ctrl-D ends)")
+        note(world, "(one line, one question; Ctrl-D ends)")
     while cfg.chat:
         if world.rank == 0 and sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -672,8 +661,6 @@ def questions(cfg: Config, world: ring.World) -> Iterator[str]:
             return
         if chat.PLACEHOLDER in line:
             note(world, f"({chat.PLACEHOLDER} cannot be asked for in a chat: what is shown was read before)")
-        elif line.startswith("/") and line.strip() != NEW:
-            note(world, f"({line.strip()} is unknown: {NEW} begins again, Ctrl-D ends)")
         elif line.strip():
             yield line.strip()
 
@@ -692,8 +679,6 @@ def main(cfg: Config) -> None:
     words = tokenizer.load_tokenizer(cfg.weights)
     template = cfg.template or chat.family(words)
     chat.look_up(words, template)  # like all that follows, before the model: a mistake shows at once
-    if cfg.cache:
-        film_cache.check(cfg.cache, world.ranks)
     wanted = {f.name: getattr(cfg, f.name) for f in fields(Sampling) if getattr(cfg, f.name) is not None}
     how = replace(read_sampling(cfg.weights), **wanted)
     pictures = [video.read_picture(file) for file in cfg.image]
@@ -707,13 +692,9 @@ def main(cfg: Config) -> None:
     shown, tokens = look(cfg, model, pictures, film, world)
     places = [1] * len(shown)  # one id stands for each picture or film, however many tokens it has
     ids = chat.prompt(words, cfg.question or QUESTION, places, template)
-    room = tokens + len(ids) + cfg.max_tokens + (cfg.dialogue if cfg.chat else 0)
+    room = tokens + len(ids) + cfg.max_tokens + (CHAT if cfg.chat else 0)
     cache = new_cache(model, room, world)
-    known = cfg.cache and film_cache.facts(cfg, config, model.lm_head.weight.dtype, ids[: ids.index(chat.IMAGE)])
-    if not (known and film_cache.recall(cfg.cache, known, cache)):
-        read_prompt(model, ids, shown, cache, cfg.chunk)  # up to the last picture; chat.turn gives what follows it
-        if known:
-            film_cache.keep(cfg.cache, known, cache)
+    read_prompt(model, ids, shown, cache, cfg.chunk)  # up to the last picture; chat.turn gives what follows it
     begin = cache.mark()
     del shown, pictures
 
@@ -726,17 +707,10 @@ def main(cfg: Config) -> None:
         return int(ring.from_first(str(choose(logits_V, said, how, dice)), typing))
 
     for text in questions(cfg, typing):
-        if text == NEW:
-            cache.rewind(begin)
-            continue
         ids = chat.turn(words, text, places, template, first=cache.mark() == begin)
         left = min(cfg.max_tokens, room - cache.length - len(ids))
         if left < 1:
-            free = room - cache.length
-            note(
-                world,
-                f"({len(ids)} tokens do not fit in {free}; {NEW} begins again, a larger --dialogue gives more room)",
-            )
+            note(world, f"({len(ids)} tokens do not fit in {room - cache.length}; ask shorter, or start again)")
             continue
         x_1TD = model.embed(torch.tensor([ids], device=world.device))
         for piece in words.stream(generate(model, x_1TD, cache, stop, left, pick, cfg.chunk)):

@@ -40,7 +40,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from data import rollcall, state
+from data import state
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 Starts = list[list[int]]  # where documents begin in each row of a batch
@@ -88,9 +88,10 @@ def start(device: str = "auto") -> World:
     if ranks > 1:
         if sys.platform == "linux":  # else ranks outlive a killed torchrun, hold the GPUs and write on
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        table, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group(BACKENDS[kind], store=table, rank=rank, world_size=ranks, timeout=TIMEOUT)
-        rollcall.join(dist.PrefixStore("roll", table.clone()), rank, ranks)  # a connection of its own
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of --max-restarts; the store may be an old one
+        store = dist.PrefixStore(attempt, store)
+        dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
 
 
@@ -105,7 +106,6 @@ def set_cuda_defaults() -> None:
 
 def stop() -> None:
     """Leave the process group. Ranks need not arrive together, so it may stand in a `finally`."""
-    rollcall.note(rollcall.DONE)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -303,7 +303,7 @@ def cudnn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) 
 
 def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
     """Gradients of cudnn_forward; FlashAttention-2 where cuDNN's own are in doubt."""
-    if k_BSGK.shape[1] % 128 == 64:  # on Hopper cuDNN masks such a tail wrongly: NaN for small lse (pytorch #196678)
+    if not causal and k_BSGK.shape[1] % 128 == 64:  # NaN on Hopper for lse < -89 (pytorch #196678; seen on an H100)
         return cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
     heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
     dice = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]  # there is no dropout
@@ -678,25 +678,6 @@ def shard_parameters(
         model.to_empty(device=home)
 
 
-def set_gradients_aside(model: nn.Module, sums: dict[nn.Parameter, Tensor]) -> None:
-    """Add the gradients of a part of a step to `sums`, and take them from the parameters.
-
-    For offloaded parameters: FSDP2 copies gradients to the CPU beside the backward pass while parameters have none;
-    where they have one, it stops the pass at each layer to copy and add. `put_gradients_back` ends the step.
-    """
-    for p in model.parameters():
-        if p.grad is not None:
-            sums[p] = sums[p].add_(p.grad) if p in sums else p.grad
-            p.grad = None
-
-
-def put_gradients_back(sums: dict[nn.Parameter, Tensor]) -> None:
-    """Give each parameter the sum of its gradients."""
-    for p, gradient in sums.items():
-        p.grad = gradient
-    sums.clear()
-
-
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Ask a model that is being trained, without gradients; what was gathered for it is put away afterwards."""
@@ -760,26 +741,15 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 # 8. Saved state ---------------------------------------------------------------------------------------------
 
 
-def save_state(
-    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, world: World, saver: state.Saver | None = None
-) -> None:
+def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, world: World) -> None:
     """Save parameters and optimizer moments as `folder`/step-N; the last two states are kept.
 
     All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
-    step, and random numbers, of which the model draws none. A `saver` that saves apart writes from a copy in CPU
-    memory while training goes on; from a GPU each save makes that copy, else it is extra.
+    step, and random numbers, of which the model draws none.
     """
-    apart = saver is not None and saver.apart
-    if apart:
-        saver.wait()  # for the state before, and its copy's memory
     tensors = state.tensors(model, optimizer).items()
-    mine = {key: my_rows(x)[0] for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
-    ours = {key: x.detach().to("cpu", copy=apart) for key, x in mine.items()}
-    if apart:
-        crew = world.rank, world.ranks, TIMEOUT.total_seconds()
-        saver.start(partial(state.save_apart, Path(folder), step, ours, *crew))
-    else:
-        state.save(Path(folder), step, ours, world.rank, partial(gather, world=world))
+    mine = {key: my_rows(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
+    state.save(Path(folder), step, mine, world.rank, partial(gather, world=world))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> int:
@@ -789,6 +759,5 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: Worl
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
     state is damaged, if ranks see different folders, or if the state is of another model.
     """
-    rollcall.resumable(partial(state.saved_steps, Path(folder)))
     newest = state.newest(Path(folder), world.rank, partial(gather, world=world))
     return state.restore(newest, model, optimizer, fill) if newest else 0

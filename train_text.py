@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, needles, parameters, plan, plan_training, runs, state, synthetic, text, tokenizer, weights
+from data import chat, needles, parameters, plan, plan_training, runs, synthetic, text, tokenizer, weights
 from data.flags import at_least, knob, run
+from data.offload import GradientSums
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ class Config:
     eval_windows: int = knob(8, "windows for its perplexity, half a sequence apart (ours)")
     eval_needles: int = knob(1, "magic numbers to be found at each of five depths (App. A)")
     save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
-    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
     peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
     plan: bool = knob(False, "print the memory that a step would take, and the longest sequence; load nothing (ours)")
@@ -217,14 +217,14 @@ def learn(
 ) -> Tensor:  # fmt: skip
     """The gradient of a step, summed over its parts; each part's summed loss, of the tokens here."""
     loss_P = torch.zeros(cfg.accumulate, device=world.device)
-    gradients: dict = {}  # of the parts so far, where parameters are offloaded
+    gradients = GradientSums(model)  # of the parts so far, where parameters are offloaded
     for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
         nll_B, _ = model(ids_BT, idx_T, targets_BT, attention(cfg, circle, starts))
         ring.global_mean(nll_B.sum(), count, world).backward()
         if cfg.offload:
-            ring.set_gradients_aside(model, gradients)
+            gradients.take()
         loss_P[part % cfg.accumulate] += nll_B.detach().sum()
-    ring.put_gradients_back(gradients)
+    gradients.put_back()
     return loss_P
 
 
@@ -343,10 +343,8 @@ def main(cfg: Config) -> None:
         runs.rewind(cfg.out, first + 1, EVALUATED)
 
     # 6 the loop
-    saver = state.Saver(cfg.async_save)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
-        saver.check()
         began = time.perf_counter()
         mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
         idx_T, parts, count = share(batch, mine, circle)
@@ -370,8 +368,7 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if cfg.held_out:
                 evaluate(cfg, model, *exam, circle, step + 1)
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
-    saver.wait()
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7 export
     export(cfg, config, model, world)

@@ -45,8 +45,9 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, plan, runs, state, synthetic, text, tokenizer, video, weights
+from data import chat, llava, parameters, plan, runs, synthetic, text, tokenizer, video, weights
 from data.flags import at_least, knob, run
+from data.offload import GradientSums
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,6 @@ class Config:
     remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
     offload: bool = knob(False, "parameters and optimizer in CPU memory (release: zero3.json)")
     save_every: int = knob(500, "steps between saved states (ours)")
-    async_save: bool = knob(False, "train on while a state is written, from a copy in CPU memory (ours)")
     seed: int = knob(42, "of new weights and of the order of data (release: finetune.sh)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
 
@@ -562,7 +562,7 @@ def learn(
     else:  # each rank of a ring counts the ring's pairs
         names, count = PREFERENCE, torch.tensor(sum(len(part.numbers) for part in parts), device=world.device)
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
-    gradients: dict = {}  # of the parts so far, where parameters are offloaded
+    gradients = GradientSums(model)  # of the parts so far, where parameters are offloaded
     for part in parts:
         nll_B, _ = model(*part.arguments)
         if before is None:
@@ -572,9 +572,9 @@ def learn(
             summed = summed * circle.ranks
         ring.global_mean(summed, count, world).backward()
         if cfg.offload:
-            ring.set_gradients_aside(model, gradients)
+            gradients.take()
         sums += told
-    ring.put_gradients_back(gradients)
+    gradients.put_back()
     means = ring.total(sums, world) / ring.total(count, world)
     return dict(zip(names, means.tolist()))
 
@@ -621,11 +621,9 @@ def train(cfg: Config, world: ring.World) -> None:
     skipped = ring.total(torch.tensor(sum(runs.logged(cfg.out, "skipped")) if world.rank == 0 else 0), world).item()
 
     # 6 the loop
-    saver = state.Saver(cfg.async_save)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     began = time.perf_counter()
     for step, (parts, left_out) in zip(bar, batches(range(first, cfg.steps))):
-        saver.check()
         for fault in left_out:
             runs.log(cfg.out, {"step": step, **fault}, SKIPPED.format(world.rank))
         lost, padding = census(cfg, parts, world, circles)
@@ -646,8 +644,7 @@ def train(cfg: Config, world: ring.World) -> None:
             runs.log(cfg.out, line)
             bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world, saver)
-    saver.wait()
+            ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7 export
     export(cfg, model, world)

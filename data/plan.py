@@ -27,6 +27,7 @@ from data.config import LMConfig, LongVAConfig
 
 GB = 10**9  # bytes
 PROMPT = 64  # tokens around a question, about
+CHAT = 4096  # tokens of room for a chat
 FRAMES = (8, 32, 128, 384, 1000, 3000)  # the paper's, from Table 4 to Fig. 4
 CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens read at once, as longva.CHUNK
 TOKENS = (8_192, 32_768, 131_072, 229_376, 1_048_576)
@@ -216,7 +217,7 @@ def table(config: Model, cfg: Any) -> str:
     asked, unit = cfg.frames if sees else 0, "frames" if sees else "tokens"
     if sees and cfg.video:
         asked = video.frames(cfg.video, **({"fps": cfg.fps} if cfg.fps else {"count": cfg.frames})).total
-    text = PROMPT + cfg.max_tokens + (cfg.dialogue if cfg.chat else 0)
+    text = PROMPT + cfg.max_tokens + (CHAT if cfg.chat else 0)
     how = {"b": b, "chunk": cfg.chunk, "batch": cfg.batch, "device": device}
     page = [f"{parameters(config) / 1e6:,.1f} million parameters, {dtype}, {device}; GB = 10^9 bytes"]
     for R in sorted({ranks, 8}):

@@ -16,10 +16,8 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,60 +81,6 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], rank: int, gather:
     gather(torch.zeros(1))  # no one goes on before the new state is in place
 
 
-def save_apart(folder: Path, step: int, tensors: dict[str, Tensor], rank: int, ranks: int, patience: float) -> None:
-    """The same without an exchange of messages, so that a thread can do it: ranks find each other's checksums on disk.
-
-    Raises OSError if the others take more than `patience` seconds longer.
-    """
-    draft, digest = folder / f"step-{step}.tmp", write_part(folder, step, tensors, rank)
-    checksums = [draft / f"{PART.format(r)}.sha256" for r in range(ranks)]
-    checksums[rank].with_suffix(".part").write_bytes(digest)
-    checksums[rank].with_suffix(".part").rename(checksums[rank])
-    wanted = checksums if rank == 0 else [folder / f"step-{step}" / SEAL]
-    deadline = time.monotonic() + patience
-    while missing := [path for path in wanted if not path.exists()]:
-        if time.monotonic() > deadline:
-            raise OSError(
-                f"{missing[0]} did not come within {patience:.0f} seconds; do all machines share this folder?"
-            )
-        time.sleep(0.05)
-    if rank == 0:
-        sums = [path.read_bytes() for path in checksums]
-        for path in checksums:
-            path.unlink()
-        publish(folder, step, sums)
-
-
-class Saver:
-    """Saves while training goes on, if `apart`: one state at a time, in a thread."""
-
-    def __init__(self, apart: bool):
-        self.apart, self.thread, self.error = apart, None, None
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Begin to save; the save before must have ended (`wait`)."""
-
-        def attempt() -> None:
-            try:
-                work()
-            except (OSError, RuntimeError, ValueError) as error:  # whatever it is: an unsaved run must not go on
-                self.error = error
-
-        self.thread = Thread(target=attempt, daemon=True)  # a run that fails does not wait for it
-        self.thread.start()
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread, as soon as it is known: OSError for a full disk."""
-        if self.error:
-            raise self.error
-
-    def wait(self) -> None:
-        """Until the state is in place, or raise."""
-        if self.thread:
-            self.thread.join()
-        self.check()
-
-
 def publish(folder: Path, step: int, sums: list[bytes]) -> None:
     """Seal the draft and rename it; the state before it is kept, older ones and what killed saves left go.
 
@@ -154,8 +98,7 @@ def publish(folder: Path, step: int, sums: list[bytes]) -> None:
     flush(folder)
     before = max((n for n in saved_steps(folder) if n < step), default=step)
     for path in folder.glob("step-*"):
-        next_draft = path.suffix == ".tmp" and int(re.findall(r"\d+", path.name)[0]) > step  # others may be ahead
-        if path.name not in (f"step-{step}", f"step-{before}") and not next_draft:
+        if path.name not in (f"step-{step}", f"step-{before}"):
             shutil.rmtree(path)
 
 

@@ -49,6 +49,7 @@ import unires
 from clip import ClipVision
 from data import plan, plan_training
 from data.config import ClipConfig, LMConfig, LongVAConfig
+from data.offload import GradientSums
 
 GB = 10**9
 PEAK = 989e12  # FLOP/s in bf16 of an H100 or H200, without sparsity
@@ -519,12 +520,13 @@ class Training:
 
     def __init__(self, kit: Kit, layers: int, offload: bool):
         kit.clear()
-        self.kit, self.offload, self.aside, self.gradients = kit, offload, True, {}
+        self.kit, self.offload, self.aside = kit, offload, True
         self.config, self.world = kit.lm(layers), ring.World(0, 1, kit.device)
         with torch.device("meta"):
             self.model = longva.LM(self.config)
         ring.shard_parameters(self.model, self.model.model.layers, self.world, offload, torch.bfloat16)
         randomise(self.model, kit.device)
+        self.gradients = GradientSums(self.model)
 
     def part(self) -> None:
         """Forward and backward."""
@@ -533,7 +535,7 @@ class Training:
         pos_T = torch.arange(T, device=self.kit.device)
         self.model(self.ids[:, :-1], pos_T, self.ids[:, 1:], attend)[0].sum().div(T).backward()
         if self.offload and self.aside:
-            ring.set_gradients_aside(self.model, self.gradients)
+            self.gradients.take()
 
     def measure(self, T: int, ideas: Ideas, warm: int) -> None:
         """Rows about one part, after `warm` others."""
@@ -586,7 +588,7 @@ class Training:
     def update(self) -> None:
         """Rows about AdamW."""
         kit, threads = self.kit, torch.get_num_threads()
-        ring.put_gradients_back(self.gradients)
+        self.gradients.put_back()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         n = sum(p.numel() for p in self.model.parameters()) / 1e9
         for name in ("first, which makes the moments", "next"):

@@ -165,7 +165,7 @@ def test_most_frames_fit_and_one_more_does_not(config, how):
 
 def settings(**changed):
     asked = {"frames": 40, "fps": None, "video": None, "batch": 32, "chunk": 2048, "dtype": "auto", "device": "cpu"}
-    talk = {"chat": False, "dialogue": 4096, "max_tokens": 256}
+    talk = {"chat": False, "max_tokens": 256}
     return SimpleNamespace(**asked | talk | changed)
 
 

@@ -139,17 +139,3 @@ def test_ranks_must_share_the_folder(saved, tmp_path):
 def test_another_model_is_refused(saved, model, message):
     with pytest.raises(ValueError, match=message):
         state.restore(newest(saved), model, torch.optim.AdamW(model.parameters()), copy)
-
-
-@pytest.mark.parametrize("error", [OSError("the disk is full"), RuntimeError("out of memory")])
-def test_what_fails_in_the_thread_stops_the_run(error):
-    saver = state.Saver(apart=True)
-
-    def work():
-        raise error
-
-    saver.start(work)
-    with pytest.raises(type(error), match=str(error)):
-        saver.wait()
-    with pytest.raises(type(error), match=str(error)):
-        saver.check()

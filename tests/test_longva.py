@@ -148,7 +148,8 @@ def test_rope_is_near_the_exact_angles_and_made_in_float32():
     turn = 1e9 ** (-torch.arange(64, dtype=torch.float64) / 64)
     angle = (pos.double()[:, None] * turn).repeat(1, 2)
     assert_close(cos.double(), angle.cos(), atol=0.05, rtol=0)
-    assert_close(sin.double(), angle.sin(), atol=0.05, rtol=0)
+    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(64)  # `rotate` adds the first half's with a minus
+    assert_close((sign * sin).double(), angle.sin(), atol=0.05, rtol=0)
     assert_close(cos[:3].double(), angle[:3].cos(), atol=3e-5, rtol=0)
 
 
@@ -827,13 +828,14 @@ def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
     looked = []
     see = LongVA.see
     monkeypatch.setattr(LongVA, "see", lambda *args: looked.append(1) or see(*args))
-    out = chatting(folder, monkeypatch, capsys, "and then?\n\n/new\nwhy?\n", question="how many?").out
-    assert out == turns(folder, ["how many?", "and then?"]) + turns(folder, ["why?"]) and len(looked) == 1
+    out = chatting(folder, monkeypatch, capsys, "and then?\n\nwhy?\n", question="how many?").out
+    assert out == turns(folder, ["how many?", "and then?", "why?"]) and len(looked) == 1
 
 
 def test_a_chat_goes_on_after_mistakes(folder, monkeypatch, capsys):
     typed = "what <image>?\nwhy?\n" + "why? " * 99 + "\nwh\udcffy?\nwhy?\n"
-    out, err = chatting(folder, monkeypatch, capsys, typed, dialogue=90)
+    monkeypatch.setattr(longva, "CHAT", 90)
+    out, err = chatting(folder, monkeypatch, capsys, typed)
     assert "<image> cannot be asked for in a chat" in err and "tokens do not fit in" in err and "Ctrl-D ends" in err
     assert out == turns(folder, ["why?", "wh?y?", "why?"])
 
@@ -845,7 +847,7 @@ def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsy
         Image.fromarray(np.random.RandomState(i).randint(0, 255, (32, 40, 3), np.uint8)).save(tmp_path / f"{i:02}.png")
     words = ["how many?", "--weights", folder / "model", "--video", tmp_path, "--frames", 60, "--batch", 25]
     words = [str(word) for word in [*words, "--chunk", 150, "--chat", "--max-tokens", 12, "--device", "cpu"]]
-    typed = "and then?\n/new\nwhy?\n"
+    typed = "and then?\nwhy?\n"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "longva.py"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -862,64 +864,6 @@ def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsy
     longva.main(flags.parse(longva.Config, argv=words))
     said = capsys.readouterr().out
     assert done.stdout == said and len(set(said.split("\n"))) >= 3
-
-
-def test_a_film_is_remembered(folder, monkeypatch, capsys, tmp_path):
-    """Frames, weights and film decide what is remembered; a damaged memory is refused, never used."""
-    settings = {"video": folder / "frames", "frames": 3, "cache": tmp_path}
-    asking(folder, question="how many?", **settings)
-    first = capsys.readouterr().out
-    monkeypatch.setattr(LongVA, "see", lambda *args: pytest.fail("the film was looked at again"))
-    asking(folder, question="how many?", **settings)
-    assert capsys.readouterr().out == first == turns(folder, ["how many?"])
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        asking(folder, question="how many?", **settings | {"frames": 4})
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        asking(folder, question="how many?", **settings | {"video": folder / "film.mp4"})
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        asking(folder, question="how many?", **settings | {"dtype": "bf16"})
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):  # other words before the film
-        asking(folder, **settings | {"question": "Look: <image>"})
-    shutil.copytree(folder / "model", tmp_path / "model")
-    config = (tmp_path / "model/config.json").read_text()
-    (tmp_path / "model/config.json").write_text(config.replace('"rope_theta": 1000000000.0', '"rope_theta": 10000.0'))
-    assert (tmp_path / "model/config.json").read_text() != config
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        asking(folder, question="how many?", **settings | {"weights": tmp_path / "model"})
-    for file in tmp_path.glob("????????????????/model.safetensors"):
-        file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        asking(folder, question="how many?", **settings)
-    assert "the film is read again" in capsys.readouterr().err
-
-
-def test_a_full_disk_does_not_cost_the_answer(folder, monkeypatch, capsys, tmp_path):
-    def full(*args, **how):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(weights, "write", full)
-    asking(folder, question="how many?", video=folder / "frames", frames=3, cache=tmp_path)
-    out, err = capsys.readouterr()
-    assert out == turns(folder, ["how many?"]) and "keeps nothing of this film" in err and "No space left" in err
-
-
-def test_a_language_model_is_asked_without_pictures(folder, capsys):
-    asking(folder, question="how many?", weights=folder / "blind")
-    words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "blind")
-    said = answer(model, model.embed(torch.tensor([chat.prompt(words, "how many?")])), 8)
-    assert capsys.readouterr().out == words.decode(said) + "\n"
-
-
-def test_answers_in_bfloat16(folder, monkeypatch, capsys):
-    """The dtype of weights and cache, and so of every answer's arithmetic."""
-    used = set()
-    monkeypatch.setattr(
-        KVCache, "__init__", (lambda old: lambda *a: (used.add(a[-1].dtype), old(*a))[1])(KVCache.__init__)
-    )
-    for dtype in ("bf16", "fp32", "auto"):
-        asking(folder, question="how many?", video=folder / "frames", frames=3, dtype=dtype)
-        assert used == {torch.bfloat16 if dtype == "bf16" else torch.float32} and capsys.readouterr().out
-        used.clear()
 
 
 def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys):
@@ -943,19 +887,16 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
     pytest.param({"image": ("frames/0.png",), "device": "cuda"}, "need one GPU each, but torch sees 0; choose --device cpu",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
-    ({"image": ("frames/0.png",), "cache": Path("kept")}, "--cache keeps what was read of a film"),
     ({"video": "frames", "frames": 0}, "--frames 0 makes no sense; give 1 or more"),
     ({"video": "frames", "max_tokens": 0}, "--max-tokens 0 makes no sense"),
     ({"video": "frames", "batch": -1}, "--batch -1 makes no sense"),
     ({"video": "frames", "chunk": 0}, "--chunk 0 makes no sense"),
-    ({"video": "frames", "chat": True, "dialogue": -5}, "--dialogue -5 makes no sense; give 0 or more"),
     ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no sense"),
     ({"image": ("frames/0.png",), "top_p": 1.5}, "top_p 1.5 is impossible"),
     ({"image": ("frames/0.png",), "template": "qwen"}, "unknown template 'qwen'"),
     ({"video": "frames", "weights": "blind"}, "cannot see"),
     ({"image": ("frames/0.png",), "question": __file__}, "is a file where the question should stand"),
     ({"image": ("frames/0.png",), "max_tokens": 10**12}, "tokens take .* GB can be had; give fewer"),
-    ({"video": "frames", "cache": Path(__file__)}, "cannot be written to .*name another folder"),
     ({"video": "frames", "seed": 2**70}, "too large"),
     ({"image": ("frames/0.png",), "question": "<image> or <image>?"}, "2 placeholder.* for 1 picture"),
 ])  # fmt: skip
