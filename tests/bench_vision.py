@@ -208,6 +208,7 @@ class Plain(nn.Module):
         if not once:
             return [[] for _ in lessons]
         grids = [torch.cat([base, pixels]) if self.how.base else pixels for pixels, base in once.values()]
+        grids = [unires.normalise(pixels) for pixels in grids]
         states = self.tower(torch.cat(grids), output_hidden_states=True).hidden_states
         parts = self.projector(states[-2][:, 1:]).split([len(x) for x in grids])
         tokens = {key: pool(x_NPD[1:] if self.how.base else x_NPD) for key, x_NPD in zip(once, parts)}

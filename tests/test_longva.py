@@ -684,14 +684,6 @@ def test_a_prompt_is_read_as_it_comes(asked):
         assert list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], 5)) == want
 
 
-def test_a_cache_knows_what_another_knew(asked):
-    model, x, said = asked
-    cache, other = (KVCache(model.config.lm, 1, n, x) for n in (13, 40))
-    read(model, x[:, :9], cache, [9])
-    other.fill(cache.layers(), cache.length)
-    assert list(longva.generate(model, x[:, 9:], other, [], 10)) == said
-
-
 def test_generate_stops(asked):
     model, x, said = asked
     last = next(token for token in reversed(said) if said.index(token) > 2)
