@@ -39,10 +39,10 @@ import unires
 from clip import ClipVision
 from data import chat, plan, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
-from data.flags import at_least, knob, run
+from data.flags import at_least, run, setting
 from data.offload import ActivationOffload
 from data.parameters import fill_from
-from data.sampling import choose
+from data.sampling import sample
 
 CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens read at once: on a CPU they have a mask; on a GPU it is 32 frames
 LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once: 2048 of Qwen2-7B are 0.6 GB in bf16
@@ -215,7 +215,7 @@ def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int | None = 
 
 
 @torch.no_grad()
-def hits(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """How many targets of each row are the likeliest token of their place, and how many there are, float32[B] both."""
     wanted_BT = targets_BT != chat.IGNORE
     likeliest_N = [(h @ head_VD.T).argmax(-1) for h in h_BTD[wanted_BT].split(chunk)]
@@ -408,7 +408,7 @@ class LongVA(LM):
         """The vision transformer."""
         return self.model.vision_tower["vision_tower"]["vision_model"]
 
-    def see(self, pixels_NCYX: Tensor, layout: list[unires.Layout]) -> Tensor:
+    def encode_images(self, pixels_NCYX: Tensor, layout: list[unires.Layout]) -> Tensor:
         """Turn the grids of any number of pictures and videos into visual tokens x_ID, in order.
 
         Pixels are uint8, or floating and normalised already. `layout` tells how many grids each picture has and how
@@ -442,10 +442,10 @@ class LongVA(LM):
     ) -> tuple:
         """The training question, as LM.forward, with pictures in the places of chat.IMAGE.
 
-        `row_I`: which of the visual tokens goes where, if they are not used once each and in order (unires.Parts).
+        `row_I`: which of the visual tokens goes where, if not once each and in order (unires.UniqueGrids).
         `place_I`: where, as for `embed`.
         """
-        seen_ID = self.see(pixels_NCYX, layout)
+        seen_ID = self.encode_images(pixels_NCYX, layout)
         seen_ID = seen_ID if row_I is None else seen_ID[row_I]
         h_BTD = self.model(self.embed(ids_BT, seen_ID, place_I), pos_T, attend)
         return nll(h_BTD, self.lm_head.weight, targets_BT)
@@ -478,20 +478,22 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
 # ---------------------------------------------------------------------------------------- seeing and answering
 
 
-def watch(model: LongVA, frames: Iterable[Tensor], batch: int = 32) -> Iterator[Tensor]:
+def encode_video(model: LongVA, frames: Iterable[Tensor], batch: int = 32) -> Iterator[Tensor]:
     """Visual tokens x_TD of a video's frames (unires.frame: pixels_CYX), `batch` of them at a time, as they come."""
     frames = iter(frames)
     while held := list(islice(frames, batch)):
-        yield model.see(unires.upload(torch.stack(held), model.device), [unires.Layout(1, len(held))])
+        yield model.encode_images(unires.upload(torch.stack(held), model.device), [unires.Layout(1, len(held))])
 
 
-def show(picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMIT) -> tuple[Tensor, unires.Layout]:
+def preprocess(
+    picture: unires.Picture, config: LongVAConfig, limit: int = unires.LIMIT
+) -> tuple[Tensor, unires.Layout]:
     """A picture as (pixels_NCYX, layout), cut as this model was taught to see."""
-    return unires.show(picture, config.vision.side, config.rule, limit, config.scheme)
+    return unires.preprocess(picture, config.vision.side, config.rule, limit, config.scheme)
 
 
 @torch.inference_mode()
-def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int | None = None) -> Tensor:
+def prefill(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int | None = None) -> Tensor:
     """Read embedded tokens behind what `cache` holds, `chunk` at a time; the hidden states of the last piece."""
     chunk = chunk or CHUNK[x_BTD.device.type]
     for here, idx_U in cache.pieces(x_BTD.shape[1], chunk):
@@ -499,7 +501,7 @@ def read(model: LM, x_BTD: Tensor, cache: KVCache, chunk: int | None = None) -> 
     return h_BUD
 
 
-def read_prompt(
+def prefill_prompt(
     model: LM, ids: list[int], shown: Iterable[Iterable[Tensor]], cache: KVCache, chunk: int | None = None
 ) -> list[int]:
     """Read a prompt up to its last picture; the ids that follow it, which are still to be read.
@@ -509,9 +511,9 @@ def read_prompt(
     """
     for parts in shown:
         if place := ids.index(chat.IMAGE):
-            read(model, model.embed(torch.tensor([ids[:place]], device=model.device)), cache, chunk)
+            prefill(model, model.embed(torch.tensor([ids[:place]], device=model.device)), cache, chunk)
         for x_TD in parts:
-            read(model, x_TD[None], cache, chunk)
+            prefill(model, x_TD[None], cache, chunk)
         ids = ids[place + 1 :]
     return ids
 
@@ -519,7 +521,7 @@ def read_prompt(
 @torch.inference_mode()
 def next_logits(model: LM, x_1TD: Tensor, cache: KVCache, chunk: int | None) -> Tensor:
     """Read embedded tokens behind what `cache` holds; logits_V of what comes next."""
-    return model.logits(read(model, x_1TD, cache, chunk)[:, -1:])[0, 0]
+    return model.logits(prefill(model, x_1TD, cache, chunk)[:, -1:])[0, 0]
 
 
 def greedy(logits_V: Tensor, said: list[int]) -> int:
@@ -549,7 +551,7 @@ def generate(
         said.append(best)
         yield best
         x_1TD = model.embed(torch.tensor([[best]], device=x_1TD.device))
-    read(model, x_1TD, cache, chunk)  # a next question must find the answer's last word, too
+    prefill(model, x_1TD, cache, chunk)  # a next question must find the answer's last word, too
 
 
 # ----------------------------------------------------------------------------------------------------- main
@@ -563,25 +565,31 @@ CHAT = plan.CHAT  # tokens of room for what is said in a chat
 class Config:
     """Ask LongVA about pictures or a video, once or in a chat; under torchrun its memory is spread over all ranks."""
 
-    question: str | None = knob(None, f"what to ask (ours) [{QUESTION}]", positional=True)
-    image: tuple[Path, ...] = knob((), "picture files (ours)")
-    video: Path | None = knob(None, "a video file, or a folder of pictures (ours)")
-    frames: int = knob(32, "frames taken evenly from the video (Table 4: 8 to 384)")
-    fps: float | None = knob(None, "frames per second instead, of however long a video (Sec. 4: 1)")
-    weights: Path = knob(TINY_MODEL, "model folder (ours)")
-    chat: bool = knob(False, "go on asking, line by line, about the same film (ours)")
-    template: str | None = knob(None, "chat template; none: the one that fits the tokenizer (release: conversation.py)")
-    max_tokens: int = knob(256, "tokens of an answer, at most (ours)")
-    temperature: float | None = knob(None, "0 takes the best token; none: generation_config.json's (release)")
-    top_p: float | None = knob(None, "draw from the likeliest tokens of this sum; none: the folder's (release)")
-    top_k: int | None = knob(None, "draw from so many of the likeliest, 0: all; none: the folder's (release)")
-    repetition_penalty: float | None = knob(None, "on tokens of the answer so far; none: the folder's (release)")
-    seed: int = knob(0, "of what is drawn (ours)")
-    batch: int = knob(32, "frames that the tower sees at once (ours)")
-    chunk: int | None = knob(None, "tokens read at once; none: 2048 on a CPU, 4608 on a GPU (ours)")
-    plan: bool = knob(False, "print the memory that this would take, and the most frames that fit; load nothing (ours)")
-    dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "of weights and cache; auto: bf16 on a GPU, else fp32 (ours)")
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+    question: str | None = setting(None, f"what to ask (ours) [{QUESTION}]", positional=True)
+    image: tuple[Path, ...] = setting((), "picture files (ours)")
+    video: Path | None = setting(None, "a video file, or a folder of pictures (ours)")
+    frames: int = setting(32, "frames taken evenly from the video (Table 4: 8 to 384)")
+    fps: float | None = setting(None, "frames per second instead, of however long a video (Sec. 4: 1)")
+    weights: Path = setting(TINY_MODEL, "model folder (ours)")
+    chat: bool = setting(False, "go on asking, line by line, about the same film (ours)")
+    template: str | None = setting(
+        None, "chat template; none: the one that fits the tokenizer (release: conversation.py)"
+    )
+    max_tokens: int = setting(256, "tokens of an answer, at most (ours)")
+    temperature: float | None = setting(None, "0 takes the best token; none: generation_config.json's (release)")
+    top_p: float | None = setting(None, "draw from the likeliest tokens of this sum; none: the folder's (release)")
+    top_k: int | None = setting(None, "draw from so many of the likeliest, 0: all; none: the folder's (release)")
+    repetition_penalty: float | None = setting(None, "on tokens of the answer so far; none: the folder's (release)")
+    seed: int = setting(0, "of what is drawn (ours)")
+    batch: int = setting(32, "frames that the tower sees at once (ours)")
+    chunk: int | None = setting(None, "tokens read at once; none: 2048 on a CPU, 4608 on a GPU (ours)")
+    plan: bool = setting(
+        False, "print the memory that this would take, and the most frames that fit; load nothing (ours)"
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "of weights and cache; auto: bf16 on a GPU, else fp32 (ours)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
 
     def __post_init__(self):
         at_least(self, frames=1, max_tokens=1, batch=1, chunk=1, seed=0)
@@ -617,12 +625,15 @@ def look(
 ) -> tuple[list[Iterable[Tensor]], int]:
     """What is shown, as read_prompt wants it, and how many tokens it is at most."""
     if film is None:
-        seen = [model.see(pixels, [how]) for pixels, how in (show(picture, model.config) for picture in pictures)]
+        seen = [
+            model.encode_images(pixels, [how])
+            for pixels, how in (preprocess(picture, model.config) for picture in pictures)
+        ]
         return [[x_TD] for x_TD in seen], sum(map(len, seen))
     M = (model.config.vision.patches // 2) ** 2
     grids = (unires.frame(picture, model.config.vision.side, "crop") for _, picture in film)
-    mine = watch(model, video.ahead(grids, 2 * cfg.batch), cfg.batch)
-    parts = ring.in_turn(mine, model.lm_head.weight[:0], cfg.batch * M, world)
+    mine = encode_video(model, video.prefetch(grids, 2 * cfg.batch), cfg.batch)
+    parts = ring.gather_round_robin(mine, model.lm_head.weight[:0], cfg.batch * M, world)
     return [parts if world.rank else progress(parts, film.total, M)], film.total * M
 
 
@@ -656,7 +667,7 @@ def questions(cfg: Config, world: ring.World) -> Iterator[str]:
     while cfg.chat:
         if world.rank == 0 and sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = ring.from_first(sys.stdin.readline() if world.rank == 0 else "", world)
+        line = ring.broadcast_text(sys.stdin.readline() if world.rank == 0 else "", world)
         if not line:
             return
         if chat.PLACEHOLDER in line:
@@ -677,8 +688,8 @@ def main(cfg: Config) -> None:
         raise ValueError(blind if cfg.video or cfg.image else "give either --image FILE ... or --video FILE to look at")
     world = ring.start(cfg.device)
     words = tokenizer.load_tokenizer(cfg.weights)
-    template = cfg.template or chat.family(words)
-    chat.look_up(words, template)  # like all that follows, before the model: a mistake shows at once
+    template = cfg.template or chat.default_template(words)
+    chat.get_template(words, template)  # like all that follows, before the model: a mistake shows at once
     wanted = {f.name: getattr(cfg, f.name) for f in fields(Sampling) if getattr(cfg, f.name) is not None}
     how = replace(read_sampling(cfg.weights), **wanted)
     pictures = [video.read_picture(file) for file in cfg.image]
@@ -694,17 +705,17 @@ def main(cfg: Config) -> None:
     ids = chat.prompt(words, cfg.question or QUESTION, places, template)
     room = tokens + len(ids) + cfg.max_tokens + (CHAT if cfg.chat else 0)
     cache = new_cache(model, room, world)
-    read_prompt(model, ids, shown, cache, cfg.chunk)  # up to the last picture; chat.turn gives what follows it
+    prefill_prompt(model, ids, shown, cache, cfg.chunk)  # up to the last picture; chat.turn gives what follows it
     begin = cache.mark()
     del shown, pictures
 
     # 2 answer, as often as asked
     stop = {*words.stop_ids, *stop_ids(cfg.weights)}
-    dice, typing = torch.Generator().manual_seed(cfg.seed), ring.patient(world)
+    dice, typing = torch.Generator().manual_seed(cfg.seed), ring.long_timeout_group(world)
 
     def pick(logits_V: Tensor, said: list[int]) -> int:
         """Rank 0's choice: ranks on unlike machines may differ in a last bit."""
-        return int(ring.from_first(str(choose(logits_V, said, how, dice)), typing))
+        return int(ring.broadcast_text(str(sample(logits_V, said, how, dice)), typing))
 
     for text in questions(cfg, typing):
         ids = chat.turn(words, text, places, template, first=cache.mark() == begin)
@@ -714,8 +725,8 @@ def main(cfg: Config) -> None:
             continue
         x_1TD = model.embed(torch.tensor([ids], device=world.device))
         for piece in words.stream(generate(model, x_1TD, cache, stop, left, pick, cfg.chunk)):
-            ring.say(world, piece, end="")
-        ring.say(world, "")
+            ring.print0(world, piece, end="")
+        ring.print0(world, "")
     ring.stop()
 
 

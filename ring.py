@@ -43,7 +43,7 @@ from torch.optim import Optimizer
 from data import state
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
-Starts = list[list[int]]  # where documents begin in each row of a batch
+DocumentStarts = list[list[int]]  # where documents begin in each row of a batch
 Partial = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys
 
 # 1. Processes -----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def rings(world: World, size: int) -> tuple[World, int, int]:
+def split_groups(world: World, size: int) -> tuple[World, int, int]:
     """Split the run into rings of `size` neighbours, each to share a sequence: (our ring, its number, how many).
 
     All ranks must call it. Raises ValueError where the ranks do not divide.
@@ -125,7 +125,7 @@ def rings(world: World, size: int) -> tuple[World, int, int]:
     return World(world.rank % size, size, world.device, groups[number]), number, many
 
 
-def say(world: World, text: str, end: str = "\n") -> None:
+def print0(world: World, text: str, end: str = "\n") -> None:
     """Print on rank 0 only."""
     if world.rank == 0:
         print(text, end=end, flush=True)
@@ -134,7 +134,7 @@ def say(world: World, text: str, end: str = "\n") -> None:
 # 2. Sums over ranks -----------------------------------------------------------------------------------------
 
 
-def total(x: Tensor, world: World) -> Tensor:
+def all_reduce_sum(x: Tensor, world: World) -> Tensor:
     """Sum `x` over the ranks, for logging and for counts; carries no gradient. All ranks must call it."""
     x = x.detach().clone()
     if world.ranks > 1:
@@ -142,7 +142,7 @@ def total(x: Tensor, world: World) -> Tensor:
     return x
 
 
-def gather(x: Tensor, world: World) -> list[Tensor]:
+def all_gather(x: Tensor, world: World) -> list[Tensor]:
     """Everyone's `x` in rank order, without gradient; one shape and dtype on all ranks."""
     if world.ranks == 1:
         return [x.detach()]
@@ -151,22 +151,22 @@ def gather(x: Tensor, world: World) -> list[Tensor]:
     return parts
 
 
-def patient(world: World) -> World:
+def long_timeout_group(world: World) -> World:
     """The same ranks in a group of their own, on CPUs, that waits for days: for what a person types."""
     if world.ranks == 1:
         return world
     return replace(world, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
-def from_first(text: str, world: World) -> str:
+def broadcast_text(text: str, world: World) -> str:
     """Rank 0's text, on every rank."""
     said = list(text.encode(errors="replace")) if world.rank == 0 else []
-    size = gather(torch.tensor(len(said), device=world.device), world)[0].item()
+    size = all_gather(torch.tensor(len(said), device=world.device), world)[0].item()
     mine = torch.tensor(said or [0] * size, dtype=torch.uint8, device=world.device)
-    return bytes(gather(mine, world)[0].tolist()).decode()
+    return bytes(all_gather(mine, world)[0].tolist()).decode()
 
 
-def in_turn(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
+def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
     """Everyone's first part x_TD in rank order, joined, on all ranks; then everyone's second, until none is left.
 
     T is at most `rows`; ranks may have different numbers of parts. `none_0D` tells width, dtype and device.
@@ -175,8 +175,8 @@ def in_turn(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -
     if world.ranks == 1:
         yield from parts
         return
-    while any(counts := gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
-        everyone = gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
+    while any(counts := all_gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
+        everyone = all_gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
         joined = torch.cat([x_TD[:n] for x_TD, n in zip(everyone, counts)])
         del everyone, mine  # not to be held while the caller reads
         yield joined
@@ -190,7 +190,7 @@ def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
     its mean over ranks is the loss.
     Raises ValueError, on all ranks alike, if no rank has a target.
     """
-    everywhere = total(count, world)
+    everywhere = all_reduce_sum(count, world)
     if everywhere == 0:
         raise ValueError("this batch has no target on any rank, so it has no loss; check the data's masks")
     return sum * (world.ranks / everywhere)
@@ -220,7 +220,7 @@ def unshard(local: Tensor, world: World, dim: int = 1) -> Tensor:
     """Put zigzag shards back in order along `dim`, whole on every rank, no gradient. All ranks call it."""
     S = local.shape[dim] * world.ranks
     held_S = torch.cat([zigzag_index(S, replace(world, rank=r)) for r in range(world.ranks)])
-    return torch.cat(gather(local, world), dim).index_select(dim, held_S.argsort().to(local.device))
+    return torch.cat(all_gather(local, world), dim).index_select(dim, held_S.argsort().to(local.device))
 
 
 # 4. Attention over one block of keys ------------------------------------------------------------------------
@@ -228,14 +228,14 @@ def unshard(local: Tensor, world: World, dim: int = 1) -> Tensor:
 # Given a block of the keys but o and lse of *all* keys, the second yields that block's share of gradients.
 
 
-def wide(x: Tensor) -> torch.dtype:
+def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype to add up in: fp32, or fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def math_logits(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Scaled queries with their heads in G groups of J, and logits; no key is copied for its J queries."""
-    q_BTGJK = q_BTHK.to(wide(q_BTHK)).unflatten(2, (k_BSGK.shape[2], -1)) * q_BTHK.shape[-1] ** -0.5
+    q_BTGJK = q_BTHK.to(accumulate_dtype(q_BTHK)).unflatten(2, (k_BSGK.shape[2], -1)) * q_BTHK.shape[-1] ** -0.5
     logits_BGJTS = torch.einsum("btgjk,bsgk->bgjts", q_BTGJK, k_BSGK.to(q_BTGJK.dtype))
     if causal:
         future_TS = torch.ones(logits_BGJTS.shape[-2:], dtype=torch.bool, device=q_BTHK.device).triu(1)
@@ -252,7 +252,7 @@ def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -
 
 def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
     """Gradients of math_forward; the probabilities are computed again from the log-sum-exp."""
-    G, to = k_BSGK.shape[2], wide(q_BTHK)
+    G, to = k_BSGK.shape[2], accumulate_dtype(q_BTHK)
     q_BTGJK, logits_BGJTS = math_logits(q_BTHK, k_BSGK, causal)
     do_BTGJK, o_BTGJK = do_BTHK.to(to).unflatten(2, (G, -1)), o_BTHK.to(to).unflatten(2, (G, -1))
     p_BGJTS = (logits_BGJTS - lse_BHT.unflatten(1, (G, -1))[..., None]).exp()
@@ -392,7 +392,7 @@ def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tens
 # sees earlier ones whole, itself causally, later ones not at all.
 
 
-class Area(NamedTuple):
+class VisibleBlock(NamedTuple):
     """Queries that see keys: rows b of the batch, our places t, places s of the keys that came, masked or whole."""
 
     b: slice
@@ -401,7 +401,7 @@ class Area(NamedTuple):
     causal: bool
 
 
-def areas(hop: int, world: World, T: int, starts: Starts | None = None) -> Iterator[Area]:
+def visible_blocks(hop: int, world: World, T: int, starts: DocumentStarts | None = None) -> Iterator[VisibleBlock]:
     """Who sees whom when the keys have made `hop` hops, each query's own square first.
 
     Of two ranks, the lower one's chunks enclose the other's: front < front' < back' < back. So there are two cases,
@@ -410,16 +410,16 @@ def areas(hop: int, world: World, T: int, starts: Starts | None = None) -> Itera
     whole, U = slice(None), T // 2
     if starts is not None:
         for b, begun in enumerate(starts):
-            yield from (Area(slice(b, b + 1), *area) for area in document_areas(hop, world, T, begun))
+            yield from (VisibleBlock(slice(b, b + 1), *area) for area in document_blocks(hop, world, T, begun))
     elif hop == 0:
-        yield Area(whole, whole, whole, True)
+        yield VisibleBlock(whole, whole, whole, True)
     elif hop <= world.rank:  # a lower rank's keys: the front chunk precedes all of ours, the back chunk none
-        yield Area(whole, whole, slice(0, U), False)
+        yield VisibleBlock(whole, whole, slice(0, U), False)
     else:  # a higher rank's: all precede our back chunk, none our front chunk
-        yield Area(whole, slice(U, None), whole, False)
+        yield VisibleBlock(whole, slice(U, None), whole, False)
 
 
-def document_areas(hop: int, world: World, T: int, starts: list[int]) -> Iterator[tuple[slice, slice, bool]]:
+def document_blocks(hop: int, world: World, T: int, starts: list[int]) -> Iterator[tuple[slice, slice, bool]]:
     """(t, s, causal) of one sequence whose documents begin at `starts` (the first at 0) and see only themselves.
 
     A chunk sees itself document by document. Of an earlier chunk it can see one document at most: that which lasts
@@ -439,7 +439,7 @@ def document_areas(hop: int, world: World, T: int, starts: list[int]) -> Iterato
             yield slice(i * U, i * U + ends[0] - c * U), slice(j * U + begun, (j + 1) * U), False
 
 
-class Hop:
+class SendRecv:
     """A tensor on its way to the next rank while the previous rank's comes in."""
 
     def __init__(self, mine: Tensor, world: World):
@@ -455,11 +455,11 @@ class Hop:
         return self.coming
 
 
-def circulate(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[int, Tensor]]:
+def rotate_kv(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[int, Tensor]]:
     """Our keys and values, then those of R - 1 others; the next are under way while the caller computes."""
     kv = torch.stack([k_BTGK, v_BTGK])
     for hop in range(world.ranks):
-        on = Hop(kv, world) if hop < world.ranks - 1 else None
+        on = SendRecv(kv, world) if hop < world.ranks - 1 else None
         yield hop, kv
         kv = on.wait() if on else kv
 
@@ -470,13 +470,13 @@ def ring_forward(
     v_BTGK: Tensor,
     world: World,
     kernel: str | None = None,
-    starts: Starts | None = None,
+    starts: DocumentStarts | None = None,
 ) -> Partial:
     """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT) in fp32, with R - 1 messages of K and V."""
-    o_BTHK = torch.empty_like(q_BTHK, dtype=wide(q_BTHK))
+    o_BTHK = torch.empty_like(q_BTHK, dtype=accumulate_dtype(q_BTHK))
     lse_BHT = o_BTHK.new_empty(*o_BTHK.shape[:3]).transpose(1, 2).contiguous()
-    for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
-        for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
+    for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
+        for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
             part = block_attention(q_BTHK[b, t], k_BSGK[b, s], v_BSGK[b, s], causal, kernel)
             if not causal:  # a query's own square comes first, and there is nothing yet to merge with
                 part = merge(o_BTHK[b, t], lse_BHT[b, :, t], *part)
@@ -491,11 +491,11 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
     A sum starts at the first neighbour that the keys visit and follows them one hop behind. Its last hop
     brings it to their owner, who adds the share that stayed at home.
     """
-    dq_BTHK, follower = torch.zeros_like(q_BTHK, dtype=wide(q_BTHK)), None
+    dq_BTHK, follower = torch.zeros_like(q_BTHK, dtype=accumulate_dtype(q_BTHK)), None
     home = dq_BTHK.new_zeros(2, *k_BTGK.shape)
-    for hop, (k_BSGK, v_BSGK) in circulate(k_BTGK, v_BTGK, world):
+    for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
         dkv = home if hop == 0 else torch.zeros_like(home) if hop == 1 else None  # later: what comes in
-        for b, t, s, causal in areas(hop, world, q_BTHK.shape[1], starts):
+        for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
             asked = (x[b, t] for x in (do_BTHK, q_BTHK))
             known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
             part = block_attention_backward(*asked, *known, causal, kernel)
@@ -507,7 +507,7 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
         if hop > 0:
             if dkv is None:  # no document reaches from these keys to our queries
                 dkv = follower.wait()
-            follower = Hop(dkv, world)
+            follower = SendRecv(dkv, world)
     dk_BTGK, dv_BTGK = home + follower.wait() if follower else home
     return dq_BTHK.to(q_BTHK.dtype), dk_BTGK.to(k_BTGK.dtype), dv_BTGK.to(v_BTGK.dtype)
 
@@ -529,7 +529,7 @@ class Ring(torch.autograd.Function):
         return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-def zigzag_attend(world: World, kernel: str | None = None, starts: Starts | None = None) -> Attend:
+def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStarts | None = None) -> Attend:
     """The model's `attend` for a sequence dealt out by `zigzag_index` (Sec. 3.1); one process: plain causal.
 
     Every rank must hold equally many tokens and ask in the same order. `kernel` forces one of KERNELS. `starts`:
@@ -550,21 +550,21 @@ def zigzag_attend(world: World, kernel: str | None = None, starts: Starts | None
 SHARED = 128  # tokens; so few are computed by every rank, since reading the weights takes longer than using them
 
 
-def pack(o_BTHK: Tensor, lse_BHT: Tensor) -> Tensor:
+def join_o_lse(o_BTHK: Tensor, lse_BHT: Tensor) -> Tensor:
     """Output and log-sum-exp as one tensor to travel, part_BTHW in fp32 (fp64 for fp64)."""
     return torch.cat([o_BTHK.to(lse_BHT.dtype), lse_BHT.transpose(1, 2).unsqueeze(-1)], dim=-1)
 
 
-def recall(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+def attend_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     """Attention to keys that are all in the past, part_BTHW; to none of them, lse is -inf.
 
     The J queries that share a key head become its rows, so that a decode step reads each key once, not J times.
     """
     if k_BSGK.shape[1] == 0:
-        return F.pad(torch.zeros_like(q_BTHK, dtype=wide(q_BTHK)), (0, 1), value=-torch.inf)
+        return F.pad(torch.zeros_like(q_BTHK, dtype=accumulate_dtype(q_BTHK)), (0, 1), value=-torch.inf)
     T, J = q_BTHK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
     q_BNGK = q_BTHK.unflatten(2, (-1, J)).transpose(2, 3).flatten(1, 2)
-    part_BNGW = pack(*block_attention(q_BNGK, k_BSGK, v_BSGK, False))
+    part_BNGW = join_o_lse(*block_attention(q_BNGK, k_BSGK, v_BSGK, False))
     return part_BNGW.unflatten(1, (T, J)).transpose(2, 3).flatten(2, 3)
 
 
@@ -614,8 +614,8 @@ class ShardedCache:
         R, n = self.world.ranks, self.held[self.world.rank]
         k_BSGK, v_BSGK = self.k_LBSGK[layer, :, :n], self.v_LBSGK[layer, :, :n]
         if not self.dealt or R == 1:
-            return gather(recall(q_BTHK, k_BSGK, v_BSGK), self.world)
-        part_BNHW = recall(torch.cat(gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
+            return all_gather(attend_past(q_BTHK, k_BSGK, v_BSGK), self.world)
+        part_BNHW = attend_past(torch.cat(all_gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
         asked_RBTHW = part_BNHW.unflatten(1, (R, -1)).movedim(1, 0).contiguous()
         told_RBTHW = torch.empty_like(asked_RBTHW)
         dist.all_to_all_single(told_RBTHW, asked_RBTHW, group=self.world.group)
@@ -626,7 +626,7 @@ class ShardedCache:
         T, rank = q_BTHK.shape[1], self.world.rank
         qkv = q_BTHK, k_BTGK, v_BTGK
         own = ring_forward(*qkv, self.world) if self.dealt else block_attention(*qkv, True)
-        part_RBTHW = torch.stack([pack(*own), *(self.past(layer, q_BTHK) if self.length else ())])
+        part_RBTHW = torch.stack([join_o_lse(*own), *(self.past(layer, q_BTHK) if self.length else ())])
         weight_RBTH1 = part_RBTHW[..., -1:].softmax(0)
         keeper = self.held.index(min(self.held))
         held = tuple(n + T if self.dealt or r == keeper else n for r, n in enumerate(self.held))
@@ -679,7 +679,7 @@ def shard_parameters(
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def no_grad_reshard(model: nn.Module) -> Iterator[None]:
     """Ask a model that is being trained, without gradients; what was gathered for it is put away afterwards."""
     with torch.no_grad():
         yield
@@ -687,7 +687,7 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def my_rows(x: Tensor) -> tuple[Tensor, int]:
+def local_shard(x: Tensor) -> tuple[Tensor, int]:
     """The part of `x` in this process, as memory to write to, and its first row's number in the whole."""
     x = x.detach()
     if not isinstance(x, DTensor):
@@ -696,18 +696,18 @@ def my_rows(x: Tensor) -> tuple[Tensor, int]:
     return x.to_local(), min(x.device_mesh.get_rank() * per_rank, x.shape[0])
 
 
-def fill(parameter: Tensor, tensor: Tensor) -> None:
+def copy_shard(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into a plain parameter, or this rank's rows of it into a sharded one.
 
     The dtype is converted. Raises ValueError if the shapes differ. Ranks may call it each for itself.
     """
     if parameter.shape != tensor.shape:
         raise ValueError(f"weights of shape {[*tensor.shape]} do not fit a parameter of {[*parameter.shape]}")
-    local, first = my_rows(parameter)
+    local, first = local_shard(parameter)
     local.copy_(tensor[first : first + len(local)] if isinstance(parameter, DTensor) else tensor)
 
 
-def whole_parameters(model: nn.Module, world: World) -> Iterator[tuple[str, Tensor]]:
+def gather_parameters(model: nn.Module, world: World) -> Iterator[tuple[str, Tensor]]:
     """Stream (name, whole tensor in CPU memory) to rank 0, tied parameters once. All ranks must call it.
 
     The other ranks give their rows here and get an empty stream; rank 0 must run through all of its own.
@@ -748,8 +748,8 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, 
     step, and random numbers, of which the model draws none.
     """
     tensors = state.tensors(model, optimizer).items()
-    mine = {key: my_rows(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
-    state.save(Path(folder), step, mine, world.rank, partial(gather, world=world))
+    mine = {key: local_shard(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
+    state.save(Path(folder), step, mine, world.rank, partial(all_gather, world=world))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> int:
@@ -759,5 +759,5 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: Worl
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
     state is damaged, if ranks see different folders, or if the state is of another model.
     """
-    newest = state.newest(Path(folder), world.rank, partial(gather, world=world))
-    return state.restore(newest, model, optimizer, fill) if newest else 0
+    newest = state.newest(Path(folder), world.rank, partial(all_gather, world=world))
+    return state.restore(newest, model, optimizer, copy_shard) if newest else 0

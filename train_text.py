@@ -29,7 +29,7 @@ from tqdm import tqdm
 import longva
 import ring
 from data import chat, needles, parameters, plan, plan_training, runs, synthetic, text, tokenizer, weights
-from data.flags import at_least, knob, run
+from data.flags import at_least, run, setting
 from data.offload import GradientSums
 
 
@@ -37,61 +37,74 @@ from data.offload import GradientSums
 class Config:
     """Extend a language model's context by training on long text (Sec. 3.1)."""
 
-    out: Path = knob(Path("runs/extended"), "folder of this run: log, saved state, exported model (ours)")
-    weights: Path | None = knob(
+    out: Path = setting(Path("runs/extended"), "folder of this run: log, saved state, exported model (ours)")
+    weights: Path | None = setting(
         None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)"
     )
-    corpus: str = knob(
+    corpus: str = setting(
         "synthetic", "packed token file or folder (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)"
     )
-    seq_len: int = knob(224_000, "tokens per sequence (Sec. 3.1)")
-    batch: int = knob(1, "sequences read at once (release: extend_qwen2.sh)")
-    accumulate: int = knob(4, "parts that make one step, over all rings (release: extend_qwen2.sh)")
-    ring: int | None = knob(None, "ranks that share a sequence; none: all, fewer: rings side by side (Sec. 3.1: all)")
-    steps: int = knob(1000, "optimizer steps (Sec. 3.1)")
-    short_steps: int = knob(0, "of these, first steps on short sequences (ours)")
-    short_len: int = knob(64, "tokens per sequence in those steps, as many tokens in all (ours)")
-    rope_theta: float = knob(1e9, "RoPE base (Sec. 3.1)")
-    lr: float = knob(1e-5, "learning rate, constant (release: extend_qwen2.sh)")
-    warmup: int = knob(0, "steps in which it rises from zero (release: extend_qwen2.sh)")
-    cooldown: float = knob(0.0, "share of the steps, at the end, in which it falls to a tenth (ours)")
-    beta2: float = knob(0.95, "AdamW's second decay; the first is 0.9 (release: extend_qwen2.sh)")
-    weight_decay: float = knob(0.1, "on all parameters alike (release: extend_qwen2.sh)")
-    max_norm: float = knob(1.0, "largest norm of the gradient (release: extend_qwen2.sh)")
-    precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)")
-    remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
-    around: bool = knob(False, "with remat: keep attention's answers too, so that the ring runs once forward (ours)")
-    hidden_offload: bool = knob(True, "with remat: what is kept goes to CPU memory (release: train.py)")
-    mlp_tile: int = knob(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
-    offload: bool = knob(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
-    separate_documents: bool = knob(False, "packed documents do not see each other (Sec. 3.1: they do)")
-    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn"] = knob("auto", "of attention (ours)")
-    held_out: str | None = knob(None, "to evaluate on when state is saved: a token file, or synthetic (ours)")
-    eval_windows: int = knob(8, "windows for its perplexity, half a sequence apart (ours)")
-    eval_needles: int = knob(1, "magic numbers to be found at each of five depths (App. A)")
-    save_every: int = knob(200, "steps between saved states (release: extend_qwen2.sh)")
-    seed: int = knob(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
-    peak_tflop: float = knob(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
-    plan: bool = knob(False, "print the memory that a step would take, and the longest sequence; load nothing (ours)")
-    host_gb: float | None = knob(None, "with plan: CPU memory of a machine, 10^9 bytes; none: this one's (ours)")
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+    seq_len: int = setting(224_000, "tokens per sequence (Sec. 3.1)")
+    batch: int = setting(1, "sequences read at once (release: extend_qwen2.sh)")
+    grad_accumulation: int = setting(4, "parts that make one step, over all rings (release: extend_qwen2.sh)")
+    ring: int | None = setting(
+        None, "ranks that share a sequence; none: all, fewer: rings side by side (Sec. 3.1: all)"
+    )
+    steps: int = setting(1000, "optimizer steps (Sec. 3.1)")
+    curriculum_steps: int = setting(0, "of these, first steps on short sequences (ours)")
+    curriculum_len: int = setting(64, "tokens per sequence in those steps, as many tokens in all (ours)")
+    rope_theta: float = setting(1e9, "RoPE base (Sec. 3.1)")
+    lr: float = setting(1e-5, "learning rate, constant (release: extend_qwen2.sh)")
+    warmup: int = setting(0, "steps in which it rises from zero (release: extend_qwen2.sh)")
+    cooldown: float = setting(0.0, "share of the steps, at the end, in which it falls to a tenth (ours)")
+    beta2: float = setting(0.95, "AdamW's second decay; the first is 0.9 (release: extend_qwen2.sh)")
+    weight_decay: float = setting(0.1, "on all parameters alike (release: extend_qwen2.sh)")
+    grad_clip: float = setting(1.0, "largest norm of the gradient (release: extend_qwen2.sh)")
+    precision: Literal["fp32", "bf16"] = setting(
+        "bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)"
+    )
+    remat: bool = setting(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
+    around: bool = setting(False, "with remat: keep attention's answers too, so that the ring runs once forward (ours)")
+    offload_activations: bool = setting(True, "with remat: what is kept goes to CPU memory (release: train.py)")
+    mlp_tile: int = setting(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
+    offload: bool = setting(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
+    separate_documents: bool = setting(False, "packed documents do not see each other (Sec. 3.1: they do)")
+    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn"] = setting("auto", "of attention (ours)")
+    held_out: str | None = setting(None, "to evaluate on when state is saved: a token file, or synthetic (ours)")
+    eval_windows: int = setting(8, "windows for its perplexity, half a sequence apart (ours)")
+    eval_needles: int = setting(1, "magic numbers to be found at each of five depths (App. A)")
+    save_every: int = setting(200, "steps between saved states (release: extend_qwen2.sh)")
+    seed: int = setting(2024, "of weights, if from scratch, and of the order of data (release: extend_qwen2.sh)")
+    peak_tflop: float = setting(312.0, "TFLOP/s that one GPU can do in bf16, for MFU; H100: 989 (Sec. 3.1: A100)")
+    plan: bool = setting(
+        False, "print the memory that a step would take, and the longest sequence; load nothing (ours)"
+    )
+    host_gb: float | None = setting(None, "with plan: CPU memory of a machine, 10^9 bytes; none: this one's (ours)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
 
     def __post_init__(self):
-        at_least(self, seq_len=2, short_len=2, batch=1, accumulate=1, ring=1, steps=1, save_every=1)
-        at_least(self, short_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, max_norm=0)
+        at_least(self, seq_len=2, curriculum_len=2, batch=1, grad_accumulation=1, ring=1, steps=1, save_every=1)
+        at_least(self, curriculum_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, grad_clip=0)
         at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1, host_gb=1)
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
-    "accumulate": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32", "remat": False, "offload": False,
-    "hidden_offload": False,
+    "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32", "remat": False, "offload": False,
+    "offload_activations": False,
     "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "steps": 160, "rope_theta": 1e6, "lr": 7e-4, "warmup": 20, "cooldown": 0.4}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "lr": 1e-3}
-BASE = runs.made("tiny-base", "base")
+BASE = runs.trained_or_shipped("tiny-base", "base")
 PRESETS = {
-    "tiny-base": {**TINY, **SHORT, "steps": 1600, "short_steps": 700, "warmup": 100, "out": Path("runs/tiny-base")},
+    "tiny-base": {
+        **TINY,
+        **SHORT,
+        "steps": 1600,
+        "curriculum_steps": 700,
+        "warmup": 100,
+        "out": Path("runs/tiny-base"),
+    },
     "tiny": {**TINY, **LONG, "weights": BASE, "out": Path("runs/tiny-extended")},
     "tiny-control": {
         **TINY,
@@ -149,8 +162,8 @@ def make_batches(cfg: Config, words: tokenizer.Tokenizer):  # noqa: ANN201
         return packed
 
     def story(part: int) -> tuple[Tensor, Tensor, None]:
-        step = part // cfg.accumulate
-        S = cfg.short_len if step < cfg.short_steps else cfg.seq_len
+        step = part // cfg.grad_accumulation
+        S = cfg.curriculum_len if step < cfg.curriculum_steps else cfg.seq_len
         return *synthetic.text_batch(words, cfg.seed, part, cfg.batch * cfg.seq_len // S, S), None
 
     return story
@@ -184,9 +197,11 @@ def check(cfg: Config, circle: ring.World, circles: int) -> None:
         raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
     if cfg.kernel not in ("auto", "math", "cpu") and cfg.precision == "fp32":
         raise ValueError(f"--kernel {cfg.kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
-    if cfg.accumulate % circles:
-        raise ValueError(f"--accumulate {cfg.accumulate} parts cannot be dealt evenly to {circles} rings; change one")
-    for S in {cfg.seq_len, cfg.short_len if cfg.short_steps else cfg.seq_len}:
+    if cfg.grad_accumulation % circles:
+        raise ValueError(
+            f"--grad-accumulation {cfg.grad_accumulation} parts cannot be dealt evenly to {circles} rings; change one"
+        )
+    for S in {cfg.seq_len, cfg.curriculum_len if cfg.curriculum_steps else cfg.seq_len}:
         ring.zigzag_index(S, circle)
 
 
@@ -202,7 +217,7 @@ def share(batch, parts: range, circle: ring.World) -> tuple[Tensor, list, Tensor
     return idx_T, mine, sum((targets_BT != chat.IGNORE).sum() for _, targets_BT, _ in mine)
 
 
-def attention(cfg: Config, circle: ring.World, starts: ring.Starts | None = None) -> longva.Attend:
+def attention(cfg: Config, circle: ring.World, starts: ring.DocumentStarts | None = None) -> longva.Attend:
     """The `attend` of a part whose documents begin at `starts`, if they are not to see each other."""
     if cfg.kernel != "auto":
         return ring.zigzag_attend(circle, cfg.kernel, starts)
@@ -216,14 +231,14 @@ def learn(
     world: ring.World,
 ) -> Tensor:  # fmt: skip
     """The gradient of a step, summed over its parts; each part's summed loss, of the tokens here."""
-    loss_P = torch.zeros(cfg.accumulate, device=world.device)
+    loss_P = torch.zeros(cfg.grad_accumulation, device=world.device)
     gradients = GradientSums(model)  # of the parts so far, where parameters are offloaded
     for part, (ids_BT, targets_BT, starts) in zip(mine, parts):
         nll_B, _ = model(ids_BT, idx_T, targets_BT, attention(cfg, circle, starts))
         ring.global_mean(nll_B.sum(), count, world).backward()
         if cfg.offload:
             gradients.take()
-        loss_P[part % cfg.accumulate] += nll_B.detach().sum()
+        loss_P[part % cfg.grad_accumulation] += nll_B.detach().sum()
     gradients.put_back()
     return loss_P
 
@@ -283,16 +298,16 @@ def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle:
     """Write perplexity over `slide`'s windows and the share of `hide`'s numbers found to eval.jsonl."""
     loss, count, found = torch.zeros((), device=circle.device), torch.zeros((), device=circle.device), []
     idx_T, attend = ring.zigzag_index(cfg.seq_len, circle), attention(cfg, circle)
-    with ring.inference(model):
+    with ring.no_grad_reshard(model):
         for pair in windows:
             ids_BT, targets_BT = deal(pair, idx_T)
             nll_B, count_B = model(ids_BT, idx_T, targets_BT, attend)
             loss, count = loss + nll_B.sum(), count + count_B.sum()
         for pair in hidden:
             ids_BT, targets_BT = deal(pair, idx_T)
-            hits_B, of_B = model(ids_BT, idx_T, targets_BT, attend, longva.hits)
-            found.append(ring.total(of_B - hits_B, circle).item() == 0)
-    mean = (ring.total(loss, circle) / ring.total(count, circle)).item()
+            hits_B, of_B = model(ids_BT, idx_T, targets_BT, attend, longva.count_correct)
+            found.append(ring.all_reduce_sum(of_B - hits_B, circle).item() == 0)
+    mean = (ring.all_reduce_sum(loss, circle) / ring.all_reduce_sum(count, circle)).item()
     scores = {"perplexity": math.exp(min(mean, 700)), "needles_found": sum(found) / len(found)}
     if circle.peer(circle.rank) == 0:
         runs.log(cfg.out, {"step": step, "held_out_loss": mean} | scores, EVALUATED)
@@ -306,7 +321,7 @@ def main(cfg: Config) -> None:
         return
     # 1 processes
     world = ring.start(cfg.device)
-    circle, number, circles = ring.rings(world, cfg.ring or world.ranks)  # parts of a step go round the rings
+    circle, number, circles = ring.split_groups(world, cfg.ring or world.ranks)  # parts of a step go round the rings
     check(cfg, circle, circles)
 
     # 2 model: shapes first, then shards, then weights, so that no rank ever holds all of it
@@ -314,15 +329,15 @@ def main(cfg: Config) -> None:
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
-    model.model.remat, model.model.offload = cfg.remat and not cfg.around, cfg.remat and cfg.hidden_offload
+    model.model.remat, model.model.offload = cfg.remat and not cfg.around, cfg.remat and cfg.offload_activations
     for block in model.model.layers:
         block.around, block.mlp.tile = cfg.remat and cfg.around, cfg.mlp_tile
     param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
     ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
-    source = weights.read(cfg.weights) if cfg.weights else parameters.fresh(model, cfg.seed)
-    parameters.fill_from(model, source, ring.fill)
+    source = weights.read(cfg.weights) if cfg.weights else parameters.init_weights(model, cfg.seed)
+    parameters.fill_from(model, source, ring.copy_shard)
     size = sum(p.numel() for p in model.parameters())
-    ring.say(world, f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
+    ring.print0(world, f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
 
     # 3 data
     batch = make_batches(cfg, words)
@@ -339,24 +354,24 @@ def main(cfg: Config) -> None:
         runs.open_run(cfg.out, {name: value for name, value in asdict(cfg).items() if name not in PLANNING})
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
-        runs.rewind(cfg.out, first)
-        runs.rewind(cfg.out, first + 1, EVALUATED)
+        runs.truncate_log(cfg.out, first)
+        runs.truncate_log(cfg.out, first + 1, EVALUATED)
 
     # 6 the loop
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         began = time.perf_counter()
-        mine = range(step * cfg.accumulate + number, (step + 1) * cfg.accumulate, circles)
+        mine = range(step * cfg.grad_accumulation + number, (step + 1) * cfg.grad_accumulation, circles)
         idx_T, parts, count = share(batch, mine, circle)
         loss_P = learn(cfg, model, mine, idx_T, parts, count, circle, world)
-        loss = runs.finite(step, (ring.total(loss_P, world) / ring.total(count, world)).tolist())
-        norm = ring.clip_gradients(model, cfg.max_norm)
+        loss = runs.finite(step, (ring.all_reduce_sum(loss_P, world) / ring.all_reduce_sum(count, world)).tolist())
+        norm = ring.clip_gradients(model, cfg.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
-            speed = parts[0][0].numel() * circle.ranks * cfg.accumulate / (time.perf_counter() - began)
+            speed = parts[0][0].numel() * circle.ranks * cfg.grad_accumulation / (time.perf_counter() - began)
             line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
             work = plan.train_flop(config, len(idx_T) * circle.ranks) * speed / world.ranks / 1e12
             line |= {"tokens_per_s": round(speed), "tflop_per_s_and_rank": float(f"{work:.4g}")}
@@ -377,7 +392,7 @@ def main(cfg: Config) -> None:
 
 def export(cfg: Config, config: longva.LMConfig, model: longva.LM, world: ring.World) -> None:
     """Write the model as Hugging Face lays it out, beside its tokenizer, and say what comes next."""
-    stream, folder = ring.whole_parameters(model, world), cfg.out / "model"
+    stream, folder = ring.gather_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
         return
     longva.save(folder, stream, config, cfg.weights or synthetic.TOKENIZER)

@@ -46,7 +46,7 @@ import longva
 import ring
 import unires
 from data import chat, llava, parameters, plan, runs, synthetic, text, tokenizer, video, weights
-from data.flags import at_least, knob, run
+from data.flags import at_least, run, setting
 from data.offload import GradientSums
 
 
@@ -54,52 +54,60 @@ from data.offload import GradientSums
 class Config:
     """Teach a language model to see, on pictures only (Sec. 3.2). What is None is the stage's own: see STAGES."""
 
-    stage: Literal["tower", "align", "sft", "both", "dpo"] = knob(
+    stage: Literal["tower", "align", "sft", "both", "dpo"] = setting(
         "align", "what is taught; both: align and sft of the miniature (Sec. 3.2)"
     )
-    out: Path | None = knob(None, "folder of this run (ours: runs/SYSTEM-STAGE)")
-    system: str = knob("longva", "name of the model in the making, for folders (ours)")
-    weights: Path | None = knob(None, "align: the language model; then what came before (Sec. 3.2: Qwen2-7B-224K)")
-    tower: Path | None = knob(None, "align: the vision tower (Sec. 3.2: CLIP-ViT-L-336)")
-    scheme: Literal["unires", "anyres"] = knob("unires", "how a picture becomes tokens (Sec. 3.2)")
-    rule: Literal["canvas", "floor", "anyres"] | None = knob(None, "how many grids a picture gets (Sec. 3.2)")
-    data: str = knob("synthetic", "LLaVA-style JSON or JSONL, or synthetic (Sec. 3.2: LLaVA-1.6's)")
-    images: Path | None = knob(None, "folder that the JSON's pictures and videos are in (ours)")
-    labels: Literal["released", "clean"] = knob("released", "what of a conversation is trained, see above (release)")
-    max_len: int = knob(32_768, "tokens; a longer sample is cut between questions (release: finetune.sh)")
-    max_bad: float = knob(0.001, "share of samples that may be broken before the run stops (ours)")
-    grids: int = knob(49, "most grids per picture (Sec. 3.2)")
-    frames: int = knob(10, "of each video (release: train_dpo.py)")
-    grow: float = knob(0.0, "share of sft's steps in which synthetic pictures grow from 3 grids to --grids (ours)")
-    tiny: bool = knob(False, "the small world's sizes and rates (ours)")
-    ring: int = knob(1, "ranks that share a sample; the rest take others (release: 1)")
-    batch: int | None = knob(None, "samples per step over all ranks (release: pretrain.sh, finetune.sh)")
-    at_once: int | None = knob(None, "of these, read at once by each ring; none: all (release: 16, 4, 1)")
-    steps: int | None = knob(None, "optimizer steps (release: one epoch, dpo three)")
-    lr: float | None = knob(None, "peak learning rate; then a cosine, for dpo a line, down to zero (release)")
-    tower_lr: float | None = knob(None, "the tower's (release: finetune.sh)")
-    warmup: float | None = knob(None, "share of the steps in which the rate rises from zero (release: 0.03, dpo 0.1)")
-    beta: float = knob(0.1, "dpo: how much the model may leave the reference (Sec. 5.2)")
-    max_norm: float = knob(1.0, "largest norm of the gradient (release: zero3.json)")
-    precision: Literal["fp32", "bf16"] = knob("bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.2)")
-    remat: bool = knob(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
-    offload: bool = knob(False, "parameters and optimizer in CPU memory (release: zero3.json)")
-    save_every: int = knob(500, "steps between saved states (ours)")
-    seed: int = knob(42, "of new weights and of the order of data (release: finetune.sh)")
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+    out: Path | None = setting(None, "folder of this run (ours: runs/SYSTEM-STAGE)")
+    system: str = setting("longva", "name of the model in the making, for folders (ours)")
+    weights: Path | None = setting(None, "align: the language model; then what came before (Sec. 3.2: Qwen2-7B-224K)")
+    tower: Path | None = setting(None, "align: the vision tower (Sec. 3.2: CLIP-ViT-L-336)")
+    scheme: Literal["unires", "anyres"] = setting("unires", "how a picture becomes tokens (Sec. 3.2)")
+    rule: Literal["canvas", "floor", "anyres"] | None = setting(None, "how many grids a picture gets (Sec. 3.2)")
+    data: str = setting("synthetic", "LLaVA-style JSON or JSONL, or synthetic (Sec. 3.2: LLaVA-1.6's)")
+    images: Path | None = setting(None, "folder that the JSON's pictures and videos are in (ours)")
+    labels: Literal["released", "clean"] = setting("released", "what of a conversation is trained, see above (release)")
+    max_len: int = setting(32_768, "tokens; a longer sample is cut between questions (release: finetune.sh)")
+    max_skip_fraction: float = setting(0.001, "share of samples that may be broken before the run stops (ours)")
+    grids: int = setting(49, "most grids per picture (Sec. 3.2)")
+    frames: int = setting(10, "of each video (release: train_dpo.py)")
+    resolution_curriculum: float = setting(
+        0.0, "share of sft's steps in which synthetic pictures grow from 3 grids to --grids (ours)"
+    )
+    tiny: bool = setting(False, "the small world's sizes and rates (ours)")
+    ring: int = setting(1, "ranks that share a sample; the rest take others (release: 1)")
+    batch: int | None = setting(None, "samples per step over all ranks (release: pretrain.sh, finetune.sh)")
+    micro_batch_size: int | None = setting(None, "of these, read at once by each ring; none: all (release: 16, 4, 1)")
+    steps: int | None = setting(None, "optimizer steps (release: one epoch, dpo three)")
+    lr: float | None = setting(None, "peak learning rate; then a cosine, for dpo a line, down to zero (release)")
+    tower_lr: float | None = setting(None, "the tower's (release: finetune.sh)")
+    warmup: float | None = setting(
+        None, "share of the steps in which the rate rises from zero (release: 0.03, dpo 0.1)"
+    )
+    beta: float = setting(0.1, "dpo: how much the model may leave the reference (Sec. 5.2)")
+    grad_clip: float = setting(1.0, "largest norm of the gradient (release: zero3.json)")
+    precision: Literal["fp32", "bf16"] = setting(
+        "bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.2)"
+    )
+    remat: bool = setting(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
+    offload: bool = setting(False, "parameters and optimizer in CPU memory (release: zero3.json)")
+    save_every: int = setting(500, "steps between saved states (ours)")
+    seed: int = setting(42, "of new weights and of the order of data (release: finetune.sh)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
 
     def __post_init__(self):
-        at_least(self, max_len=1, grids=1, frames=1, ring=1, batch=1, at_once=1, steps=1, save_every=1, seed=0)
-        at_least(self, grow=0, lr=0, tower_lr=0, warmup=0, max_norm=0, max_bad=0, beta=0)
-        if self.max_bad > 1:
-            raise ValueError(f"--max-bad {self.max_bad:g} makes no sense; give a share of the samples, 0 to 1")
+        at_least(self, max_len=1, grids=1, frames=1, ring=1, batch=1, micro_batch_size=1, steps=1, save_every=1, seed=0)
+        at_least(self, resolution_curriculum=0, lr=0, tower_lr=0, warmup=0, grad_clip=0, max_skip_fraction=0, beta=0)
+        if self.max_skip_fraction > 1:
+            raise ValueError(
+                f"--max-skip-fraction {self.max_skip_fraction:g} makes no sense; give a share of the samples, 0 to 1"
+            )
 
 
 STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
     "tower": {},
-    "align": {"batch": 128, "at_once": 16, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0, "warmup": 0.03},
-    "sft": {"batch": 32, "at_once": 4, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6, "warmup": 0.03},
-    "dpo": {"batch": 128, "at_once": 1, "steps": 400, "lr": 5e-7, "tower_lr": 5e-7, "warmup": 0.1},
+    "align": {"batch": 128, "micro_batch_size": 16, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0, "warmup": 0.03},
+    "sft": {"batch": 32, "micro_batch_size": 4, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6, "warmup": 0.03},
+    "dpo": {"batch": 128, "micro_batch_size": 1, "steps": 400, "lr": 5e-7, "tower_lr": 5e-7, "warmup": 0.1},
 }
 TINY_STAGES = {
     "tower": {"batch": 128, "steps": 1200, "lr": 2e-3, "tower_lr": 2e-3, "warmup": 0.03},
@@ -111,7 +119,7 @@ PAIRS = 512  # of synthetic answers to choose from
 RULE = {"unires": "canvas", "anyres": "anyres"}  # the release's
 TINY = {
     "tiny": True,
-    "grow": 0.7,
+    "resolution_curriculum": 0.7,
     "rule": "floor",
     "labels": "clean",
     "max_len": 256,
@@ -132,7 +140,7 @@ TINY_CLIP = clip.ClipConfig(
 )  # fmt: skip
 
 
-def settle(cfg: Config) -> Config:
+def resolve(cfg: Config) -> Config:
     """Fill what was left to the stage: rates, sizes, and where the stage before left its work."""
     rates = (TINY_STAGES if cfg.tiny else STAGES)[cfg.stage]
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
@@ -141,11 +149,14 @@ def settle(cfg: Config) -> Config:
         folders = {"out": Path("runs/tiny-tower")}
     elif cfg.tiny and cfg.stage == "align":
         language = LANGUAGE.get(cfg.system, "extended")
-        folders |= {"weights": runs.made(f"tiny-{language}", language), "tower": runs.made("tiny-tower", "tower")}
+        folders |= {
+            "weights": runs.trained_or_shipped(f"tiny-{language}", language),
+            "tower": runs.trained_or_shipped("tiny-tower", "tower"),
+        }
     elif cfg.stage == "sft":
         folders |= {"weights": Path(f"runs/{cfg.system}-align/model")}
     elif cfg.tiny and cfg.stage == "dpo":
-        folders |= {"weights": runs.made(f"{cfg.system}-sft", cfg.system.removeprefix("tiny-"))}
+        folders |= {"weights": runs.trained_or_shipped(f"{cfg.system}-sft", cfg.system.removeprefix("tiny-"))}
     elif cfg.stage == "dpo":
         folders |= {"weights": Path(f"runs/{cfg.system}-sft/model")}
     return replace(cfg, **{**rates, **folders, **given})
@@ -227,17 +238,17 @@ def build(cfg: Config, words: tokenizer.Tokenizer) -> nn.Module:
 def initial_weights(cfg: Config, model: nn.Module) -> None:
     """Weights: from the stage before, from the language model and the tower, or new."""
     if cfg.stage == "tower":
-        parameters.fill_from(model, parameters.fresh(model, cfg.seed), ring.fill)
+        parameters.fill_from(model, parameters.init_weights(model, cfg.seed), ring.copy_shard)
     elif cfg.stage != "align":
-        parameters.fill_from(model, weights.read(cfg.weights), ring.fill)
+        parameters.fill_from(model, weights.read(cfg.weights), ring.copy_shard)
     else:
         new = {name for name, _ in model.named_parameters() if "mm_projector" in name or "image_newline" in name}
-        parameters.fill_from(model, parameters.fresh(model, cfg.seed), ring.fill, only=new.__contains__)
+        parameters.fill_from(model, parameters.init_weights(model, cfg.seed), ring.copy_shard, only=new.__contains__)
         parameters.fill_from(
-            model, parameters.read_tower(cfg.tower), ring.fill, only=lambda n: n.startswith(parameters.TOWER)
+            model, parameters.read_tower(cfg.tower), ring.copy_shard, only=lambda n: n.startswith(parameters.TOWER)
         )
         parameters.fill_from(
-            model, weights.read(cfg.weights), ring.fill, only=lambda n: n not in new and "vision_tower" not in n
+            model, weights.read(cfg.weights), ring.copy_shard, only=lambda n: n not in new and "vision_tower" not in n
         )
 
 
@@ -265,7 +276,7 @@ def assemble(cfg: Config, words: tokenizer.Tokenizer, world: ring.World) -> tupl
     groups = trained(cfg, model)
     learning = sum(p.numel() for g in groups for p in g["params"])
     whole = sum(p.numel() for p in model.parameters())
-    ring.say(world, f"{whole:,} parameters, {learning:,} of them learn, on {world.ranks} rank(s), {world.device}")
+    ring.print0(world, f"{whole:,} parameters, {learning:,} of them learn, on {world.ranks} rank(s), {world.device}")
     return model, groups
 
 
@@ -306,11 +317,11 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
 
     def summed(tokens: np.ndarray) -> np.ndarray:
         """Over the ranks, each of which measured its share of the records."""
-        return ring.total(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
+        return ring.all_reduce_sum(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
 
-    records = llava.open_records(cfg.data, measure, cfg.max_bad, (world.rank, world.ranks), summed)
+    records = llava.open_records(cfg.data, measure, cfg.max_skip_fraction, (world.rank, world.ranks), summed)
     if lost := records.count - len(records):
-        ring.say(world, f"{lost:,} of {records.count:,} records are bad: {cfg.out / 'unusable-*.jsonl'} says why")
+        ring.print0(world, f"{lost:,} of {records.count:,} records are bad: {cfg.out / 'unusable-*.jsonl'} says why")
     return Source(
         len(records),
         lambda step: llava.pick(records.tokens, cfg.seed, step, cfg.batch),
@@ -324,7 +335,7 @@ def synthetic_source(cfg: Config) -> Source:
     """Samples made from the seed: captions, conversations about pictures that grow, or pairs of answers about films."""
 
     def converse(i: int) -> tuple[llava.Shown, list[llava.Turns]]:
-        grown = min(1.0, i // cfg.batch / (cfg.grow * cfg.steps)) if cfg.grow else 1.0
+        grown = min(1.0, i // cfg.batch / (cfg.resolution_curriculum * cfg.steps)) if cfg.resolution_curriculum else 1.0
         most = round(min(3, cfg.grids) * (cfg.grids / min(3, cfg.grids)) ** grown)
         pictures, turns = synthetic.conversation(cfg.seed, i, most)
         return pictures, [turns]
@@ -365,14 +376,14 @@ def prepare(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer
     shown = [present(cfg, config, one) for one in media]
     lengths = [how.tokens(config.vision.patches) for _, how in shown]
     texts = [write(cfg, words, turns, lengths) for turns in dialogues]
-    return Example(i, [(*one, unires.keys(*one)) for one in shown], texts)
+    return Example(i, [(*one, unires.grid_hashes(*one)) for one in shown], texts)
 
 
 def present(cfg: Config, config: longva.LongVAConfig, one: Image | list[Image]) -> tuple[Tensor, unires.Layout]:
     """A picture, or a video's frames in a row, as (pixels_NCYX, layout)."""
     if isinstance(one, list):
         return unires.frames(one, config.vision.side), unires.Layout(1, len(one))
-    return longva.show(one, config, cfg.grids)
+    return longva.preprocess(one, config, cfg.grids)
 
 
 def write(cfg: Config, words: tokenizer.Tokenizer, turns: llava.Turns, lengths: list[int]) -> tuple[list, list]:
@@ -408,7 +419,7 @@ def collate(
     texts = [text for example in examples for text in example.texts] or [([words.pad_id], [chat.IGNORE])]
     ids_BS, targets_BS = chat.pad(texts, words.pad_id, 2 * circle.ranks if circle.ranks > 1 else 1)
     shown = [one for example in examples for _ in example.texts for one in example.shown]
-    parts = unires.Parts(shown, config.vision.patches, config.scheme)
+    parts = unires.UniqueGrids(shown, config.vision.patches, config.scheme)
     idx_T = ring.zigzag_index(ids_BS.shape[1], replace(circle, device=torch.device("cpu")))
     image_BS = ids_BS == chat.IMAGE
     nth_BS = image_BS.flatten().cumsum(0).view_as(ids_BS) - 1  # number of each visual token in the batch
@@ -444,10 +455,10 @@ def join(
     circle: ring.World,
     loaded: list[Example | dict],
 ) -> tuple[list[Part], list[dict]]:
-    """(parts of --at-once samples each, faults of those left out). A ring leaves out what one of its ranks lacks."""
+    """(parts of --micro-batch-size samples, faults of those left out). A ring leaves out what one of its ranks lacks."""
     bad = [isinstance(one, dict) for one in loaded]
-    lost = ring.total(torch.tensor(bad).int().to(circle.device), circle).tolist()
-    kept, size = [one for one, gone in zip(loaded, lost) if not gone], cfg.at_once or len(loaded)
+    lost = ring.all_reduce_sum(torch.tensor(bad).int().to(circle.device), circle).tolist()
+    kept, size = [one for one, gone in zip(loaded, lost) if not gone], cfg.micro_batch_size or len(loaded)
     groups = [kept[start : start + size] for start in range(0, len(loaded), size)]  # as many on every ring
     faults = {json.dumps(one): one for one in loaded if isinstance(one, dict)}  # a record may come twice in a step
     return [collate(group, config, words, circle) for group in groups], [*faults.values()]
@@ -473,12 +484,12 @@ def make_batches(cfg: Config, model: nn.Module, words: tokenizer.Tokenizer, worl
             pixels_NCYX = unires.normalise(unires.frames(pictures, synthetic.SIDE, "pad").to(world.device))
             return [Part((pixels_NCYX, ids), [], torch.zeros(len(rows)), 0.0)], []
 
-        return lambda steps: video.ahead(map(captioned, steps), 1), None
+        return lambda steps: video.prefetch(map(captioned, steps), 1), None
     source = open_source(cfg, model.config, world)
 
     def batches(steps: range) -> Iterator[tuple[list[Part], list[dict]]]:
         ours = (source.pick(step)[number::many] for step in steps)
-        for loaded in video.ahead((load(cfg, model.config, words, source, numbers) for numbers in ours), 1):
+        for loaded in video.prefetch((load(cfg, model.config, words, source, numbers) for numbers in ours), 1):
             yield join(cfg, model.config, words, circle, loaded)
 
     return batches, (source, make_parts(cfg, model, words, source, circle))
@@ -494,7 +505,7 @@ def reference(cfg: Config, model: longva.LongVA, world: ring.World, circles: tup
     on, though it may be read again. Raises ValueError if a run that goes on has lost it.
     """
     file = cfg.out / "reference.safetensors"
-    known = ring.gather(torch.tensor(file.exists()), world)[0]  # as rank 0 sees it: a shared folder may lag
+    known = ring.all_gather(torch.tensor(file.exists()), world)[0]  # as rank 0 sees it: a shared folder may lag
     if not known:
         if first:
             raise ValueError(f"{file} is gone, and a model that has learned cannot make it again; remove {cfg.out}")
@@ -515,17 +526,17 @@ def ask_reference(cfg: Config, model: longva.LongVA, world: ring.World, circles:
     logp_N2 = torch.zeros(source.size, 2, dtype=torch.float64, device=world.device)
     size = cfg.batch // many
     bar = tqdm(range(0, source.size, size * many), "reference", disable=world.rank > 0)
-    with ring.inference(model):
+    with ring.no_grad_reshard(model):
         for start in bar:
             numbers = [*range(start + number, min(start + size * many, source.size), many)]
             numbers += [source.size - 1] * (size - len(numbers))  # every ring asks equally often
             for part in parts(numbers)[0]:
-                nll_B = ring.total(model(*part.arguments)[0], circle)
+                nll_B = ring.all_reduce_sum(model(*part.arguments)[0], circle)
                 if part.numbers:
                     logp_N2[part.numbers] = -nll_B.double().view(-1, 2)
     # all ranks of a ring know a pair, and the last one may have been asked more than once
-    times = ring.total((logp_N2 != 0).double(), world).clamp(min=1)
-    return ring.total(logp_N2, world) / times
+    times = ring.all_reduce_sum((logp_N2 != 0).double(), world).clamp(min=1)
+    return ring.all_reduce_sum(logp_N2, world) / times
 
 
 def prefer(part: Part, nll_B: Tensor, before_N2: Tensor, beta: float, circle: ring.World) -> tuple[Tensor, Tensor]:
@@ -536,7 +547,7 @@ def prefer(part: Part, nll_B: Tensor, before_N2: Tensor, beta: float, circle: ri
     """
     if not part.numbers:
         return nll_B.sum() * 0, before_N2.new_zeros(len(PREFERENCE))
-    logp_P2 = -ring.total(nll_B, circle).double().view(-1, 2)
+    logp_P2 = -ring.all_reduce_sum(nll_B, circle).double().view(-1, 2)
     reward_P2 = beta * (logp_P2 - before_N2[part.numbers])
     margin_P = reward_P2[:, 0] - reward_P2[:, 1]
     slope_P = beta * torch.sigmoid(-margin_P)  # of the loss by the chosen row's nll; minus it, by the rejected one's
@@ -575,7 +586,7 @@ def learn(
             gradients.take()
         sums += told
     gradients.put_back()
-    means = ring.total(sums, world) / ring.total(count, world)
+    means = ring.all_reduce_sum(sums, world) / ring.all_reduce_sum(count, world)
     return dict(zip(names, means.tolist()))
 
 
@@ -586,15 +597,15 @@ def main(cfg: Config) -> None:
     if len(stages) > 1 and (not cfg.tiny or cfg.out or cfg.weights):
         raise ValueError("--stage both is for the miniature, in its own folders; at full size run align, then sft")
     for stage in stages:
-        train(settle(replace(cfg, stage=stage)), world)
-        ring.total(torch.zeros(1, device=world.device), world)  # rank 0 has written what the next one reads
+        train(resolve(replace(cfg, stage=stage)), world)
+        ring.all_reduce_sum(torch.zeros(1, device=world.device), world)  # rank 0 has written what the next one reads
     ring.stop()
 
 
 def train(cfg: Config, world: ring.World) -> None:
     """Train one stage, save, export; resumes where a killed run of the same settings stopped."""
     # 1 processes
-    circles = circle, _, many = ring.rings(world, cfg.ring)
+    circles = circle, _, many = ring.split_groups(world, cfg.ring)
     check(cfg, many)
 
     # 2 model
@@ -613,12 +624,14 @@ def train(cfg: Config, world: ring.World) -> None:
         runs.open_run(cfg.out, asdict(cfg))
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
-        runs.rewind(cfg.out, first)
-    runs.rewind(cfg.out, first, SKIPPED.format(world.rank))
+        runs.truncate_log(cfg.out, first)
+    runs.truncate_log(cfg.out, first, SKIPPED.format(world.rank))
     if data and data[0].bad:
         runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", "\n".join(map(json.dumps, data[0].bad)) + "\n")
     before = reference(cfg, model, world, circles, data, first) if cfg.stage == "dpo" else None
-    skipped = ring.total(torch.tensor(sum(runs.logged(cfg.out, "skipped")) if world.rank == 0 else 0), world).item()
+    skipped = ring.all_reduce_sum(
+        torch.tensor(sum(runs.column(cfg.out, "skipped")) if world.rank == 0 else 0), world
+    ).item()
 
     # 6 the loop
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
@@ -631,7 +644,7 @@ def train(cfg: Config, world: ring.World) -> None:
         refuse_many(cfg, skipped, max((step + 1) * cfg.batch, data[0].size or 0) if data else 0)
         told = learn(cfg, model, parts, before, world, circle)
         runs.finite(step, [told["loss"]])
-        norm = ring.clip_gradients(model, cfg.max_norm)
+        norm = ring.clip_gradients(model, cfg.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], cfg, step)
         optimizer.step()
@@ -655,22 +668,23 @@ def census(cfg: Config, parts: list[Part], world: ring.World, circles: tuple) ->
     circle, _, many = circles
     here = cfg.batch // many - sum(len(part.numbers) for part in parts) if cfg.stage != "tower" else 0
     padding = sum(part.padding for part in parts) / len(parts)
-    both = ring.total(torch.tensor([here, padding], dtype=torch.float64, device=world.device), world).tolist()
+    both = ring.all_reduce_sum(torch.tensor([here, padding], dtype=torch.float64, device=world.device), world).tolist()
     return round(both[0] / circle.ranks), both[1] / world.ranks
 
 
 def refuse_many(cfg: Config, skipped: int, seen: int) -> None:
-    """Raise ValueError, on all ranks alike, where more samples were broken than --max-bad allows."""
-    if skipped > cfg.max_bad * seen:
+    """Raise ValueError, on all ranks alike, where more samples were broken than --max-skip-fraction allows."""
+    if skipped > cfg.max_skip_fraction * seen:
         raise ValueError(
-            f"{skipped:,} samples of {seen:,} could not be read, more than --max-bad {cfg.max_bad:g} allows; "
+            f"{skipped:,} samples of {seen:,} could not be read, more than --max-skip-fraction "
+            f"{cfg.max_skip_fraction:g} allows; "
             f"{cfg.out / SKIPPED.format('*')} says which and why: mend them, or allow more"
         )
 
 
 def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
     """Write the model as Hugging Face lays it out, beside its tokenizer, and say what comes next."""
-    stream, folder = ring.whole_parameters(model, world), cfg.out / "model"
+    stream, folder = ring.gather_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
         return
     preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system}"
@@ -689,7 +703,7 @@ def export(cfg: Config, model: nn.Module, world: ring.World) -> None:
     if cfg.stage == "dpo":
         follow = f'python longva.py "What happens in the film?" --video FILM.mp4 --weights {folder}'
     if cfg.stage == "sft":
-        padding = runs.logged(cfg.out, "padding")
+        padding = runs.column(cfg.out, "padding")
         print(f"padding: {sum(padding) / len(padding):.1%} of all ids")
         other = {"tiny-longva": "tiny-baseline", "tiny-baseline": "tiny-anyres"}.get(cfg.system)
         follow = f"torchrun --nproc-per-node 2 train_vision.py --stage align --preset {other}"

@@ -322,7 +322,7 @@ class Layout:
         return anyres(x_NPD, self.rows, self.cols, newline_D, self.unpad)
 
 
-def show(
+def preprocess(
     picture: Picture, side: int, rule: str = "canvas", limit: int = LIMIT, scheme: str | None = None
 ) -> tuple[Tensor, Layout]:
     """A picture as (pixels_NCYX, layout): choose grids by `rule` and cut; scheme "anyres" has the base in front.
@@ -341,7 +341,7 @@ def show(
 # ------------------------------------------------------------------------- 4 each thing seen once, where it is needed
 
 
-def keys(pixels_NCYX: Tensor, layout: Layout) -> list[bytes]:
+def grid_hashes(pixels_NCYX: Tensor, layout: Layout) -> list[bytes]:
     """A digest of each part of a picture or video: of its grids, or with AnyRes of the whole."""
     return [hashlib.blake2b(part.numpy().tobytes()).digest() for part in cut_up(pixels_NCYX, layout)]
 
@@ -351,7 +351,7 @@ def cut_up(pixels_NCYX: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     return pixels_NCYX.split(1 if layout.scheme == "unires" else len(pixels_NCYX))
 
 
-class Parts:
+class UniqueGrids:
     """What CLIP must see for a batch, each different thing once, and which of its tokens goes where in the text.
 
     A part is what becomes tokens on its own: with UniRes a grid, with AnyRes a picture. `row_I`, int64: for every

@@ -46,43 +46,45 @@ import ring
 import unires
 from data import chat, figures, film_cache, needles, runs, synthetic, tokenizer, video, weights
 from data.config import stop_ids
-from data.flags import at_least, knob, run
+from data.flags import at_least, run, setting
 
 
 @dataclass(frozen=True)
 class Config:
     """Needle in a haystack, of frames or of text (Sec. 4, App. A). What is left out is the protocol's."""
 
-    task: Literal["vision", "text"] = knob("vision", "what the haystack is made of (Sec. 4, App. A)", positional=True)
-    protocol: Literal["paper", "tiny"] = knob("paper", "the paper's grid and draws, or the miniature's (App. A)")
-    weights: Path | None = knob(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
-    own: bool = knob(False, "test what the training commands left in runs/, not the shipped models (ours)")
-    template: str | None = knob(None, "of the question; none: the tokenizer's family (release: qwen2, mistral, ...)")
-    out: Path | None = knob(None, "folder of results (ours: runs/vniah-TASK-MODEL and what was given)")
-    haystack: str = knob("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4)")
-    needles: Path | None = knob(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4)")
-    needle_count: int | None = knob(None, "needles drawn from the seed (Sec. 4: 5)")
-    number_count: int | None = knob(None, "magic numbers asked for in each cell of a story (App. A: 5)")
-    frames: tuple[int, ...] | None = knob(None, "frames of the haystack (Sec. 4: 200 to 3000)")
-    context: tuple[int, ...] | None = knob(None, "tokens of the story (App. A: 32K to 512K)")
-    depths: tuple[float, ...] | None = knob(None, "where the needle lies, 0 first (Sec. 4: by 0.2; App. A: by 0.1)")
-    distractors: int | None = knob(None, "look-alikes in a haystack of frames (Sec. 4: 0)")
-    distractor_counts: tuple[int, ...] = knob((0, 3, 5), "other cities' numbers in a story (App. A)")
-    digits: int | None = knob(None, "digits of a magic number (release: 7)")
-    legacy_periods: bool = knob(False, "look for Llama-2's full stops in every tokenizer's text (release)")
-    rope_theta: tuple[float, ...] = knob((), "RoPE bases to test untrained: of --weights, or of (iii) (Fig. 4)")
-    controls: bool = knob(True, "also ask without the needle, and with options in another order (ours)")
-    speak: int = knob(8, "tokens that the model says by itself to each question, 0: none (ours)")
-    engine: Literal["cache", "ring"] = knob("cache", "keep what is read once, or the paper's way (Sec. 4)")
-    keep: bool = knob(True, "keep the encoded film in --out, for the next run (ours)")
-    merge: tuple[Path, ...] = knob((), "folders of other runs whose probes count as well (ours)")
-    plot_only: bool = knob(False, "no probes: tables and pictures of what is known (ours)")
-    colours: Literal["safe", "paper"] = knob("safe", "legible to the colour-blind, or the paper's (Fig. 4)")
-    trained_on: int | None = knob(
+    task: Literal["vision", "text"] = setting(
+        "vision", "what the haystack is made of (Sec. 4, App. A)", positional=True
+    )
+    protocol: Literal["paper", "tiny"] = setting("paper", "the paper's grid and draws, or the miniature's (App. A)")
+    weights: Path | None = setting(None, "one model folder; none: the shipped systems of Figure 4 (ours)")
+    own: bool = setting(False, "test what the training commands left in runs/, not the shipped models (ours)")
+    template: str | None = setting(None, "of the question; none: the tokenizer's family (release: qwen2, mistral, ...)")
+    out: Path | None = setting(None, "folder of results (ours: runs/vniah-TASK-MODEL and what was given)")
+    haystack: str = setting("synthetic", "a film, a folder of pictures or of .txt, or synthetic (Sec. 4)")
+    needles: Path | None = setting(None, "folder with pictures and questions.json; none: drawn from the seed (Sec. 4)")
+    needle_count: int | None = setting(None, "needles drawn from the seed (Sec. 4: 5)")
+    number_count: int | None = setting(None, "magic numbers asked for in each cell of a story (App. A: 5)")
+    frames: tuple[int, ...] | None = setting(None, "frames of the haystack (Sec. 4: 200 to 3000)")
+    context: tuple[int, ...] | None = setting(None, "tokens of the story (App. A: 32K to 512K)")
+    depths: tuple[float, ...] | None = setting(None, "where the needle lies, 0 first (Sec. 4: by 0.2; App. A: by 0.1)")
+    distractors: int | None = setting(None, "look-alikes in a haystack of frames (Sec. 4: 0)")
+    distractor_counts: tuple[int, ...] = setting((0, 3, 5), "other cities' numbers in a story (App. A)")
+    digits: int | None = setting(None, "digits of a magic number (release: 7)")
+    legacy_periods: bool = setting(False, "look for Llama-2's full stops in every tokenizer's text (release)")
+    rope_theta: tuple[float, ...] = setting((), "RoPE bases to test untrained: of --weights, or of (iii) (Fig. 4)")
+    controls: bool = setting(True, "also ask without the needle, and with options in another order (ours)")
+    speak: int = setting(8, "tokens that the model says by itself to each question, 0: none (ours)")
+    engine: Literal["cache", "ring"] = setting("cache", "keep what is read once, or the paper's way (Sec. 4)")
+    keep: bool = setting(True, "keep the encoded film in --out, for the next run (ours)")
+    merge: tuple[Path, ...] = setting((), "folders of other runs whose probes count as well (ours)")
+    plot_only: bool = setting(False, "no probes: tables and pictures of what is known (ours)")
+    colours: Literal["safe", "paper"] = setting("safe", "legible to the colour-blind, or the paper's (Fig. 4)")
+    trained_on: int | None = setting(
         None, "tokens the model was trained at, for the dotted line; none: its config's (ours)"
     )
-    seed: int | None = knob(None, "of needles, film and story; training never uses it (release: 24242424)")
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to compute (ours)")
+    seed: int | None = setting(None, "of needles, film and story; training never uses it (release: 24242424)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
 
     def __post_init__(self):
         at_least(self, digits=1, rope_theta=1, trained_on=1, needle_count=1, number_count=1, seed=0, speak=0)
@@ -119,7 +121,7 @@ TRIALS = (3e4, 1e5, 1e6)  # RoPE bases tried on the miniature's baseline
 AT_ONCE = 2**17  # tokens read together, over all probes of a batch; longer haystacks are read one by one
 
 
-def settle(cfg: Config) -> Config:
+def resolve(cfg: Config) -> Config:
     """Fill what was left to the protocol."""
     values = {"depths": PAPER_DEPTHS[cfg.task]} | PROTOCOLS[cfg.protocol]
     name = [cfg.task, cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"]
@@ -156,7 +158,7 @@ Known = dict[tuple[str, int, float], dict[str, dict]]  # (panel, length, depth) 
 
 
 @torch.no_grad()
-def judge(
+def score_and_generate(
     model: longva.LM, ask_BQD: Tensor, answer_BA: Tensor, cache: longva.KVCache, speak: int, stops: list[int]
 ) -> tuple[list[bool], list[list[int]]]:
     """Ask behind what `cache` holds: (is each token of the answer the likeliest one? (Sec. 4), ids said unaided).
@@ -165,16 +167,16 @@ def judge(
     most `speak` tokens. `cache` is cropped back to where it was.
     """
     begin = cache.mark()
-    longva.read(model, ask_BQD[:, :-1], cache)
+    longva.prefill(model, ask_BQD[:, :-1], cache)
     asked = cache.mark()
     x_BAD = torch.cat([ask_BQD[:, -1:], model.embed(answer_BA[:, :-1])], dim=1)
-    best_BA = model.logits(longva.read(model, x_BAD, cache)).argmax(-1)
+    best_BA = model.logits(longva.prefill(model, x_BAD, cache)).argmax(-1)
     hits, said_B1 = (best_BA == answer_BA).all(1).tolist(), [best_BA[:, :1]]
     cache.rewind(asked + 1)
     stop = torch.tensor(stops, device=answer_BA.device)
     ended_B = torch.isin(said_B1[0][:, 0], stop)
     while len(said_B1) < speak and not ended_B.all():
-        h_B1D = longva.read(model, model.embed(said_B1[-1]), cache)
+        h_B1D = longva.prefill(model, model.embed(said_B1[-1]), cache)
         said_B1.append(model.logits(h_B1D).argmax(-1))
         ended_B |= torch.isin(said_B1[-1][:, 0], stop)
     cache.rewind(begin)
@@ -191,7 +193,7 @@ def says(text: str, answer: str) -> bool:
 
 
 @torch.no_grad()
-def through_the_ring(model: longva.LM, x_1SD: Tensor, answer: list[int], world: ring.World) -> bool:
+def score_one_pass(model: longva.LM, x_1SD: Tensor, answer: list[int], world: ring.World) -> bool:
     """Read a probe, the answer but for its last token included, on all ranks at once: is each token likeliest?"""
     S, A = x_1SD.shape[1], len(answer)
     room = 2 * world.ranks if world.ranks > 1 else 1
@@ -200,11 +202,11 @@ def through_the_ring(model: longva.LM, x_1SD: Tensor, answer: list[int], world: 
     targets_1S[0, S - A : S] = torch.tensor(answer, device=x_1SD.device)
     idx_T = ring.zigzag_index(x_1SD.shape[1], world)
     h_1TD = model.model(x_1SD[:, idx_T], idx_T, ring.zigzag_attend(world))
-    hits_1, of_1 = longva.hits(h_1TD, model.lm_head.weight, targets_1S[:, idx_T])
-    return ring.total(of_1 - hits_1, world).item() == 0
+    hits_1, of_1 = longva.count_correct(h_1TD, model.lm_head.weight, targets_1S[:, idx_T])
+    return ring.all_reduce_sum(of_1 - hits_1, world).item() == 0
 
 
-def alike(sizes: list, tokens: int) -> list[tuple[int, ...]]:
+def group_by_shape(sizes: list, tokens: int) -> list[tuple[int, ...]]:
     """Indices of probes of one size each, which can be read together; not too many of `tokens` tokens at once."""
     most = max(1, AT_ONCE // max(1, tokens))
     groups = [[i for i, found in enumerate(sizes) if found == size] for size in sorted(set(sizes))]
@@ -217,14 +219,14 @@ class Film:
     def __init__(self, cfg: Config, panel: Panel, model: longva.LongVA, words: tokenizer.Tokenizer, world: ring.World):
         self.cfg, self.model, self.words, self.world = cfg, model, words, world
         self.hidden, signs = pick_needles(cfg, panel)
-        template = cfg.template or chat.family(words)
+        template = cfg.template or chat.default_template(words)
         pre, self.post = chat.template_ids(words, template)
         self.pre_1TD = model.embed(torch.tensor([pre], device=model.device))
         self.stops = sorted({*words.stop_ids, *stop_ids(panel.folder)})
         self.film_NMD, self.hashes = encode_film(cfg, panel, model, world)
         self.names = [needle.name for needle in self.hidden]
-        self.needle_NMD = look(model, (needle.picture for needle in self.hidden))[0]
-        self.sign_NMD = look(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
+        self.needle_NMD = encode_frames(model, (needle.picture for needle in self.hidden))[0]
+        self.sign_NMD = encode_frames(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
         told = list(map(needles.describe, self.hidden))
         self.prompts = {"template": template, "pre": pre, "post": self.post, "needles": told}
         self.enter(panel)
@@ -249,7 +251,7 @@ class Film:
         for (spread, at), served in sorted(places.items()):
             sizes = [(len(self.asks[i]), len(self.answers[i])) for i in self.asked]
             together = max(served)[0] * M if self.cfg.engine == "cache" else AT_ONCE  # the paper reads one by one
-            for group in alike(sizes, together):
+            for group in group_by_shape(sizes, together):
                 made.append(Job(at, spread, tuple(self.asked[j] for j in group), tuple(sorted(served))))
         return made
 
@@ -275,11 +277,11 @@ class Film:
             room = before + max(other.at for other in jobs if other.spread == job.spread) * M
             self.cache = None  # the old one goes before the new one is made
             self.cache = longva.KVCache(self.model.model.config, 1, room, self.pre_1TD)
-            longva.read(self.model, self.pre_1TD, self.cache)
+            longva.prefill(self.model, self.pre_1TD, self.cache)
             self.spread = job.spread
         known = (self.cache.length - before) // M
         if job.at > known:
-            longva.read(self.model, self.hay(job.spread, job.at)[known:].flatten(0, 1)[None], self.cache)
+            longva.prefill(self.model, self.hay(job.spread, job.at)[known:].flatten(0, 1)[None], self.cache)
         return before + job.at * M
 
     def probe(self, job: Job, jobs: list[Job]) -> Iterator[list[dict]]:
@@ -297,13 +299,13 @@ class Film:
         cache = self.cache.branch(before, len(group), (longest - job.at + 1) * M + ask_BQ.shape[1] + said)
         known = job.at
         if needle_BID.numel():
-            longva.read(self.model, needle_BID, cache)
+            longva.prefill(self.model, needle_BID, cache)
         for length, depth in job.cells:
             if length > known:
                 x_TD = hay_NMD[known:length].flatten(0, 1)
-                longva.read(self.model, x_TD.expand(len(group), -1, -1), cache)
+                longva.prefill(self.model, x_TD.expand(len(group), -1, -1), cache)
                 known = length
-            hits, said = judge(self.model, ask_BQD, answer_BA, cache, self.cfg.speak, self.stops)
+            hits, said = score_and_generate(self.model, ask_BQD, answer_BA, cache, self.cfg.speak, self.stops)
             tokens = cache.length + ask_BQ.shape[1]
             yield [self.record(i, length, depth, tokens, *found) for i, *found in zip(group, hits, said)]
 
@@ -312,7 +314,7 @@ class Film:
         before, after = (part.flatten(0, 1) for part in hay_NMD[:length].tensor_split([job.at]))
         film_1TD = torch.cat([before, needle_1ID[0], after])[None]
         x_1SD = torch.cat([self.pre_1TD, film_1TD, ask_1QD, self.model.embed(answer_1A[:, :-1])], dim=1)
-        hit = through_the_ring(self.model, x_1SD, answer_1A[0].tolist(), self.world)
+        hit = score_one_pass(self.model, x_1SD, answer_1A[0].tolist(), self.world)
         return [self.record(job.needles[0], length, depth, x_1SD.shape[1] - answer_1A.shape[1] + 1, hit, [])]
 
     def record(self, i: int, length: int, depth: float, tokens: int, hit: bool, said: list[int]) -> dict:
@@ -323,7 +325,7 @@ class Film:
         return found | {"kind": self.hidden[i].kind, "hit": hit, "spoken": spoken, "said": text, "tokens": tokens}
 
 
-def look(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: ANN001
+def encode_frames(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: ANN001
     """Visual tokens of each picture, x_NMD, letterboxed as V-NIAH shows frames; and the pictures' digests."""
     M, hashes = (model.config.vision.patches // 2) ** 2, []
 
@@ -332,7 +334,7 @@ def look(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: A
             hashes.append(needles.digest(picture))
             yield unires.frame(picture, model.config.vision.side, "pad")
 
-    return torch.cat(list(longva.watch(model, grids()))).unflatten(0, (-1, M)), hashes
+    return torch.cat(list(longva.encode_video(model, grids()))).unflatten(0, (-1, M)), hashes
 
 
 def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.World) -> tuple[Tensor, list[str]]:
@@ -347,17 +349,17 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
     facts = {"film": source, "frames": N, "protocol": cfg.protocol, "weights": weights.sha(panel.folder)}
     facts |= {"dtype": str(model.lm_head.weight.dtype)}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    file, waiting = cfg.out / "seen" / f"{name}.safetensors", ring.patient(world)
+    file, waiting = cfg.out / "seen" / f"{name}.safetensors", ring.long_timeout_group(world)
     if world.rank == 0 and not (file.exists() and (kept := film_cache.read_film(file, model.device))):
-        kept = film_NMD, hashes = look(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
+        kept = film_NMD, hashes = encode_frames(model, tqdm(open_film(cfg, panel, N), "film", N, leave=False))
         if cfg.keep or world.ranks > 1:
             file.parent.mkdir(parents=True, exist_ok=True)
             told = {"hashes": " ".join(hashes), "facts": json.dumps(facts)}
             save_file({"film": film_NMD}, file.with_suffix(".tmp"), told)
             file.with_suffix(".tmp").rename(file)
-    ring.total(torch.zeros(1), waiting)
+    ring.all_reduce_sum(torch.zeros(1), waiting)
     film_NMD, hashes = kept if world.rank == 0 else film_cache.read_film(file, model.device)
-    ring.total(torch.zeros(1), waiting)  # all have read it
+    ring.all_reduce_sum(torch.zeros(1), waiting)  # all have read it
     if not cfg.keep and world.rank == 0:
         file.unlink(missing_ok=True)
     if len(film_NMD) < N:
@@ -372,7 +374,7 @@ def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
     """The haystack's pictures, one per second of film, as a stream; the paper's protocol counts frames of a file."""
     if cfg.haystack == "synthetic":
         return islice(synthetic.film(cfg.seed + 1000 * panel.trial), frames)
-    fps = video.nearly_one(cfg.haystack) if cfg.protocol == "paper" and Path(cfg.haystack).is_file() else 1.0
+    fps = video.release_rate(cfg.haystack) if cfg.protocol == "paper" and Path(cfg.haystack).is_file() else 1.0
     return (picture for _, picture in islice(video.frames(cfg.haystack, fps=fps), frames))
 
 
@@ -440,7 +442,7 @@ class Story:
         """What each probe of the job's one cell finds."""
         ((context, depth),) = job.cells
         probes, found = self.probes(context, depth), []
-        for group in alike([(len(ids), len(answer)) for ids, answer in probes], context):
+        for group in group_by_shape([(len(ids), len(answer)) for ids, answer in probes], context):
             group = tuple(i for i in group if i in job.needles)
             found += self.whole(probes, group) if self.cfg.engine == "ring" else self.read(probes, group)
         lines = []
@@ -458,14 +460,14 @@ class Story:
         x_BTD = self.model.embed(ids_BT)
         room = x_BTD.shape[1] + max(answer_BA.shape[1], self.cfg.speak)
         cache = longva.KVCache(self.model.model.config, len(group), room, x_BTD)
-        yield from zip(group, *judge(self.model, x_BTD, answer_BA, cache, self.cfg.speak, self.ends))
+        yield from zip(group, *score_and_generate(self.model, x_BTD, answer_BA, cache, self.cfg.speak, self.ends))
 
     def whole(self, probes: list, group: tuple[int, ...]) -> Iterator[tuple[int, bool, list[int]]]:
         """The same the paper's way, one after the other on all ranks at once."""
         for i in group:
             ids, answer = probes[i]
             x_1SD = self.model.embed(torch.tensor([ids + answer[:-1]], device=self.model.device))
-            yield i, through_the_ring(self.model, x_1SD, answer, self.world), []
+            yield i, score_one_pass(self.model, x_1SD, answer, self.world), []
 
 
 def released_draws(cfg: Config, panel: Panel, words: tokenizer.Tokenizer) -> tuple[list[str], dict]:
@@ -497,7 +499,7 @@ class Bench:
 
     def __init__(self, cfg: Config, world: ring.World, known: Known):
         self.cfg, self.world, self.known, self.tests, self.told = cfg, world, known, {}, {}
-        self.waiting = ring.patient(world)
+        self.waiting = ring.long_timeout_group(world)
 
     def test(self, panel: Panel) -> Film | Story:
         """The test of a panel, made or made over from another panel of the same model."""
@@ -565,9 +567,9 @@ def asked_names(cfg: Config, panel: Panel) -> list[str]:
 
 def all_cells(cfg: Config, world: ring.World) -> Known:
     """What all ranks wrote. None goes on before all have read, or they would share out what is left differently."""
-    ring.total(torch.zeros(1), world)
+    ring.all_reduce_sum(torch.zeros(1), world)
     known = read_cells(cfg.out, cfg.merge)
-    ring.total(torch.zeros(1), world)
+    ring.all_reduce_sum(torch.zeros(1), world)
     return known
 
 
@@ -585,7 +587,7 @@ def read_cells(folder: Path, merge: tuple[Path, ...] = ()) -> Known:
 def system(cfg: Config, name: str) -> Path:
     """The folder of one system of the miniature: the shipped one, or the reader's own."""
     stage = "" if name in ("extended", "control") else "-sft"
-    return runs.made(f"tiny-{name}{stage}", name) if cfg.own else runs.TINY / name
+    return runs.trained_or_shipped(f"tiny-{name}{stage}", name) if cfg.own else runs.TINY / name
 
 
 def controls_of(cfg: Config, panel: Panel) -> list[Panel]:
@@ -624,7 +626,7 @@ def systems(cfg: Config) -> tuple[list[Panel], list[Panel], list[Panel]]:
 
 def main(cfg: Config) -> None:
     """Probe every cell that is not known yet, then print the tables and draw the figures."""
-    world, cfg = ring.start(cfg.device), settle(cfg)
+    world, cfg = ring.start(cfg.device), resolve(cfg)
     lengths = cfg.frames if cfg.task == "vision" else cfg.context
     panels, controls, trials = systems(cfg)
     stamp, known = open_results(cfg, [*panels, *trials], world)
@@ -664,17 +666,17 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
     stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
     if not cfg.plot_only:
         stamp |= {"weights": {str(folder): weights.sha(folder) for folder in folders}}
-        ring.say(world, "testing " + ", ".join(os.path.relpath(folder) for folder in folders))
+        ring.print0(world, "testing " + ", ".join(os.path.relpath(folder) for folder in folders))
         if world.rank == 0:
             if cfg.out.is_dir() and not list(cfg.out.glob(CELLS.format("*"))):
-                runs.hold(cfg.out)
+                runs.lock(cfg.out)
                 (cfg.out / "config.json").unlink(missing_ok=True)  # of a run that a mistake ended: begin anew
             runs.open_run(cfg.out, stamp)
             for file in cfg.out.glob(CELLS.format("*")):
-                runs.rewind(cfg.out, None, file.name)
+                runs.truncate_log(cfg.out, None, file.name)
     elif world.rank == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
-    return stamp, all_cells(cfg, ring.patient(world))
+    return stamp, all_cells(cfg, ring.long_timeout_group(world))
 
 
 LOOKS = ("merge", "plot_only", "colours", "trained_on", "device", "keep")  # change no score

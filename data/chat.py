@@ -47,7 +47,7 @@ TEMPLATES = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 }
-AGAIN = {  # what stands between an answer and the user's next words
+NEXT_TURN = {  # what stands between an answer and the user's next words
     "qwen_1_5": "<|im_end|>\n<|im_start|>user\n",
     "mistral": "</s>[INST]",
     "vicuna": "</s>USER:",
@@ -57,7 +57,7 @@ FAMILY = {"<|im_start|>": "qwen_1_5", "<|start_header_id|>": "llama3", "<s>": "v
 CONTROL = re.compile(r"<\|\w+\|>|</?s>")  # control tokens as the templates write them
 
 
-def family(tokenizer: Tokenizer) -> str:
+def default_template(tokenizer: Tokenizer) -> str:
     """The template that suits a tokenizer, by its control tokens, so that a folder answers without a flag.
 
     Vicuna and Mistral have the same ones: "vicuna" is what both get; ask a Mistral with template="mistral".
@@ -71,7 +71,7 @@ def family(tokenizer: Tokenizer) -> str:
 
 def template_ids(tokenizer: Tokenizer, template: str = "qwen_1_5") -> tuple[list[int], list[int]]:
     """The ids before and after the user's words, tokenised on their own as V-NIAH does (Qwen2: 14 and 5)."""
-    pre, post = look_up(tokenizer, template)
+    pre, post = get_template(tokenizer, template)
     return tokenizer.encode(pre, special=True), tokenizer.encode(post, special=True)
 
 
@@ -83,7 +83,7 @@ def prompt(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), te
     each piece is tokenised on its own, as in the release. Raises ValueError for an unknown template, for one
     whose control tokens the tokenizer lacks, and when placeholders and pictures differ in number.
     """
-    pre, post = look_up(tokenizer, template)
+    pre, post = get_template(tokenizer, template)
     if image_tokens and PLACEHOLDER not in text:
         text = " ".join([PLACEHOLDER] * len(image_tokens)) + "\n" + text
     check_count(text.count(PLACEHOLDER), image_tokens)
@@ -95,9 +95,9 @@ def follow_up(tokenizer: Tokenizer, text: str, template: str = "qwen_1_5") -> li
 
     The next answer follows them. Raises ValueError as `prompt` does; a follow-up shows no pictures.
     """
-    _, post = look_up(tokenizer, template)
+    _, post = get_template(tokenizer, template)
     check_count(text.count(PLACEHOLDER), ())
-    return wrap(tokenizer, *spaced(template, AGAIN[template], text, post), iter(()))
+    return wrap(tokenizer, *spaced(template, NEXT_TURN[template], text, post), iter(()))
 
 
 def turn(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int], template: str, first: bool) -> list[int]:
@@ -131,7 +131,7 @@ def example(
         return caption(tokenizer, turns, image_tokens)
     if template != "qwen_1_5":
         raise ValueError(f"template {template!r} is for questions only; train with 'qwen_1_5' or 'plain'")
-    look_up(tokenizer, template)
+    get_template(tokenizer, template)
     return (clean_chat if clean else released_chat)(tokenizer, turns, iter(image_tokens))
 
 
@@ -204,12 +204,12 @@ def caption(tokenizer: Tokenizer, turns: Sequence, image_tokens: Sequence[int]) 
 # ---- what they share ----
 
 
-def look_up(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
+def get_template(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
     """The (pre, post) strings of a template whose control tokens the tokenizer has."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known are {', '.join(sorted(TEMPLATES))}")
     pre, post = TEMPLATES[template]
-    if missing := set(CONTROL.findall(pre + post + AGAIN[template])) - set(tokenizer.special):
+    if missing := set(CONTROL.findall(pre + post + NEXT_TURN[template])) - set(tokenizer.special):
         raise ValueError(
             f"template {template!r} needs control tokens that this tokenizer lacks: {sorted(missing)}; "
             "choose the template of the model's family"

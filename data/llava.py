@@ -70,7 +70,7 @@ class Records:
 def open_records(
     path: str | Path,
     measure: Callable[[dict], int] = lambda record: 1,
-    max_bad: float = 0.0,
+    max_skip_fraction: float = 0.0,
     mine: tuple[int, int] = (0, 1),
     share: Callable[[np.ndarray], np.ndarray] = lambda tokens: tokens,
 ) -> Records:
@@ -79,7 +79,7 @@ def open_records(
     `measure(record)`: how many tokens the sample has, at least 1; a ValueError says why it cannot be used. It runs in
     threads, as it opens pictures. Ranks divide that work: `mine` is (rank, ranks), and `share` adds int64[records] up
     over ranks. Raises ValueError that names the file, and the first five of the records that cannot be used if they
-    are more than a share of `max_bad`.
+    are more than a share of `max_skip_fraction`.
     """
     path, (rank, ranks) = Path(path), mine
     if not path.is_file():
@@ -102,10 +102,10 @@ def open_records(
     if not tokens:
         raise ValueError(f"{path} holds no record; expected a list of conversations")
     tokens = share(np.array(tokens))
-    if (lost := int((tokens == 0).sum())) > max_bad * len(tokens):
+    if (lost := int((tokens == 0).sum())) > max_skip_fraction * len(tokens):
         found = [(i, fetch(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
         first = "; ".join(f"record {i} (id {name(r)}) {weigh(r, measure)}" for i, r in found)  # others' as well as ours
-        allowed = f", more than --max-bad {max_bad:g} allows" if max_bad else ""
+        allowed = f", more than --max-skip-fraction {max_skip_fraction:g} allows" if max_skip_fraction else ""
         raise ValueError(f"{path}: {lost:,} of {len(tokens):,} records are bad{allowed}: {first}")
     return Records(path, spans, tokens, bad)
 

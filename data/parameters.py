@@ -20,7 +20,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."  # LongVA's name for wha
 NOT_SEEING = ("text_model.*", "*_projection.weight", "logit_scale")  # the half of a whole CLIP that reads
 
 
-def fresh(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+def init_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
     """New weights for a model, which may be on the meta device: a stream of (name, tensor). Plain initialisation.
 
     Maps and embeddings of the language model are normal(0, 0.02), as Qwen2's; those of tower and projector have

@@ -102,7 +102,7 @@ def cache_bytes(lm: LMConfig, S: int, b: int) -> int:
 
 
 def reading_bytes(lm: LMConfig, S: int, b: int, chunk: int, ranks: int, device: str) -> int:
-    """What is alive at the widest moment of reading the last chunk of S tokens (longva.read).
+    """What is alive at the widest moment of reading the last chunk of S tokens (longva.prefill).
 
     All along there are per token: the embedding, the layer's input and what follows from it, normalised, the last
     chunk's answer if there was one (4 D, or 5), and a cosine and a sine (K, float32). On top comes the larger of
@@ -126,7 +126,7 @@ def reading_bytes(lm: LMConfig, S: int, b: int, chunk: int, ranks: int, device: 
 
 
 def vision_bytes(config: LongVAConfig, N: int, b: int) -> int:
-    """What is alive at the widest moment of seeing N frames at once (longva.watch and LongVA.see).
+    """What is alive at the widest moment of seeing N frames at once (longva.encode_video and LongVA.encode_images).
 
     The frames are uint8, and in the numbers of the model. On top comes the widest of
       MLP        per place, the class token's too: a block's input, its sum after attention, normalised: 3 E;
@@ -146,7 +146,7 @@ def memory(
     """Bytes on each rank for S tokens in all, by what they are for; b bytes per number, `device` cpu or cuda.
 
     N frames are seen at once. Their tokens stay until the next have been seen, with R ranks those of all. On a CPU
-    their pixels stay, too, and 2 N frames wait (video.ahead);
+    their pixels stay, too, and 2 N frames wait (video.prefetch);
     reading needs most at the end of a film, when none waits.
     """
     chunk = chunk or CHUNK[device]

@@ -44,7 +44,7 @@ class Step:
     b: int = 2
     remat: bool = True
     around: bool = False
-    hidden_offload: bool = True
+    offload_activations: bool = True
     tile: int = 0
     offload: bool = True
     device: str = "cuda"
@@ -128,12 +128,13 @@ def stream(step: Step) -> int:
 def kept_on_device(step: Step) -> int:
     """What one layer leaves alive on the device until its backward, bytes per token.
 
-    remat: its input. around: also q, k, v, attention's answer and log-sum-exp. With hidden_offload a GPU keeps neither.
+    remat: its input. around: also q, k, v, attention's answer and log-sum-exp. With
+    offload_activations a GPU keeps neither.
     Neither: all that its operations save: two norms, attention, gate, silu, up and their product (4 F; with tiles the
     MLP is computed again: its input is the norm's product), and in float32 also the input and the sum after
     attention, since the norms read them without a copy; in bfloat16 nobody reads them again.
     """
-    if step.remat and step.hidden_offload and step.device == "cuda":
+    if step.remat and step.offload_activations and step.device == "cuda":
         return 0
     if step.remat:
         return stream(step) + (attention_saved(step) if step.around else 0)
@@ -323,7 +324,7 @@ def host(step: Step) -> int:
     """Bytes of CPU memory for one rank whose device is a GPU; 0 on a CPU, where all is counted as the device's.
 
     With offload: shards and their gradients, each pinned, and AdamW's moments; fused, it takes nothing else. With
-    hidden_offload what remat keeps, pinned: a layer's input; with around it and attention's answer twice, as two
+    offload_activations what remat keeps, pinned: a layer's input; with around it and attention's answer twice, as two
     computations need them, q, k, v and the log-sum-exp. And the step's ids and targets, whole.
     """
     if step.device != "cuda":
@@ -333,7 +334,7 @@ def host(step: Step) -> int:
     kept = [D] if not step.around else [D, D, Q, Q, Q, GK, GK]
     lse = pinned(4 * T * step.lm.num_attention_heads) if step.around else 0
     hidden = step.lm.num_hidden_layers * (sum(pinned(b * T * width) for width in kept) + lse)
-    return states + (hidden if step.remat and step.hidden_offload else 0) + 16 * step.B * step.S * step.parts
+    return states + (hidden if step.remat and step.offload_activations else 0) + 16 * step.B * step.S * step.parts
 
 
 def widest(step: Step) -> tuple[str, dict[str, int]]:
@@ -367,8 +368,10 @@ def asked(lm: LMConfig, cfg: Any, ranks: int) -> Step:
     circle = cfg.ring or ranks
     if ranks % circle:
         raise ValueError(f"{ranks} rank(s) cannot form rings of {circle}; give a --ring that divides them")
-    if cfg.accumulate % (ranks // circle):
-        raise ValueError(f"--accumulate {cfg.accumulate} parts cannot be dealt evenly to {ranks // circle} rings")
+    if cfg.grad_accumulation % (ranks // circle):
+        raise ValueError(
+            f"--grad-accumulation {cfg.grad_accumulation} parts cannot be dealt evenly to {ranks // circle} rings"
+        )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     sizes = {
         "S": cfg.seq_len,
@@ -378,15 +381,15 @@ def asked(lm: LMConfig, cfg: Any, ranks: int) -> Step:
         "b": 2 if cfg.precision == "bf16" else 4,
     }
     ideas = {"around": cfg.remat and cfg.around, "tile": cfg.mlp_tile, "offload": cfg.offload, "device": device}
-    parts = cfg.accumulate * circle // ranks
-    return Step(lm, parts=parts, remat=cfg.remat, hidden_offload=cfg.hidden_offload, **sizes, **ideas)
+    parts = cfg.grad_accumulation * circle // ranks
+    return Step(lm, parts=parts, remat=cfg.remat, offload_activations=cfg.offload_activations, **sizes, **ideas)
 
 
 def variants(step: Step) -> dict[str, Step]:
     """The step as asked for, and with one idea at a time turned round."""
     tile, turned = step.tile or 1024, {
         "recompute nothing": {"remat": False, "around": False},
-        "hidden states on the GPU": {"hidden_offload": False},
+        "hidden states on the GPU": {"offload_activations": False},
         "parameters on the GPU": {"offload": False},
     }  # fmt: skip
     if step.device == "cpu":

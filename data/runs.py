@@ -18,21 +18,21 @@ from typing import TextIO
 TINY = Path(__file__).parent / "tiny"  # the shipped models
 
 
-def made(run: str, shipped: str) -> Path:
+def trained_or_shipped(run: str, shipped: str) -> Path:
     """The model that a run left in runs/, or else the shipped one that the same command made."""
     own = Path("runs") / run / "model"
     return own if (own / "config.json").is_file() else TINY / shipped
 
 
-HELD: dict[Path, TextIO] = {}  # open while this process lives, however it ends: the lock goes with it
+LOCKS: dict[Path, TextIO] = {}  # open while this process lives, however it ends: the lock goes with it
 
 
-def hold(folder: Path, patience: float = 3.0) -> None:
+def lock(folder: Path, patience: float = 3.0) -> None:
     """Keep other processes out of a run's folder as long as this one lives, where the file system knows locks.
 
     Waits `patience` seconds, for a run that was just killed may not be gone. Raises ValueError after that.
     """
-    if folder.resolve() in HELD:
+    if folder.resolve() in LOCKS:
         return
     file, deadline = open(folder / ".lock", "w"), time.monotonic() + patience  # noqa: SIM115
     while True:
@@ -46,7 +46,7 @@ def hold(folder: Path, patience: float = 3.0) -> None:
             continue
         except OSError:  # some network file systems have none
             pass
-        HELD[folder.resolve()] = file
+        LOCKS[folder.resolve()] = file
         return
 
 
@@ -58,7 +58,7 @@ def open_run(folder: Path, settings: dict) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file, but a run needs a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    hold(folder)
+    lock(folder)
     file = folder / "config.json"
     new = json.loads(json.dumps(settings, default=str))
     if file.exists():
@@ -82,7 +82,7 @@ def replace_text(file: Path, text: str) -> None:
     os.replace(draft, file)
 
 
-def rewind(folder: Path, step: int | None = None, name: str = "log.jsonl") -> None:
+def truncate_log(folder: Path, step: int | None = None, name: str = "log.jsonl") -> None:
     """Forget the lines of step `step` and later: they will be made again. A torn line goes too."""
     file = folder / name
     if not file.exists():
@@ -118,7 +118,7 @@ def finite(step: int, losses: list[float]) -> float:
     return sum(losses)
 
 
-def logged(folder: Path, key: str) -> list[float]:
+def column(folder: Path, key: str) -> list[float]:
     """The values of one key in log.jsonl, step after step."""
     file = folder / "log.jsonl"
     lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()

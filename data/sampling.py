@@ -15,7 +15,7 @@ from torch import Tensor
 from data.config import Sampling
 
 
-def odds(logits_V: Tensor, said: list[int], how: Sampling) -> tuple[Tensor, Tensor]:
+def next_token_probs(logits_V: Tensor, said: list[int], how: Sampling) -> tuple[Tensor, Tensor]:
     """The ids that may come next, likeliest first, and their probabilities (id_W, p_W), in CPU memory.
 
     Penalty, temperature, top-k, top-p, in this order. The penalty is on what was `said` in this answer, not on the
@@ -34,9 +34,9 @@ def odds(logits_V: Tensor, said: list[int], how: Sampling) -> tuple[Tensor, Tens
     return id_W[:enough], p_W[:enough] / p_W[:enough].sum()
 
 
-def choose(logits_V: Tensor, said: list[int], how: Sampling, dice: torch.Generator | None = None) -> int:
+def sample(logits_V: Tensor, said: list[int], how: Sampling, dice: torch.Generator | None = None) -> int:
     """The next id: the best one at temperature 0, else one drawn by its odds; `dice` are a CPU's."""
     if how.temperature == 0 and how.repetition_penalty == 1:
         return logits_V.argmax().item()
-    id_W, p_W = odds(logits_V, said, how)
+    id_W, p_W = next_token_probs(logits_V, said, how)
     return id_W[torch.multinomial(p_W, 1, generator=dice)].item()

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.documents import check, documents, find_files
-from data.flags import knob, run
+from data.flags import run, setting
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from data.weights import publish
 
@@ -49,16 +49,18 @@ COLUMNS = ("documents", "estimate", "kept", "kept_estimate", "tokens")  # of the
 class Config:
     """Pack documents into files of token ids, long ones upsampled within each source (Sec. 3.1)."""
 
-    files: tuple[Path, ...] = knob(
+    files: tuple[Path, ...] = setting(
         MISSING, "documents: .txt .jsonl(.gz, .zst) .parquet, or folders of them (ours)", positional=True
     )
-    tokenizer: Path = knob(MISSING, "folder of the model whose tokenizer to use (Sec. 3.1: Qwen2-7B-Instruct)")
-    out: Path = knob(MISSING, "token file to write, .npy, or else a folder for one file per worker (ours)")
-    worker: int = knob(0, "which of the workers this process is, from 0 (ours)")
-    workers: int = knob(1, "processes, on any number of machines, that share the documents (ours)")
-    long: int = knob(4096, "tokens from which a document is long, a power of two (release: upsample_4096)")
-    keep_short: float = knob(0.1, "share of the shorter documents to keep; 1: no upsampling (release: upsample_4096)")
-    seed: int = knob(42, "of which short documents are kept (release: upsample_4096)")
+    tokenizer: Path = setting(MISSING, "folder of the model whose tokenizer to use (Sec. 3.1: Qwen2-7B-Instruct)")
+    out: Path = setting(MISSING, "token file to write, .npy, or else a folder for one file per worker (ours)")
+    worker: int = setting(0, "which of the workers this process is, from 0 (ours)")
+    workers: int = setting(1, "processes, on any number of machines, that share the documents (ours)")
+    long: int = setting(4096, "tokens from which a document is long, a power of two (release: upsample_4096)")
+    keep_short: float = setting(
+        0.1, "share of the shorter documents to keep; 1: no upsampling (release: upsample_4096)"
+    )
+    seed: int = setting(42, "of which short documents are kept (release: upsample_4096)")
 
     def __post_init__(self):
         """Refuse what no run could mean."""

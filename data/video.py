@@ -6,7 +6,7 @@ than a minute. Pictures are chosen by time stamp: the frame on screen at t = 0, 
 many ranks can ask for its share alone, and `ahead` decodes in a thread while the model works on what came:
 
     film = frames("film.mp4", count=256, keep=lambda n: n // 64 % ranks == rank)
-    for seconds, picture in tqdm(ahead(film, room=16), total=len(film)): ...
+    for seconds, picture in tqdm(prefetch(film, room=16), total=len(film)): ...
 
 Paper. Sec. 3.2 treats a video as a sequence of grids, one per frame. The visual needle test (Sec. 4, Fig. 4)
 takes its haystack at 1 frame per second; the video benchmarks take N uniform frames.
@@ -394,7 +394,7 @@ def frames(
     return Frames(len(times), len(ours), _on_screen(path, index, ours, resize, strict=count is not None))
 
 
-def nearly_one(path: str | Path) -> float:
+def release_rate(path: str | Path) -> float:
     """The rate near 1 per second that takes every n-th frame of a film, as the release does: n = round(frames/s)."""
     stamps = (_scan_webp(Path(path)) if Path(path).suffix.lower() == ".webp" else _scan(Path(path))).stamps
     rate = (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 1.0
@@ -409,7 +409,7 @@ def duration(path: str | Path, fps: float = 1.0) -> float:
     return (_scan_webp if path.suffix.lower() == ".webp" else _scan)(path).seconds
 
 
-def ahead(items: Iterable, room: int) -> Iterator:
+def prefetch(items: Iterable, room: int) -> Iterator:
     """Yield `items` in order while a thread makes up to `room` of them ahead, so that decoding and model overlap.
 
     What `items` raises comes out here, in its turn. The thread starts with the first item asked for and has

@@ -137,7 +137,7 @@ def our_prefill(folder: Path, n: int) -> Run:
     def prefill(T: int) -> Tensor:
         ids_1T = some_ids(model.config.vocab_size, T)
         cache = longva.KVCache(model.config, 1, T, model.lm_head.weight)
-        return model.logits(longva.read(model, model.embed(ids_1T), cache)[:, -1])
+        return model.logits(longva.prefill(model, model.embed(ids_1T), cache)[:, -1])
 
     return prefill
 
@@ -158,7 +158,7 @@ def our_decode(folder: Path, n: int) -> Run:
     model = longva.load(folder)
     cache = longva.KVCache(model.config, 1, n + NEW, model.lm_head.weight)
     x_1TD = model.embed(some_ids(model.config.vocab_size, n))
-    longva.read(model, x_1TD[:, :-1], cache)
+    longva.prefill(model, x_1TD[:, :-1], cache)
     mark = cache.mark()
 
     def decode(n: int) -> Tensor:

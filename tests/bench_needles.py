@@ -82,7 +82,7 @@ def single_reads(film: vniah.Film, cells: list[tuple[int, float]]) -> Iterable[R
 
 def paper_work() -> dict[str, tuple[int, int]]:
     """The work of either engine on the paper's grid."""
-    cfg = vniah.settle(vniah.Config(protocol="paper"))
+    cfg = vniah.resolve(vniah.Config(protocol="paper"))
     film = outline(cfg, PRE, 144, [n + POST for n in QUESTIONS], ANSWERS)
     cells = [(length, depth) for length in cfg.frames for depth in cfg.depths]
     return {"one pass per probe": work(single_reads(film, cells)), "ours": work(cache_reads(film, cells))}
@@ -116,7 +116,7 @@ def time_engines(lengths: tuple[int, ...], rounds: int) -> tuple[dict[str, float
     folder, world = runs.TINY / "longva", ring.World(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as out:
         grid = {"frames": lengths, "depths": vniah.PAPER_DEPTHS["vision"], "needle_count": 5, "distractors": 0}
-        cfg = vniah.settle(vniah.Config(protocol="tiny", weights=folder, out=Path(out), speak=0, keep=False, **grid))
+        cfg = vniah.resolve(vniah.Config(protocol="tiny", weights=folder, out=Path(out), speak=0, keep=False, **grid))
         model, words = longva.load(folder), tokenizer.load_tokenizer(folder)
         film = vniah.Film(cfg, vniah.Panel("longva", folder, None, 0), model, words, world)
         cells = [(length, depth) for length in cfg.frames for depth in cfg.depths]

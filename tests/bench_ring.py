@@ -99,7 +99,7 @@ def torchs() -> Side:
 
 def seconds(side: Side, qkv_do: list[Tensor], world: ring.World) -> float:
     """CPU seconds of one forward and backward here; the ranks begin together."""
-    ring.total(torch.zeros(1), world)
+    ring.all_reduce_sum(torch.zeros(1), world)
     begun = time.process_time()
     side(*qkv_do)
     return time.process_time() - begun
@@ -116,7 +116,7 @@ def time_sides(world: ring.World, out: Path, S: int, rounds: int) -> None:
     known = [x[:, idx_T] for x in results["one process"]]
     error = {name: max(errors(results[name], known)) for name in ("ours", "torch")}
     turns = [[seconds(side, given[name], world) for name, side in sides.items()] for _ in range(rounds)]
-    sums = ring.total(torch.tensor(turns, dtype=torch.float64), world)
+    sums = ring.all_reduce_sum(torch.tensor(turns, dtype=torch.float64), world)
     best = dict(zip(sides, sums.min(0).values.tolist()))
     best["one process"] /= world.ranks
     if world.rank == 0:

@@ -82,7 +82,7 @@ def some_picture(rng: np.random.Generator, config: LongVAConfig) -> tuple[Tensor
     """Noise of some size, 2 to GRIDS grids of it: (pixels_NCYX, layout, base_1CYX)."""
     width, height = rng.integers(config.vision.side // 2, 4 * config.vision.side, 2)
     picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    return *longva.show(picture, config, GRIDS), unires.base_grid(picture, config.vision.side)
+    return *longva.preprocess(picture, config, GRIDS), unires.base_grid(picture, config.vision.side)
 
 
 def some_talk(rng: np.random.Generator, V: int, seen: int) -> tuple[list[int], list[int]]:
@@ -114,7 +114,7 @@ def even_lessons(config: LongVAConfig) -> list[Lesson]:
     lessons = []
     for i in range(STEP):
         picture = Image.fromarray(rng.integers(0, 256, (3 * side, 2 * side, 3), dtype=np.uint8))
-        shown = longva.show(picture, config, GRIDS)
+        shown = longva.preprocess(picture, config, GRIDS)
         ids = [*rng.integers(1, V, 4), *[chat.IMAGE] * shown[1].tokens(config.vision.patches), *rng.integers(1, V, 40)]
         example = train_vision.Example(i, [(*shown, [])], [(ids, rng.integers(1, V, len(ids)).tolist())])
         lessons.append(Lesson(example, [unires.base_grid(picture, side)]))
@@ -173,7 +173,9 @@ def our_model(folder: Path) -> longva.LongVA:
 def our_loss(model: longva.LongVA, lessons: list[Lesson]) -> float:
     """Go forward and backward through a step of train_vision: its mean loss. Its loader's digests count as well."""
     examples = [
-        example._replace(shown=[(pixels, layout, unires.keys(pixels, layout)) for pixels, layout, _ in example.shown])
+        example._replace(
+            shown=[(pixels, layout, unires.grid_hashes(pixels, layout)) for pixels, layout, _ in example.shown]
+        )
         for example, _ in lessons
     ]
     part = train_vision.collate(examples, model.config, WORDS, ALONE)
@@ -200,7 +202,7 @@ class Plain(nn.Module):
         self.projector = projector(self.tower.config.hidden_size, self.lm.config.hidden_size)
         self.projector.load_state_dict(load_file(folder / "projector"))
 
-    def see(self, lessons: list[Lesson]) -> list[list[Tensor]]:
+    def encode_images(self, lessons: list[Lesson]) -> list[list[Tensor]]:
         """Visual tokens x_TD of each picture of each sample; all grids of a step go through the tower at once."""
         shown = [(pixels, base) for example, bases in lessons for (pixels, *_), base in zip(example.shown, bases)]
         keys = [id(pixels) if self.how.shared else i for i, (pixels, _) in enumerate(shown)]
@@ -218,7 +220,7 @@ class Plain(nn.Module):
     def forward(self, lessons: list[Lesson]) -> Tensor:
         """The mean loss of a step."""
         rows, labels = [], []
-        for lesson, seen in zip(lessons, self.see(lessons)):
+        for lesson, seen in zip(lessons, self.encode_images(lessons)):
             ids, wanted = lesson.example.texts[0]
             text = self.lm.get_input_embeddings()(torch.tensor([i for i in ids if i != chat.IMAGE]))
             before = ids.index(chat.IMAGE) if seen else 0

@@ -147,7 +147,7 @@ def randomise(model: nn.Module, device: torch.device | None = None) -> None:
     """Norms one, biases zero, the rest normal(0, 0.02); drawn on `device`, where the parameters are elsewhere."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            local = ring.my_rows(p)[0]
+            local = ring.local_shard(p)[0]
             if p.ndim == 1:
                 local.fill_("norm" in name and name.endswith("weight"))
             else:
@@ -248,7 +248,7 @@ def virtual_ranks(R: int, device: torch.device) -> Iterator[Callable]:
     boxes = [queue.Queue() for _ in range(R)]
 
     class Hop:
-        """As ring.Hop, through the next rank's queue."""
+        """As ring.SendRecv, through the next rank's queue."""
 
         def __init__(self, mine: Tensor, world: ring.World):
             self.box = boxes[world.rank]
@@ -260,13 +260,13 @@ def virtual_ranks(R: int, device: torch.device) -> Iterator[Callable]:
     def on_all(f: Callable) -> list:
         return list(pool.map(f, [ring.World(r, R, device) for r in range(R)]))
 
-    real = ring.Hop
-    ring.Hop = Hop
+    real = ring.SendRecv
+    ring.SendRecv = Hop
     try:
         with ThreadPoolExecutor(R) as pool:
             yield on_all
     finally:
-        ring.Hop = real
+        ring.SendRecv = real
 
 
 def full_ring(kit: Kit) -> None:
@@ -438,8 +438,8 @@ def film(kit: Kit) -> None:
 
     def answer(frames: int) -> None:
         cache.rewind(0)
-        stream = longva.video.ahead((unires.frame(pictures[i % 8], side) for i in range(frames)), 64)
-        ids = longva.read_prompt(model, [1, 2, longva.chat.IMAGE, 3], [longva.watch(model, stream)], cache)
+        stream = longva.video.prefetch((unires.frame(pictures[i % 8], side) for i in range(frames)), 64)
+        ids = longva.prefill_prompt(model, [1, 2, longva.chat.IMAGE, 3], [longva.encode_video(model, stream)], cache)
         list(longva.generate(model, model.embed(torch.tensor([ids], device=kit.device)), cache, [], 16))
 
     answer(2)  # load the kernels
@@ -464,7 +464,7 @@ def chunked_equals_whole(kit: Kit, model: longva.LM, S: int) -> None:
     """Reading in chunks through the cache gives the logits of one pass over all."""
     x_1SD = kit.noise(1, S, model.model.config.hidden_size, scale=0.02)
     cache = longva.KVCache(model.model.config, 1, S, x_1SD)
-    got = model.logits(longva.read(model, x_1SD, cache, 7 if kit.dry else None)[:, -1:])
+    got = model.logits(longva.prefill(model, x_1SD, cache, 7 if kit.dry else None)[:, -1:])
     attend = ring.zigzag_attend(ring.World(0, 1, kit.device))
     h_1SD = model.model(x_1SD, torch.arange(S, device=kit.device), attend)
     want = model.logits(h_1SD[:, -1:])
@@ -480,14 +480,14 @@ class Ideas:
     """How a step of training saves memory, and its kernel."""
 
     kernel: str
-    hidden_offload: bool = True
+    offload_activations: bool = True
     around: bool = False
     tile: int = 0
 
     def __str__(self) -> str:
         names = [
             self.kernel,
-            "hidden states on the CPU" if self.hidden_offload else "",
+            "hidden states on the CPU" if self.offload_activations else "",
             "attention kept" if self.around else "",
         ]
         return ", ".join(filter(None, [*names, f"MLP by {self.tile}" if self.tile else ""]))
@@ -540,7 +540,7 @@ class Training:
     def measure(self, T: int, ideas: Ideas, warm: int) -> None:
         """Rows about one part, after `warm` others."""
         kit, self.ideas = self.kit, ideas
-        self.model.model.remat, self.model.model.offload = not ideas.around, ideas.hidden_offload
+        self.model.model.remat, self.model.model.offload = not ideas.around, ideas.offload_activations
         for block in self.model.model.layers:
             block.around, block.mlp.tile = ideas.around, ideas.tile
         self.ids = torch.randint(self.config.vocab_size, (1, T + 1), device=kit.device)
@@ -597,13 +597,18 @@ class Training:
         status = Path("/proc/self/status").read_text().splitlines()
         host = float(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 / GB
         kit.row("GB of CPU memory, at most, so far", f"{host:.0f}")
-        broken = sum(not ring.my_rows(p)[0].isfinite().all() for p in self.model.parameters())
+        broken = sum(not ring.local_shard(p)[0].isfinite().all() for p in self.model.parameters())
         kit.at_most("parameters that are no number", broken, 0)
 
 
 def planned_step(config: LMConfig, T: int, ideas: Ideas, offload: bool) -> plan_training.Step:
     """The planner's account of it."""
-    remat = {"remat": True, "around": ideas.around, "hidden_offload": ideas.hidden_offload, "tile": ideas.tile}
+    remat = {
+        "remat": True,
+        "around": ideas.around,
+        "offload_activations": ideas.offload_activations,
+        "tile": ideas.tile,
+    }
     return plan_training.Step(config, T, ranks=1, circle=1, parts=2, offload=offload, **remat)
 
 
@@ -655,8 +660,8 @@ def vision(kit: Kit) -> None:
     for rows, cols in [(1, 1), (1, 2)] if kit.dry else [(1, 2), (2, 3), (4, 6), (7, 7)]:
         noise = np.random.default_rng(0).integers(0, 256, (rows * side, cols * side, 3), np.uint8)
         began = time.perf_counter()
-        pixels, layout = longva.show(Image.fromarray(noise), config)
-        keys = unires.keys(pixels, layout)
+        pixels, layout = longva.preprocess(Image.fromarray(noise), config)
+        keys = unires.grid_hashes(pixels, layout)
         cpu = time.perf_counter() - began
         tokens = layout.tokens(config.vision.patches)
         ids = [5] * 20 + [longva.chat.IMAGE] * tokens + [6] * 60
@@ -676,7 +681,7 @@ def vision(kit: Kit) -> None:
         name = f"{layout.grids} grids, {len(ids):,} tokens"
         kit.row(f"{name}: first step, next; CPU before it", f"{first:.2f}, {then:.2f}; {cpu:.2f} s")
         kit.row("  GB allocated, reserved", "{:.1f}, {:.1f}".format(*kit.peaks()))
-    broken = sum(not ring.my_rows(p)[0].isfinite().all() for p in model.parameters())
+    broken = sum(not ring.local_shard(p)[0].isfinite().all() for p in model.parameters())
     kit.at_most("parameters that are no number after these steps", broken, 0)
 
 

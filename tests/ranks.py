@@ -23,7 +23,7 @@ def one_rank(rank: int, ranks: int, port: int, checks: list[Callable], args: tup
     world = ring.start("cpu")
     for check in checks:
         check(world, *args)
-        ring.total(torch.zeros(1), world)  # a barrier
+        ring.all_reduce_sum(torch.zeros(1), world)  # a barrier
     ring.stop()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import chat
-from data.chat import IGNORE, IMAGE, example, family, follow_up, pad, prompt, template_ids
+from data.chat import IGNORE, IMAGE, default_template, example, follow_up, pad, prompt, template_ids
 from data.tokenizer import QWEN2_SPECIALS, byte_level, train_bpe
 
 WORDS = ["system", "You", " are", " a", " helpful", " assistant", ".", "user", "assistant", "\n", "\n\n", ".\n", "What",
@@ -148,7 +148,9 @@ def test_a_dialogue_in_each_template(name):
     evil = follow_up(other, "".join(controls), name)  # what a user says is text
     assert sum(i >= 256 for i in evil) == sum(i >= 256 for i in follow_up(other, "And?", name))
     assert other.decode(evil) == other.decode(follow_up(other, "And?", name)).replace("And?", "".join(controls))
-    assert family(other) == ("vicuna" if name == "mistral" else name)  # these two have the same control tokens
+    assert default_template(other) == (
+        "vicuna" if name == "mistral" else name
+    )  # these two have the same control tokens
 
 
 def test_a_dialogue_is_one_text_and_what_training_shows(tok, ids_of):
@@ -162,12 +164,12 @@ def test_a_dialogue_is_one_text_and_what_training_shows(tok, ids_of):
 
 
 def test_templates_need_their_control_tokens(tok):
-    assert family(tok) == "qwen_1_5"
+    assert default_template(tok) == "qwen_1_5"
     for ask in (prompt, follow_up):
         with pytest.raises(ValueError, match=r"lacks.*<s>"):
             ask(tok, "What", template="vicuna")
     with pytest.raises(ValueError, match="no chat template suits"):
-        family(bytes_and("<mask>"))
+        default_template(bytes_and("<mask>"))
 
 
 @pytest.mark.parametrize("call, complaint", [

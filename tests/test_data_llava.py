@@ -201,12 +201,14 @@ def test_some_may_be_bad(tmp_path, lines):
             raise ValueError("is too small")
         return 2 + len(record["conversations"])
 
-    records = llava.open_records(file, measure, max_bad=0.2)
+    records = llava.open_records(file, measure, max_skip_fraction=0.2)
     assert [records[i] for i in range(len(records))] == GOOD + GOOD and records.count == 10
     assert records.tokens.tolist() == [4, 4, 7, 4] * 2 and records.numbers.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert records.bad == [(4, "none", "has no list of turns 'conversations'"), (9, 9, "is too small")]
-    with pytest.raises(ValueError, match=r"2 of 10 records are bad, more than --max-bad 0.19 allows: record 4 .* 9 "):
-        llava.open_records(file, measure, max_bad=0.19)
+    with pytest.raises(
+        ValueError, match=r"2 of 10 records are bad, more than --max-skip-fraction 0.19 allows: record 4 .* 9 "
+    ):
+        llava.open_records(file, measure, max_skip_fraction=0.19)
 
 
 def test_ranks_divide_the_work(tmp_path):

@@ -93,9 +93,9 @@ def answer(lm, eye, frames, batch, chunk):
     side, M = config.vision.side, (config.vision.patches // 2) ** 2
     film = (longva.unires.frame(np.full((side, side, 3), i % 256, np.uint8), side) for i in range(frames))
     cache = longva.KVCache(lm, 1, frames * M + 2 + SAID, model.lm_head.weight)
-    seen = longva.watch(model, longva.video.ahead(film, 2 * batch), batch)
-    parts = ring.in_turn(seen, model.lm_head.weight[:0], batch * M, ring.World(0, 1, torch.device("cpu")))
-    rest = longva.read_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache, chunk)
+    seen = longva.encode_video(model, longva.video.prefetch(film, 2 * batch), batch)
+    parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, ring.World(0, 1, torch.device("cpu")))
+    rest = longva.prefill_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache, chunk)
     list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], SAID, chunk=chunk))
     assert cache.length == frames * M + 2 + SAID
 

@@ -53,7 +53,7 @@ WIDE = lm(hidden_size=1024, intermediate_size=256, num_hidden_layers=2)
 HEADS = lm(hidden_size=512, intermediate_size=512, num_attention_heads=16, head_dim=32, num_hidden_layers=2)
 CASES = {  # ranks, language model, tokens, flags
     "all kept": (1, lm(), 1536, ()),
-    "recomputed": (1, lm(), 1536, ("--remat", "--accumulate", "2")),
+    "recomputed": (1, lm(), 1536, ("--remat", "--grad-accumulation", "2")),
     "tiles": (1, WIDE, 3072, ("--remat", "--mlp-tile", "256")),
     "two ranks, recomputed around attention": (2, lm(), 3072, ("--remat", "--around")),
     "two ranks, tiles": (2, HEADS, 2560, ("--remat", "--mlp-tile", "256", "--offload")),
@@ -121,7 +121,7 @@ def command(folder, name, config, S):
     model = folder / f"{name}-model"
     with torch.device("meta"):
         shapes = longva.LM(config)
-    longva.save(model, parameters.fresh(shapes, 0), config, synthetic.TOKENIZER)
+    longva.save(model, parameters.init_weights(shapes, 0), config, synthetic.TOKENIZER)
     flags = {"weights": model, "corpus": folder / "tokens.npy", "out": folder / f"{name}-run", "seq-len": S}
     flags |= {"batch": 1, "steps": 2, "device": "cpu"}
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
@@ -171,7 +171,7 @@ def total(step):
 
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("ideas", [
-    {}, {"tile": 1024}, {"remat": False}, {"hidden_offload": False}, {"around": True}, {"offload": False},
+    {}, {"tile": 1024}, {"remat": False}, {"offload_activations": False}, {"around": True}, {"offload": False},
     {"b": 4}, {"device": "cpu"}, {"tile": 4096, "circle": 1},
 ])  # fmt: skip
 def test_the_longest_fits_and_the_next_does_not(ranks, ideas):
@@ -204,7 +204,7 @@ def test_longer_takes_more_and_more_ranks_take_less():
 def test_each_idea_saves_what_it_is_for():
     for step in (PAPER, replace(PAPER, b=4, device="cpu")):
         assert total(replace(step, tile=1024)) < total(step) < total(replace(step, remat=False))
-    assert total(PAPER) < total(replace(PAPER, hidden_offload=False)) < total(replace(PAPER, remat=False))
+    assert total(PAPER) < total(replace(PAPER, offload_activations=False)) < total(replace(PAPER, remat=False))
     shards = plan_training.widest(replace(PAPER, offload=False))[1]
     assert shards["shards"] == pytest.approx(4 * plan.lm_parameters(QWEN) / 8, rel=1e-3)
     assert shards["AdamW"] == 2 * shards["shards"] and plan_training.widest(PAPER)[1]["AdamW"] == 0

@@ -66,7 +66,7 @@ def test_each_line_is_there_at_once(tmp_path):
 def test_rewind_forgets_what_will_be_made_again(tmp_path, step, left):
     fill(tmp_path, 6)
     whole = (tmp_path / "log.jsonl").read_bytes()
-    runs.rewind(tmp_path, step)
+    runs.truncate_log(tmp_path, step)
     kept = (tmp_path / "log.jsonl").read_bytes()
     assert [e["step"] for e in entries(tmp_path)] == list(range(left)) and whole.startswith(kept)
     assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
@@ -79,7 +79,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_log(tmp_path):
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     for cut in range(ends[4], ends[5] + 1):  # the log cut at every byte of one line
         (tmp_path / "log.jsonl").write_bytes(whole[:cut])
-        runs.rewind(tmp_path, 4)
+        runs.truncate_log(tmp_path, 4)
         for step in range(4, 8):
             runs.log(tmp_path, {"step": step, "loss": 1 / (step + 1)})
         assert (tmp_path / "log.jsonl").read_bytes() == whole
@@ -89,16 +89,16 @@ def test_a_line_that_lacks_only_its_end_is_kept(tmp_path):
     fill(tmp_path, 3)
     file = tmp_path / "log.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
-    runs.rewind(tmp_path)
+    runs.truncate_log(tmp_path)
     runs.log(tmp_path, {"step": 3})
     assert [e["step"] for e in entries(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_rewind_without_a_log_and_of_another_name(tmp_path):
-    runs.rewind(tmp_path, 3)
+    runs.truncate_log(tmp_path, 3)
     assert not list(tmp_path.iterdir())
     fill(tmp_path, 3), fill(tmp_path, 3, "probes.jsonl")
-    runs.rewind(tmp_path, 1, "probes.jsonl")
+    runs.truncate_log(tmp_path, 1, "probes.jsonl")
     assert len(entries(tmp_path)) == 3 and len(entries(tmp_path, "probes.jsonl")) == 1
 
 

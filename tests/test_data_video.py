@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from data import video
-from data.video import ahead, duration, frames, read_picture
+from data.video import duration, frames, prefetch, read_picture
 
 av = pytest.importorskip("av")
 X264 = dict.fromkeys([".mp4", ".mkv", ".ts"], "libx264")
@@ -523,7 +523,7 @@ def threads():
 def test_ahead_keeps_order_and_room():
     made = []
     source = (made.append(n) or n for n in range(40))
-    coming = ahead(source, room=3)
+    coming = prefetch(source, room=3)
     assert not made and not threads()  # nothing starts before it is asked for
     for n, got in enumerate(coming):
         assert got == n
@@ -534,7 +534,7 @@ def test_ahead_keeps_order_and_room():
         time.sleep(0.002)
         assert len(made) == min(n + 4, 40)  # ... by three and no more
     assert n == 39 and not threads()
-    assert list(ahead([], 2)) == [] and list(ahead(iter("abc"), 9)) == ["a", "b", "c"]
+    assert list(prefetch([], 2)) == [] and list(prefetch(iter("abc"), 9)) == ["a", "b", "c"]
 
 
 def test_ahead_passes_errors_on_in_their_turn(tmp_path):
@@ -543,7 +543,7 @@ def test_ahead_passes_errors_on_in_their_turn(tmp_path):
         yield 2
         raise ValueError("film.mp4: is damaged")
 
-    coming = ahead(source(), room=8)
+    coming = prefetch(source(), room=8)
     assert [next(coming), next(coming)] == [1, 2]
     with pytest.raises(ValueError, match=r"^film\.mp4: is damaged$"):
         next(coming)
@@ -561,7 +561,7 @@ def test_ahead_stops_its_thread(leave):
             yield 0
 
     def use():
-        coming = ahead(source(), room=50)
+        coming = prefetch(source(), room=50)
         next(coming)
         assert threads()
         if leave == "close":
@@ -577,8 +577,8 @@ def test_ahead_stops_its_thread(leave):
 def test_ahead_does_not_hold_up_the_exit():
     code = """
 import itertools, time
-from data.video import ahead
-coming = ahead((time.sleep(0.01) for _ in itertools.count()), room=4)
+from data.video import prefetch
+coming = prefetch((time.sleep(0.01) for _ in itertools.count()), room=4)
 next(coming)
 raise SystemExit(7)
 """
@@ -589,11 +589,11 @@ raise SystemExit(7)
 def test_ahead_of_a_film(tmp_path):
     path = film(tmp_path / "a.mp4", regular(60))
     stream = frames(path, fps=5, resize=number)
-    assert list(ahead(stream, room=2)) == list(frames(path, fps=5, resize=number)) and len(stream) == 30
+    assert list(prefetch(stream, room=2)) == list(frames(path, fps=5, resize=number)) and len(stream) == 30
     for _ in range(3):
-        coming = ahead(frames(path, fps=10), room=2)
+        coming = prefetch(frames(path, fps=10), room=2)
         next(coming)
         coming.close()
     assert not threads()
     with pytest.warns(UserWarning, match="using what came"):  # warnings arrive, too
-        list(ahead(frames(cut(tmp_path, ".mkv")), room=2))
+        list(prefetch(frames(cut(tmp_path, ".mkv")), room=2))

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from data import flags
-from data.flags import knob, parse
+from data.flags import parse, setting
 from data.video import read_picture
 
 ROOT = Path(__file__).parents[1]
@@ -18,18 +18,18 @@ ROOT = Path(__file__).parents[1]
 class Config:
     """Toy."""
 
-    mode: Literal["vision", "text"] = knob("vision", "which test", positional=True)
-    question: str = knob("what?", "what to ask", positional=True)
-    model: Path = knob(Path("m"), "folder")
-    steps: int = knob(1000, "steps (Sec. 3.1), 100 % of them")
-    lr: float = knob(1e-5, "lr")
-    offload: bool = knob(True, "offload")
-    scheme: Literal["unires", "anyres"] = knob("unires", "scheme")
-    size: Literal[2, 4] = knob(2, "size")
-    resume: Path | None = knob(None, "resume")
-    frames: tuple[int, ...] = knob((8, 16), "frames")
-    depths: tuple[float, ...] | None = knob(None, "depths")
-    betas: tuple[float, float] = knob((0.9, 0.95), "betas")
+    mode: Literal["vision", "text"] = setting("vision", "which test", positional=True)
+    question: str = setting("what?", "what to ask", positional=True)
+    model: Path = setting(Path("m"), "folder")
+    steps: int = setting(1000, "steps (Sec. 3.1), 100 % of them")
+    lr: float = setting(1e-5, "lr")
+    offload: bool = setting(True, "offload")
+    scheme: Literal["unires", "anyres"] = setting("unires", "scheme")
+    size: Literal[2, 4] = setting(2, "size")
+    resume: Path | None = setting(None, "resume")
+    frames: tuple[int, ...] = setting((8, 16), "frames")
+    depths: tuple[float, ...] | None = setting(None, "depths")
+    betas: tuple[float, float] = setting((0.9, 0.95), "betas")
 
     def __post_init__(self):
         if self.steps < 1:
@@ -96,7 +96,7 @@ def test_positional(argv):
 
 
 def test_positional_that_must_be_given(capsys):
-    cls = dataclasses.make_dataclass("Cls", [("video", Path, knob(MISSING, "file", positional=True))], frozen=True)
+    cls = dataclasses.make_dataclass("Cls", [("video", Path, setting(MISSING, "file", positional=True))], frozen=True)
     assert parse(cls, argv=["a.mp4"]).video == Path("a.mp4")
     with pytest.raises(SystemExit):
         parse(cls, argv=[])
@@ -177,8 +177,8 @@ def test_files_do_not_swallow_the_question():
     class Asking:
         """Ask."""
 
-        question: str = knob("what?", "what to ask", positional=True)
-        image: tuple[Path, ...] = knob((), "picture files")
+        question: str = setting("what?", "what to ask", positional=True)
+        image: tuple[Path, ...] = setting((), "picture files")
 
     for words in (["--image", "a.png", "how many?"], ["how many?", "--image", "a.png"]):
         assert parse(Asking, argv=words) == Asking("how many?", (Path("a.png"),))
@@ -229,6 +229,6 @@ def test_torchrun_cannot_take_our_flags():
     assert {name for name in theirs if "_" not in name} <= set(flags.TORCHRUN)
     for name in ("run", "log", "max", "start", "node", "rdzv", "local"):
         with pytest.raises(AssertionError, match="torchrun would take"):
-            parse(dataclasses.make_dataclass("Cls", [(name, int, knob(1, "x"))]), argv=[])
+            parse(dataclasses.make_dataclass("Cls", [(name, int, setting(1, "x"))]), argv=[])
     for name in ("resume", "seed", "log_every", "role"):  # an exact match is passed on
-        parse(dataclasses.make_dataclass("Cls", [(name, int, knob(1, "x"))]), argv=[])
+        parse(dataclasses.make_dataclass("Cls", [(name, int, setting(1, "x"))]), argv=[])

@@ -402,7 +402,7 @@ def test_see_is_each_picture_on_its_own(scheme):
     parts = pixels.split([one.grids for one in layout])
     want = [slowly(model, part, one) for part, one in zip(parts, layout)]
     assert [len(one) for one in want] == [one.tokens(EYE.patches) for one in layout]
-    assert_close(model.see(pixels, layout), torch.cat(want), atol=1e-5, rtol=1e-5)
+    assert_close(model.encode_images(pixels, layout), torch.cat(want), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -410,12 +410,15 @@ def test_watch_is_see_of_all_frames_at_once():
     model = longva_model()
     film = [Image.fromarray(np.random.RandomState(i).randint(0, 255, (30, 44, 3), np.uint8)) for i in range(5)]
     for how in ("crop", "pad"):
-        want, grids = model.see(unires.frames(film, 28, how), [Layout(1, 5)]), list(unires.frames(film, 28, how))
+        want, grids = (
+            model.encode_images(unires.frames(film, 28, how), [Layout(1, 5)]),
+            list(unires.frames(film, 28, how)),
+        )
         for batch in (1, 2, 5, 64):
-            parts = list(longva.watch(model, iter(grids), batch))
+            parts = list(longva.encode_video(model, iter(grids), batch))
             assert [len(part) for part in parts[:-1]] == [4 * batch] * (len(parts) - 1)
             assert_close(torch.cat(parts), want, atol=1e-5, rtol=1e-5)
-    assert list(longva.watch(model, [])) == []
+    assert list(longva.encode_video(model, [])) == []
 
 
 def test_embed_puts_each_visual_token_in_its_place():
@@ -484,8 +487,8 @@ def test_fresh_depends_on_the_seed_alone(make):
     real = make()
     with torch.device("meta"):
         meta = type(real)(real.config)
-    first, second = dict(parameters.fresh(real, 3)), dict(parameters.fresh(meta, 3))
-    other = dict(parameters.fresh(real, 4))
+    first, second = dict(parameters.init_weights(real, 3)), dict(parameters.init_weights(meta, 3))
+    other = dict(parameters.init_weights(real, 4))
     assert first.keys() == second.keys() == dict(real.named_parameters()).keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]) and tensor.shape == real.get_parameter(name).shape, name
@@ -628,7 +631,7 @@ def asked():
     ids = some_ids(model.config.lm, 1, 13)
     ids[0, 3:11] = chat.IMAGE
     with torch.no_grad():
-        x = model.embed(ids, model.see(grids(2), [Layout(1, 2)]))
+        x = model.embed(ids, model.encode_images(grids(2), [Layout(1, 2)]))
     said = answer(model, x, 10)
     assert len(set(said)) > 4, "too dull an answer to test with"
     return model, x, said
@@ -670,13 +673,13 @@ def test_a_next_turn_finds_all_that_was_said(asked, most, stops):
 def test_a_prompt_is_read_as_it_comes(asked):
     """Pictures and films in parts, text between: what the cache holds then is that of one pass."""
     model, _, _ = asked
-    seen = model.see(grids(5), [Layout(1, 5)])
+    seen = model.encode_images(grids(5), [Layout(1, 5)])
     text = some_ids(model.config.lm, 1, 9)[0].tolist()
     ids = [*text[:3], chat.IMAGE, *text[3:5], chat.IMAGE, *text[5:]]
     whole = [*text[:3], *[chat.IMAGE] * 12, *text[3:5], *[chat.IMAGE] * 8, *text[5:]]
     want = answer(model, model.embed(torch.tensor([whole]), seen), 5)
     cache = KVCache(model.config.lm, 1, 40, seen)
-    rest = longva.read_prompt(model, ids, [iter([seen[:4], seen[4:12]]), [seen[12:]]], cache, 3)
+    rest = longva.prefill_prompt(model, ids, [iter([seen[:4], seen[4:12]]), [seen[12:]]], cache, 3)
     assert rest == text[5:] and cache.length == 25
     mark = cache.mark()
     for _ in range(2):  # asked twice about the same pictures
@@ -709,16 +712,16 @@ def test_suffixes_tell_the_truth(tmp_path):
         model(*args)[0].sum().backward()
         nll(*loss_case(), chunk=4)[0].sum().backward()
         with torch.no_grad():
-            seen = torch.cat(list(longva.watch(model, unires.frames(film, 28), batch=2)))
+            seen = torch.cat(list(longva.encode_video(model, unires.frames(film, 28), batch=2)))
             x = model.embed(args[0][:1], seen[:8])
             list(generate(model, x, [], 4, 6))  # the last portion has four
             cache = KVCache(model.config.lm, 1, 16, x)
             read(model, x, cache, [9, 1, 6])
             read(model, x[:, :6].expand(3, -1, -1), cache.branch(7, 3, 9), [4, 1, 1])
-            pixels, layout = longva.show(Image.fromarray(film[0]), wide.config)
-            wide.see(pixels, [layout])
+            pixels, layout = longva.preprocess(Image.fromarray(film[0]), wide.config)
+            wide.encode_images(pixels, [layout])
         again = longva.load(saved(tmp_path, model))
-        parameters.fill_from(again, parameters.fresh(again, 0))
+        parameters.fill_from(again, parameters.init_weights(again, 0))
     assert not [lie for lie in told if not lie.startswith("test_")], told
 
 
@@ -780,7 +783,7 @@ def test_placeholders_may_touch(folder, capsys):
 def test_asks_about_pictures(folder, capsys):
     files = [folder / "frames" / f"{i}.png" for i in (2, 0)]
     asking(folder, question="what is\nthere?", image=tuple(files))
-    shown = [unires.show(Image.open(file), 28, "canvas") for file in files]
+    shown = [unires.preprocess(Image.open(file), 28, "canvas") for file in files]
 
     def seen(model):
         return torch.cat([slowly(model, pixels, how) for pixels, how in shown])
@@ -818,8 +821,8 @@ def chatting(folder, monkeypatch, capsys, typed, **settings):
 
 def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
     looked = []
-    see = LongVA.see
-    monkeypatch.setattr(LongVA, "see", lambda *args: looked.append(1) or see(*args))
+    see = LongVA.encode_images
+    monkeypatch.setattr(LongVA, "encode_images", lambda *args: looked.append(1) or see(*args))
     out = chatting(folder, monkeypatch, capsys, "and then?\n\nwhy?\n", question="how many?").out
     assert out == turns(folder, ["how many?", "and then?", "why?"]) and len(looked) == 1
 

@@ -28,7 +28,7 @@ import train_text
 from data import flags, runs, state
 
 ROOT = Path(__file__).parents[1]
-TINY = "--preset tiny-base --device cpu --seq-len 32 --batch 2 --short-steps 0".split()
+TINY = "--preset tiny-base --device cpu --seq-len 32 --batch 2 --curriculum-steps 0".split()
 
 
 # ---- ranks without torchrun ----
@@ -252,7 +252,7 @@ def test_a_full_disk(tmp_path, hook, left):
 
 @pytest.mark.ranks
 def test_a_loss_that_is_no_number(tmp_path):
-    job = Job(tmp_path / "run", "--steps", 9, "--lr", 1e30, "--accumulate", 2, "--save-every", 1)
+    job = Job(tmp_path / "run", "--steps", 9, "--lr", 1e30, "--grad-accumulation", 2, "--save-every", 1)
     assert set(job.codes()) <= {2, 143}
     found = re.fullmatch(
         r"step (\d+), part 0 of 2: the loss is nan; stopped before it reached the parameters", job.complaints()[0]
@@ -271,10 +271,10 @@ def test_folders_that_ranks_do_not_share(tmp_path):
 
 def test_a_second_job_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    runs.hold(tmp_path / "run")
+    runs.lock(tmp_path / "run")
     job = Job(tmp_path / "run", "--steps", 2, ranks=1)
     assert job.codes() == [2]
     assert job.complaints() == [f"another run writes to {tmp_path / 'run'}; let it end, or choose another --out"]
-    runs.HELD.pop((tmp_path / "run").resolve()).close()
+    runs.LOCKS.pop((tmp_path / "run").resolve()).close()
     again = Job(tmp_path / "run", "--steps", 2, ranks=1)
     assert again.codes() == [0], again.said()

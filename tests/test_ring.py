@@ -117,11 +117,11 @@ def check_documents_cost_what_they_see(world, out):
     S, starts = 48, [[0, 5, 40, 44]]
     T, pairs = S // world.ranks, 0
     for hop in range(world.ranks):
-        for _, t, s, causal in ring.areas(hop, world, T, starts):
+        for _, t, s, causal in ring.visible_blocks(hop, world, T, starts):
             n, m = t.stop - t.start, s.stop - s.start
             pairs += n * (n + 1) // 2 if causal else n * m
     want = sum(n * (n + 1) // 2 for n in (5, 35, 4, 4))
-    assert ring.total(torch.tensor(pairs), world) == want
+    assert ring.all_reduce_sum(torch.tensor(pairs), world) == want
 
 
 def check_packed_documents(world, out):
@@ -141,8 +141,8 @@ def check_packed_documents(world, out):
     want = torch.autograd.grad(alone, model.parameters())
     idx_T = ring.zigzag_index(48, world)
     loss = model(ids[:, :-1][:, idx_T], idx_T, ids[:, 1:][:, idx_T], ring.zigzag_attend(world, starts=starts))[0].sum()
-    got = [ring.total(g, world) for g in torch.autograd.grad(loss, model.parameters())]
-    assert_close(ring.total(loss, world), alone.detach(), rtol=1e-5, atol=0)  # angles and losses are fp32
+    got = [ring.all_reduce_sum(g, world) for g in torch.autograd.grad(loss, model.parameters())]
+    assert_close(ring.all_reduce_sum(loss, world), alone.detach(), rtol=1e-5, atol=0)  # angles and losses are fp32
     assert worst(got, want) <= 1e-5
     blind = model(ids[:, :-1], torch.arange(48), ids[:, 1:])[0].sum()
     assert abs(blind - alone) > 1e-3 * alone  # to see other documents makes a difference
@@ -198,7 +198,7 @@ def check_index(world, out):
 
 
 def check_mean(world, out):
-    assert ring.total(torch.tensor(world.rank + 1), world) == sum(range(world.ranks + 1))
+    assert ring.all_reduce_sum(torch.tensor(world.rank + 1), world) == sum(range(world.ranks + 1))
     x = torch.tensor(1.0 + world.rank, requires_grad=True)
     count = torch.tensor(3 * world.rank)  # ragged, and rank 0 has no target
     targets = sum(3 * r for r in range(world.ranks))
@@ -246,7 +246,7 @@ def sharded(world, **options):
         model = Tiny()
     ring.shard_parameters(model, model.layers, world, **options)
     for name, p in model.named_parameters():
-        ring.fill(p, weights()[name])
+        ring.copy_shard(p, weights()[name])
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
@@ -269,7 +269,7 @@ def train(model, optimizer, world, steps):
         ring.clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(ring.total(loss / world.ranks, world).item())
+        losses.append(ring.all_reduce_sum(loss / world.ranks, world).item())
     return losses
 
 
@@ -285,7 +285,7 @@ def check_sharded_gradients(world, out):
     for options, tolerance in [({}, 1e-5), ({"offload": True}, 1e-5), ({"param_dtype": torch.bfloat16}, 0.05)]:
         model, _ = sharded(world, **options)
         assert model.head.weight is model.embed.weight
-        gathered = dict(ring.whole_parameters(model, world))
+        gathered = dict(ring.gather_parameters(model, world))
         assert gathered.keys() == (want.keys() if world.rank == 0 else set())
         for name, whole in gathered.items():
             assert torch.equal(whole, weights()[name]) and whole.dtype == torch.float32
@@ -299,7 +299,7 @@ def check_sharded_gradients(world, out):
             got = p.grad.full_tensor() if world.ranks > 1 or options else p.grad
             assert_close(got * 2, want[name], rtol=tolerance, atol=tolerance * norm)
     with pytest.raises(ValueError, match="do not fit a parameter"):
-        ring.fill(model.embed.weight, torch.zeros(3, 12))
+        ring.copy_shard(model.embed.weight, torch.zeros(3, 12))
     if world.rank == world.ranks - 1:  # one rank's nan must stop them all
         local = model.layers[0].o.weight.grad
         (local.to_local() if hasattr(local, "to_local") else local).fill_(math.nan)
@@ -311,7 +311,7 @@ def same(model, optimizer, other, other_optimizer):
     mine, its = state.tensors(model, optimizer), state.tensors(other, other_optimizer)
     assert mine.keys() == its.keys() and len(mine) > len(list(model.parameters()))
     for key in mine:
-        assert torch.equal(ring.my_rows(mine[key])[0], ring.my_rows(its[key])[0]), key
+        assert torch.equal(ring.local_shard(mine[key])[0], ring.local_shard(its[key])[0]), key
 
 
 def check_resume(world, out):
@@ -324,7 +324,7 @@ def check_resume(world, out):
         ring.save_state(folder, through, optimizer, step, world)
     for torn in ("step-9.tmp", "step-1.old.tmp"):
         (folder / torn).mkdir(exist_ok=True)
-    ring.total(torch.zeros(1), world)
+    ring.all_reduce_sum(torch.zeros(1), world)
     resumed, its_optimizer = sharded(world)
     assert ring.load_state(folder, resumed, its_optimizer, world) == 2
     same(through, optimizer, resumed, its_optimizer)
@@ -349,7 +349,7 @@ def recite(cache, world, x, chunk):
             answers.append((here, layer, o))
     assert len(idx) == size > 0 and here.stop == T  # the last piece is known to all
     for o in shared:
-        assert all(torch.equal(o, other) for other in ring.gather(o, world))
+        assert all(torch.equal(o, other) for other in ring.all_gather(o, world))
     return [torch.cat([o for _, of, o in answers if of == layer], dim=1) for layer in range(len(x))]
 
 
@@ -390,7 +390,7 @@ def check_full_cache(world, out):
 
 @torch.no_grad()
 def say_ten(model, x, cache, chunk):
-    """Read a prompt and say ten greedy tokens through a cache, as longva.read does; the tokens and all their scores."""
+    """Read a prompt and say ten greedy tokens through a cache, as longva.prefill does; the tokens and all their scores."""
     said, scores = [], []
     for _ in range(10):
         for here, idx in cache.pieces(x.shape[1], chunk):
@@ -527,7 +527,7 @@ def test_cuda_kernel_signatures(monkeypatch, kernel):
         grads = ring.block_attention_backward(o, q, k, k, o, lse, False, kernel)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         monkeypatch.setattr(ring, "best_kernel", lambda q_BTHK: "cuda")
-        part = ring.recall(q.narrow(1, 0, 1), k.narrow(1, 0, 9), k.narrow(1, 0, 9))  # a decode step
+        part = ring.attend_past(q.narrow(1, 0, 1), k.narrow(1, 0, 9), k.narrow(1, 0, 9))  # a decode step
         assert (part.shape, part.dtype) == ((2, 1, 4, 33), torch.float32)
 
 

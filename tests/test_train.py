@@ -24,7 +24,7 @@ from data import chat, parameters, synthetic, text, tokenizer
 from data.runs import TINY
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--device cpu --seq-len 64 --batch 4 --short-steps 0".split()
+SMALL = "--device cpu --seq-len 64 --batch 4 --curriculum-steps 0".split()
 
 
 def command(script, *flags, ranks=1):
@@ -90,7 +90,7 @@ def made(tmp_path_factory):
     base = [*SMALL, "--preset", "tiny-base", "--steps", 6, "--save-every", 1]
     assert here("train_text.py", *base, "--out", at / "base") == 0
     run("train_text.py", *base, "--out", at / "base-ranks", ranks=2)
-    twice = [*base, "--accumulate", 2]
+    twice = [*base, "--grad-accumulation", 2]
     assert here("train_text.py", *twice, "--out", at / "twice") == 0
     run("train_text.py", *twice, "--ring", 2, "--out", at / "twice-rings", ranks=4)
     assert here("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower") == 0
@@ -207,7 +207,7 @@ def test_align_changes_the_projector_alone(made):
             assert torch.equal(tensor, tower["vision_model." + name.removeprefix(parameters.TOWER)]), name
         elif "mm_projector" not in name:
             assert torch.equal(tensor, before[name]), name
-    fresh = dict(parameters.fresh(longva.LongVA(longva.read_config(at / "align/model")), 42))
+    fresh = dict(parameters.init_weights(longva.LongVA(longva.read_config(at / "align/model")), 42))
     projector = "model.mm_projector.0.weight"
     assert not torch.equal(after[projector], fresh[projector].bfloat16())
 
@@ -229,7 +229,7 @@ def test_sft_changes_everything(made):
     (["train_vision.py", "--stage", "sft", "--weights", "nowhere"], "--stage align first"),
     (["train_text.py", "--preset", "longva"], "--corpus"),
     (["train_text.py", "--save-every", "0"], "--save-every 0 makes no sense; give 1 or more"),
-    (["train_text.py", "--accumulate", "0"], "--accumulate 0 makes no sense"),
+    (["train_text.py", "--grad-accumulation", "0"], "--grad-accumulation 0 makes no sense"),
     (["train_text.py", "--ring", "2"], "1 rank(s) cannot form rings of 2; choose one of 1"),
     (["train_text.py", "--lr", "-1"], "--lr -1.0 makes no sense"),
     (["train_vision.py", "--stage", "sft", "--grids", "0"], "--grids 0 makes no sense"),

@@ -25,7 +25,7 @@ NUMBER = "Which number is on the star?"
 
 
 def settings(stage="sft", **changes):
-    return tv.settle(tv.Config(**{**tv.PRESETS["tiny"], "stage": stage, "device": "cpu", **changes}))
+    return tv.resolve(tv.Config(**{**tv.PRESETS["tiny"], "stage": stage, "device": "cpu", **changes}))
 
 
 # ---- samples ----
@@ -69,7 +69,7 @@ def broken(why="is broken"):
 
 def learn(cfg, world, samples, before=None):
     """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
-    circles = circle, number, many = ring.rings(world, cfg.ring)
+    circles = circle, number, many = ring.split_groups(world, cfg.ring)
     model, _ = tv.assemble(replace(cfg, batch=len(samples)), WORDS, world)
     numbers = [*range(len(samples))]
     source = tv.Source(len(samples), None, lambda i: broken(samples[i]) if isinstance(samples[i], str) else samples[i])
@@ -96,7 +96,7 @@ def same(many, one):
 
 def rings_agree(world, scheme, at_once):
     cfg = settings(weights=TINY / ("anyres" if scheme == "anyres" else "longva"), scheme=scheme, ring=2, max_len=2048)
-    same(learn(replace(cfg, at_once=at_once), world, MIXED), learn(replace(cfg, ring=1), ALONE, MIXED))
+    same(learn(replace(cfg, micro_batch_size=at_once), world, MIXED), learn(replace(cfg, ring=1), ALONE, MIXED))
 
 
 def all_of_a_part_may_be_broken(world, *_):
@@ -106,7 +106,9 @@ def all_of_a_part_may_be_broken(world, *_):
     one = learn(cfg, ALONE, MIXED[::2])
     blind = some if world.rank else MIXED  # rank 1 alone
     for size, at_once, samples in ((1, None, some), (2, 1, blind)):
-        told, gradients, faults, (lost, padding) = learn(replace(cfg, ring=size, at_once=at_once), world, samples)
+        told, gradients, faults, (lost, padding) = learn(
+            replace(cfg, ring=size, micro_batch_size=at_once), world, samples
+        )
         same((told, gradients), one)
         reported = [{"sample": i, "why": "is broken"} for i in (1, 3, 5, 7)]
         assert faults == reported * world.rank and lost == 4 and 0 < padding < 1
@@ -116,7 +118,7 @@ def preference_on(world, *_):
     cfg = settings("dpo", weights=TINY / "longva", beta=0.3)
     one = textbook(cfg)
     for size, at_once in ((1, None), (1, 1), (world.ranks, 1)):
-        same(learn(replace(cfg, ring=size, at_once=at_once), world, PAIRS, BEFORE), one)
+        same(learn(replace(cfg, ring=size, micro_batch_size=at_once), world, PAIRS, BEFORE), one)
 
 
 def reference_on(world, folder, *_):
@@ -125,14 +127,14 @@ def reference_on(world, folder, *_):
     known = torch.cat([torch.zeros(1, 2), slowly(cfg)[0].detach().double()])
     source = tv.Source(5, None, lambda i: PAIRS[i - 1] if i else broken())
     for size, at_once in ((1, 1), (2, None)):
-        cfg = replace(cfg, ring=size, at_once=at_once, out=folder / f"reference-{size}")
+        cfg = replace(cfg, ring=size, micro_batch_size=at_once, out=folder / f"reference-{size}")
         cfg.out.mkdir(exist_ok=True)
-        circles = circle, number, many = ring.rings(world, size)
+        circles = circle, number, many = ring.split_groups(world, size)
         model, _ = tv.assemble(cfg, WORDS, world)
         parts = tv.make_parts(cfg, model, WORDS, source, circle)
         found = tv.reference(cfg, model, world, circles, (source, parts), 0)
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
-        ring.total(torch.zeros(1), world)  # rank 0 has written
+        ring.all_reduce_sum(torch.zeros(1), world)  # rank 0 has written
         assert torch.equal(found, tv.reference(cfg, None, world, circles, (source, None), 3))
         told = tv.learn(cfg, model, parts([1, 2, 3, 4][number::many])[0], found, world, circle)
         assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
@@ -171,7 +173,7 @@ def both_stages_one_after_the_other(world, folder, *_):
 def each_rank_reports_what_it_found(world, folder, flags):
     """Records 2 and 5 are missing, which ranks 0 and 1 see when they divide the file; 1 and 7 end early."""
     out = folder / "reported"
-    on(world, *flags, "--max-bad", 0.4, "--batch", 10, "--steps", 1, "--out", out)
+    on(world, *flags, "--max-skip-fraction", 0.4, "--batch", 10, "--steps", 1, "--out", out)
     assert [line["id"] for line in lines(out / f"unusable-{world.rank}.jsonl")] == [["r2"], ["r5"]][world.rank]
     both = [line["id"] for rank in (0, 1) if (f := out / f"skipped-{rank}.jsonl").exists() for line in lines(f)]
     assert sorted(both) == ["r1", "r7"] and [line["skipped"] for line in lines(out / "log.jsonl")] == [2]
@@ -237,9 +239,9 @@ def test_each_grid_is_seen_once(stage, scheme, samples, grids):
     cfg = settings(stage, weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
     model, _ = tv.assemble(cfg, WORDS, ALONE)
     calls, source = seen(model), tv.Source(len(samples), None, samples.__getitem__)
-    (part,), _ = tv.make_parts(replace(cfg, at_once=None), model, WORDS, source, ALONE)([*range(len(samples))])
+    (part,), _ = tv.make_parts(replace(cfg, micro_batch_size=None), model, WORDS, source, ALONE)([*range(len(samples))])
     model(*part.arguments)
-    grids = grids or len(longva.show(picture(3, 16), model.config, cfg.grids)[0])
+    grids = grids or len(longva.preprocess(picture(3, 16), model.config, cfg.grids)[0])
     assert calls == [(grids, grids)]
 
 
@@ -288,7 +290,7 @@ def test_a_batch_without_pictures_uses_the_same_parameters(name, samples):
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_parts_of_a_step_add_up(at_once):
     cfg = settings(weights=TINY / "longva", max_len=2048)
-    same(learn(replace(cfg, at_once=at_once), ALONE, MIXED), learn(cfg, ALONE, MIXED))
+    same(learn(replace(cfg, micro_batch_size=at_once), ALONE, MIXED), learn(cfg, ALONE, MIXED))
 
 
 # ---- labels and lengths ----
@@ -373,7 +375,15 @@ def lines(file):
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_broken_pictures_are_left_out_and_reported(tmp_path, capsys, suffix):
     """Each of 11 usable records comes once in 11 steps of one; two of them end early, one was missing from the start."""
-    flags = [*records(tmp_path, missing=[2], cut=[5, 9], suffix=suffix), "--max-bad", 0.3, "--batch", 11, "--steps", 2]
+    flags = [
+        *records(tmp_path, missing=[2], cut=[5, 9], suffix=suffix),
+        "--max-skip-fraction",
+        0.3,
+        "--batch",
+        11,
+        "--steps",
+        2,
+    ]
     assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 0
     assert "1 of 12 records are bad" in capsys.readouterr().out
     (unusable,) = lines(tmp_path / "out/unusable-0.jsonl")
@@ -390,13 +400,13 @@ def test_broken_pictures_are_left_out_and_reported(tmp_path, capsys, suffix):
 def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--batch", 4, "--steps", 9, "--out", out]
-    assert here("train_vision.py", *records(tmp_path, missing=[1, 2]), "--max-bad", 0.1, *flags) == 2
+    assert here("train_vision.py", *records(tmp_path, missing=[1, 2]), "--max-skip-fraction", 0.1, *flags) == 2
     said = capsys.readouterr().err
-    assert "2 of 12 records are bad, more than --max-bad 0.1 allows: record 1 (id 'r1') shows 1.png" in said
+    assert "2 of 12 records are bad, more than --max-skip-fraction 0.1 allows: record 1 (id 'r1') shows 1.png" in said
     assert len(said.strip().splitlines()) == 1 and not out.exists()
-    assert here("train_vision.py", *records(tmp_path, cut=[*range(12)]), "--max-bad", 0.1, *flags) == 2
+    assert here("train_vision.py", *records(tmp_path, cut=[*range(12)]), "--max-skip-fraction", 0.1, *flags) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "samples" in line]
-    assert len(said) == 1 and "4 samples of 12 could not be read, more than --max-bad 0.1 allows" in said[0]
+    assert len(said) == 1 and "4 samples of 12 could not be read, more than --max-skip-fraction 0.1 allows" in said[0]
     assert len(lines(out / "skipped-0.jsonl")) == 4
 
 
@@ -411,7 +421,7 @@ def slowly(cfg):
         cut = [tv.present(cfg, model.config, one) for one in shown]
         for turns in dialogues:
             ids, labels = chat.example(WORDS, turns, [how.tokens(4) for _, how in cut])
-            seen_ID = model.see(torch.cat([pixels for pixels, _ in cut]), [how for _, how in cut])
+            seen_ID = model.encode_images(torch.cat([pixels for pixels, _ in cut]), [how for _, how in cut])
             h_BTD = model.model(model.embed(torch.tensor([ids]), seen_ID), torch.arange(len(ids)))
             each = model.logits(h_BTD)[0, :-1].log_softmax(-1)
             logp.append(sum(each[t, label] for t, label in enumerate(labels[1:]) if label != X))
@@ -436,20 +446,20 @@ def textbook(cfg):
 @pytest.mark.parametrize("at_once", [1, 3, None])
 def test_preference_is_the_textbook_s(beta, at_once):
     cfg = settings("dpo", weights=TINY / "longva", beta=beta, max_len=2048)
-    same(learn(replace(cfg, at_once=at_once), ALONE, PAIRS, BEFORE), textbook(cfg))
+    same(learn(replace(cfg, micro_batch_size=at_once), ALONE, PAIRS, BEFORE), textbook(cfg))
 
 
 def test_rates_over_the_steps():
     """dpo: up for a tenth of the steps, then a line to zero; the rest: 3 %, then a cosine."""
-    line = replace(tv.settle(tv.Config(stage="dpo", weights=ROOT)), steps=400)
+    line = replace(tv.resolve(tv.Config(stage="dpo", weights=ROOT)), steps=400)
     rates = [tv.learning_rate(1.0, line, step) for step in range(400)]
     assert rates[:41] == pytest.approx([*np.arange(1, 41) / 40, 1.0])
     assert rates[40:] == pytest.approx([(400 - step) / 360 for step in range(40, 400)])
-    curve = replace(tv.settle(tv.Config(stage="sft", weights=ROOT)), steps=1000)
+    curve = replace(tv.resolve(tv.Config(stage="sft", weights=ROOT)), steps=1000)
     rates = [tv.learning_rate(2.0, curve, step) for step in range(1000)]
     assert rates[:31] == pytest.approx([*2 * np.arange(1, 31) / 30, 2.0])
     assert rates[515] == pytest.approx(1.0) and rates[999] < 1e-5 and sorted(rates[30:], reverse=True) == rates[30:]
-    published = tv.settle(tv.Config(stage="dpo", weights=ROOT))
+    published = tv.resolve(tv.Config(stage="dpo", weights=ROOT))
     assert (published.lr, published.tower_lr, published.beta, published.warmup) == (5e-7, 5e-7, 0.1, 0.1)
 
 
@@ -496,7 +506,7 @@ def test_preference_is_learned(preferring):
 def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
     monkeypatch.setattr(tv, "PAIRS", 128)
-    monkeypatch.setattr(ring, "inference", None)
+    monkeypatch.setattr(ring, "no_grad_reshard", None)
     known = preferring / "reference.safetensors"
     assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
     kept = known.read_bytes()
@@ -520,7 +530,7 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tv, "PAIRS", 8)
     monkeypatch.setattr(synthetic, "preference", once_broken)
-    cfg = settings("dpo", weights=TINY / "longva", out=tmp_path, batch=8, steps=2, frames=3, max_bad=0.5)
+    cfg = settings("dpo", weights=TINY / "longva", out=tmp_path, batch=8, steps=2, frames=3, max_skip_fraction=0.5)
     tv.train(cfg, ALONE)
     told, reports = lines(tmp_path / "log.jsonl"), lines(tmp_path / "skipped-0.jsonl")
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
@@ -533,14 +543,14 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
 def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch, capsys):
     """With the data that it needs, and on the model that was just made."""
-    for place, name in ((longva, "save"), (tv.runs, "draw_curve"), (ring, "whole_parameters")):
+    for place, name in ((longva, "save"), (tv.runs, "draw_curve"), (ring, "gather_parameters")):
         monkeypatch.setattr(place, name, lambda *a: None)
     given = {"stage": "align", "weights": tmp_path, "tower": tmp_path}
-    cfg = tv.settle(tv.Config(**tv.PRESETS[preset] | given))
+    cfg = tv.resolve(tv.Config(**tv.PRESETS[preset] | given))
     model = longva.read_config(TINY / "longva")
     tv.export(cfg, type("Model", (), {"config": model})(), ALONE)
     _, _, typed = capsys.readouterr().out.rpartition("train_vision.py ")
-    after = tv.settle(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
+    after = tv.resolve(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
     assert after.stage == "sft" and after.weights == cfg.out / "model"
     tv.check(replace(after, weights=tmp_path, images=after.images and tmp_path), 1)
 
@@ -621,7 +631,7 @@ def test_both_stages_are_the_miniature_s(flags, capsys):
 
 
 def test_a_picture_that_cannot_be_shown_is_found_at_the_start(tmp_path, capsys):
-    flags = [*records(tmp_path), "--max-bad", 0.05, "--batch", 4, "--steps", 1, "--out", tmp_path / "out"]
+    flags = [*records(tmp_path), "--max-skip-fraction", 0.05, "--batch", 4, "--steps", 1, "--out", tmp_path / "out"]
     Image.new("RGB", (20_000, 2)).save(tmp_path / "images" / "3.png")
     assert here("train_vision.py", *flags) == 2
     assert "record 3 (id 'r3') shows 3.png" in capsys.readouterr().err

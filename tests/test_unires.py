@@ -185,7 +185,7 @@ def test_cut_equals_transformers(size, rule):
         image_grid_pinpoints=[[rows * side, cols * side] for rows, cols in shapes],
     )
     want = theirs(image, return_tensors="pt")["pixel_values"][0]
-    pixels, layout = unires.show(image, side, rule, scheme="anyres")
+    pixels, layout = unires.preprocess(image, side, rule, scheme="anyres")
     assert layout.grids == len(want) and torch.equal(normalise(pixels), want)
     assert torch.equal(normalise(unires.cut(image, layout.rows, layout.cols, side, rule)), want[1:])
 
@@ -333,7 +333,7 @@ def test_refused_pictures(image, message):
     for call in (
         unires.rgb,
         lambda i: unires.cut(i, 1, 2, 32),
-        lambda i: unires.show(i, 32),
+        lambda i: unires.preprocess(i, 32),
         lambda i: unires.frame(i, 32),
     ):
         with pytest.raises(ValueError, match=message):
@@ -436,14 +436,14 @@ def test_layout_arranges_either_scheme():
 def test_show_from_picture_to_tokens(rule):
     for size in [(100, 70), (31, 33), (20, 300)]:
         image = noise(*size)
-        pixels, layout = unires.show(image, 32, rule, limit=16)
+        pixels, layout = unires.preprocess(image, 32, rule, limit=16)
         rows, cols = choose_grids(*size, 32, rule, limit=16)
         assert (layout.rows, layout.cols) == (rows, cols) and pixels.shape == (layout.grids, 3, 32, 32)
         cuts = unires.cut(image, rows, cols, 32, rule)
         if rule == "anyres":
             assert layout.unpad == size and torch.equal(pixels[0], unires.base_grid(image, 32)[0])
         assert torch.equal(pixels[-rows * cols :], cuts)
-        assert torch.equal(unires.show(np.array(image), 32, rule, limit=16)[0], pixels)
+        assert torch.equal(unires.preprocess(np.array(image), 32, rule, limit=16)[0], pixels)
         tokens = layout.arrange(coded(layout.grids, 4), torch.zeros(3))
         assert len(tokens) == layout.tokens(4)
 
@@ -462,7 +462,7 @@ def test_gradients_flow():
 def test_suffixes_tell_the_truth():
     with watched(Path(unires.__file__)) as told:
         for rule in unires.RULES:
-            _, layout = unires.show(noise(70, 50), 32, rule, limit=6)
+            _, layout = unires.preprocess(noise(70, 50), 32, rule, limit=6)
             layout.arrange(coded(layout.grids, 4), torch.zeros(3))
         unires.frames([noise(50, 40)], 32, "pad")
     assert not told, told

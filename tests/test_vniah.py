@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
         "text": longva.LM(lm_config(words)),
         "sees": longva.LongVA(longva.LongVAConfig(lm_config(words), EYE, "unires", "floor")),
     }.items():
-        stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in parameters.fresh(model, 0))
+        stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in parameters.init_weights(model, 0))
         weights.copy_tokenizer(synthetic.TOKENIZER, at / name)
         weights.write(at / name, stream, longva.to_dict(model.config))
     return at
@@ -46,14 +46,14 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def cfg(tmp_path, folders):
     grid = {"frames": (3, 6), "depths": (0.0, 0.5, 1.0), "needle_count": 5, "distractors": 0, "speak": 2, "digits": 2}
-    return vniah.settle(vniah.Config(weights=folders / "sees", out=tmp_path / "out", device="cpu", seed=7, **grid))
+    return vniah.resolve(vniah.Config(weights=folders / "sees", out=tmp_path / "out", device="cpu", seed=7, **grid))
 
 
 @pytest.fixture
 def shipped(tmp_path):
     """The shipped model, which finds most needles but not all."""
     grid = {"frames": (3, 40), "depths": (0.0, 0.5), "needle_count": 3, "distractors": 2, "speak": 4}
-    return vniah.settle(vniah.Config("vision", "tiny", runs.TINY / "longva", out=tmp_path / "out", **grid))
+    return vniah.resolve(vniah.Config("vision", "tiny", runs.TINY / "longva", out=tmp_path / "out", **grid))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def in_one_pass(model, ids, seen, answer):
 
 def see(model, pictures):
     """Visual tokens x_NMD."""
-    x_TD = model.see(unires.frames(pictures, synthetic.SIDE, "pad"), [unires.Layout(1, len(pictures))])
+    x_TD = model.encode_images(unires.frames(pictures, synthetic.SIDE, "pad"), [unires.Layout(1, len(pictures))])
     return x_TD.unflatten(0, (len(pictures), -1))
 
 
@@ -132,13 +132,13 @@ def naive(cfg, panel, model, words):
 
 def listen(monkeypatch):
     """The logits of what each call scores, whichever engine calls: a random model is right by luck alone."""
-    heard, real = [], longva.hits
+    heard, real = [], longva.count_correct
 
     def hits(h_BTD, head_VD, targets_BT, *rest):
         heard.append((h_BTD[targets_BT != chat.IGNORE] @ head_VD.T)[None])
         return real(h_BTD, head_VD, targets_BT, *rest)
 
-    monkeypatch.setattr(longva, "hits", hits)
+    monkeypatch.setattr(longva, "count_correct", hits)
     monkeypatch.setattr(longva.LM, "logits", lambda self, h: heard.append(x := self.lm_head(h).float()) or x)
     return heard
 
@@ -204,7 +204,7 @@ def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine,
     jobs = story.jobs([(n, d) for n in cfg.context for d in cfg.depths])
     heard = listen(monkeypatch)
     if engine == "cache":  # probes of one length are read together, so rows come sorted by length
-        monkeypatch.setattr(vniah, "alike", lambda sizes, tokens: [(i,) for i in range(len(sizes))])
+        monkeypatch.setattr(vniah, "group_by_shape", lambda sizes, tokens: [(i,) for i in range(len(sizes))])
         same(probed(story, jobs[::-1], heard), slow)
         monkeypatch.undo()
         lines = [line for job in jobs for found in story.probe(job, jobs) for line in found]
@@ -255,18 +255,20 @@ def test_judge_feeds_the_answer_then_lets_the_model_speak(folders):
         return row[: row.index(stops[0])] if stops[0] in row else row
 
     whole = longva.KVCache(model.model.config, 1, 9, model.embed(before))
-    longva.read(model, model.embed(before), whole)
+    longva.prefill(model, model.embed(before), whole)
     cache = whole.branch(9, 3, 6 + 5)
     known = cache.kv[:, :, :, :9].clone()
-    hits, said = vniah.judge(model, model.embed(ask), answer, cache, 5, stops)
+    hits, said = vniah.score_and_generate(model, model.embed(ask), answer, cache, 5, stops)
     assert hits == [True, False, False]  # fed as given: a wrong answer's tail does not matter, its head does
     assert said == [cut(row) for row in unaided] and len(said[1]) <= 2
     assert cache.length == 9 and torch.equal(cache.kv[:, :, :, :9], known)
-    again = vniah.judge(model, model.embed(ask), answer, cache, 5, [])
+    again = vniah.score_and_generate(model, model.embed(ask), answer, cache, 5, [])
     assert again == (hits, unaided) and cache.length == 9
-    assert vniah.judge(model, model.embed(ask), answer, cache, 0, stops) == (hits, [[], [], []])
-    assert vniah.judge(model, model.embed(ask), answer, cache, 1, [])[1] == [row[:1] for row in unaided]
-    assert vniah.judge(model, model.embed(ask), answer, cache, 5, [row[0] for row in unaided])[1] == [[]] * 3
+    assert vniah.score_and_generate(model, model.embed(ask), answer, cache, 0, stops) == (hits, [[], [], []])
+    assert vniah.score_and_generate(model, model.embed(ask), answer, cache, 1, [])[1] == [row[:1] for row in unaided]
+    assert (
+        vniah.score_and_generate(model, model.embed(ask), answer, cache, 5, [row[0] for row in unaided])[1] == [[]] * 3
+    )
 
 
 @pytest.mark.parametrize("text, answer, right", [
@@ -400,7 +402,7 @@ def whole_run(world, cfg):
 
 def ring_on_ranks(world, folder, cfgs):
     """--engine ring: leave the logits of the places that this rank holds, and see that it pads to 2 * ranks."""
-    cfg, real, heard = cfgs["logits"], longva.hits, []
+    cfg, real, heard = cfgs["logits"], longva.count_correct, []
 
     def hits(h_BTD, head_VD, targets_BT, *rest):
         assert h_BTD.shape[1] % 2 == 0
@@ -410,11 +412,11 @@ def ring_on_ranks(world, folder, cfgs):
 
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
     film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 2), model, words, world)
-    jobs, longva.hits = film.jobs([(n, d) for n in cfg.frames for d in cfg.depths]), hits
+    jobs, longva.count_correct = film.jobs([(n, d) for n in cfg.frames for d in cfg.depths]), hits
     try:
         lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
     finally:
-        longva.hits = real
+        longva.count_correct = real
     torch.save((lines, heard), folder / f"heard-{world.rank}.pt")
 
 
@@ -438,7 +440,7 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, 3)
         vniah.main(cfgs["resumed"])
-    runs.HELD.pop(cfgs["resumed"].out.resolve()).close()  # what was killed holds its folder no longer
+    runs.LOCKS.pop(cfgs["resumed"].out.resolve()).close()  # what was killed holds its folder no longer
     ranks.run(2, [ring_on_ranks, runs_on_ranks], tmp_path, cfgs)
 
     # 1 the ring's logits, put together from both ranks, are those of one pass
@@ -501,13 +503,13 @@ def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
     film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
     cells = [(n, d) for n in cfg.frames for d in cfg.depths]
-    jobs, done, real = film.jobs(cells), [], longva.read
+    jobs, done, real = film.jobs(cells), [], longva.prefill
 
     def read(model, x_BTD, cache, *rest):
         done.append((*x_BTD.shape[:2], cache.length))
         return real(model, x_BTD, cache, *rest)
 
-    monkeypatch.setattr(longva, "read", read)
+    monkeypatch.setattr(longva, "prefill", read)
     lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
     assert done == list(bench_needles.cache_reads(film, cells))
     singles = list(bench_needles.single_reads(film, cells))
@@ -529,13 +531,13 @@ def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
 
 
 def test_the_paper_s_protocol():
-    cfg = vniah.settle(vniah.Config(protocol="paper"))
+    cfg = vniah.resolve(vniah.Config(protocol="paper"))
     assert cfg.frames == tuple(200 * i for i in range(1, 16)) and cfg.depths == (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     assert (cfg.needle_count, cfg.distractors, cfg.seed, cfg.digits) == (5, 0, 24242424, 7)
-    cfg = vniah.settle(vniah.Config(task="text", protocol="paper"))
+    cfg = vniah.resolve(vniah.Config(task="text", protocol="paper"))
     assert cfg.context == tuple(32_000 * i for i in range(1, 17)) and cfg.number_count == 5
     assert cfg.depths == tuple(i / 10 for i in range(11)) and cfg.distractor_counts == (0, 3, 5)
-    assert vniah.settle(replace(cfg, depths=(0.5,), seed=3)) == replace(cfg, depths=(0.5,), seed=3)
+    assert vniah.resolve(replace(cfg, depths=(0.5,), seed=3)) == replace(cfg, depths=(0.5,), seed=3)
 
 
 def released(cfg, words, ids, distractors):
@@ -578,7 +580,7 @@ def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, 
     text.write_text("the cup is red. the star is blue and large. one tree.\n" * 30)
     grid = {"context": (200, 333, 700), "depths": (0.0, 0.3, 0.7, 1.0), "digits": None, "seed": None}
     cfg = replace(cfg, task="text", weights=folders / "text", haystack=str(text), number_count=None, **grid)
-    cfg, words = vniah.settle(cfg), tokenizer.load_tokenizer(cfg.weights)
+    cfg, words = vniah.resolve(cfg), tokenizer.load_tokenizer(cfg.weights)
     story = vniah.Story(cfg, vniah.Panel("x", cfg.weights, None, distractors), None, words, ALONE)
     mine, others, made = released(cfg, words, words.encode(text.read_text()), distractors)
     assert mine == ["2965478", "7624612", "7182423", "9211957", "7727364"]
@@ -691,14 +693,14 @@ def test_nothing_to_draw_gets_one_sentence(cfg, made):
 
 
 def test_the_encoded_film_is_kept(undrawn, cfg, capsys, monkeypatch):
-    looked, real = [], vniah.look
+    looked, real = [], vniah.encode_frames
 
     def look(model, pictures):
         seen = real(model, pictures)
         looked.append(len(seen[1]))
         return seen
 
-    monkeypatch.setattr(vniah, "look", look)
+    monkeypatch.setattr(vniah, "encode_frames", look)
     vniah.main(cfg)
     assert looked == [6, 5]  # film, needles
     want, shown = by_cell(results(cfg)["cells"]), results(cfg)["panels"]
@@ -847,11 +849,11 @@ def test_training_never_sees_what_is_tested():
 def test_other_needles_of_a_folder_are_its_distractors(cfg, tmp_path):
     """As many as asked for, never asked about themselves, the same on every run; without the flag there are none."""
     write_needles(tmp_path / "needles")
-    cfg = vniah.settle(replace(cfg, needles=tmp_path / "needles", distractors=2))
+    cfg = vniah.resolve(replace(cfg, needles=tmp_path / "needles", distractors=2))
     hidden, signs = vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=2))
     assert len(hidden) == len(signs) == 2 and not {n.name for n in hidden} & {n.name for n in signs}
     again = vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=2))
     assert [n.name for part in again for n in part] == [n.name for n in [*hidden, *signs]]
-    assert vniah.settle(replace(cfg, distractors=None, protocol="tiny")).distractors == 0
+    assert vniah.resolve(replace(cfg, distractors=None, protocol="tiny")).distractors == 0
     with pytest.raises(ValueError, match="has 4 needles, too few for --distractors 4"):
         vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=4))
