@@ -455,7 +455,7 @@ def join(
     circle: ring.World,
     loaded: list[Example | dict],
 ) -> tuple[list[Part], list[dict]]:
-    """(parts of --micro-batch-size samples, faults of those left out). A ring leaves out what one of its ranks lacks."""
+    """(parts of some samples, faults of those left out). A ring leaves out what one of its ranks lacks."""
     bad = [isinstance(one, dict) for one in loaded]
     lost = ring.all_reduce_sum(torch.tensor(bad).int().to(circle.device), circle).tolist()
     kept, size = [one for one, gone in zip(loaded, lost) if not gone], cfg.micro_batch_size or len(loaded)
