@@ -87,7 +87,9 @@ def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     makes a plan for each new S (some 50 ms a token); its causal mask is aligned to the last key.
     """
     T, S, G = q_BTHK.shape[1], *k_BSGK.shape[1:3]
-    rows = q_BTHK.unflatten(2, (G, -1))[:, 0].transpose(1, 2) if T == 1 else q_BTHK  # [B, H / G, G, K] for one query
+    rows = (
+        q_BTHK.unflatten(2, (G, -1)).squeeze(1).transpose(1, 2) if T == 1 else q_BTHK
+    )  # [B, H / G, G, K] for one query
     if q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2:  # it takes bfloat16 and float16
         given = rows, k_BSGK, v_BSGK, None, None, rows.shape[1], S, 0.0, T > 1, False
         o = torch.ops.aten._flash_attention_forward(*given)[0].transpose(1, 2)
@@ -95,7 +97,7 @@ def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
         heads_first = [x.transpose(1, 2) for x in (rows, k_BSGK, v_BSGK)]
         mask = causal_lower_right(T, S) if T > 1 else None
         o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=T > 1)
-    return o.flatten(1, 2)[:, None] if T == 1 else o.transpose(1, 2)
+    return o.flatten(1, 2).unsqueeze(1) if T == 1 else o.transpose(1, 2)
 
 
 class KVCache:
