@@ -845,6 +845,7 @@ def compare_logs(kit: Kit, out: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------- main
 
+NEEDS = {"ring": 20, "loss": 14, "decode": 45, "vision": 54, "step": 56, "film": 46}  # GB of the card
 CASES = {
     "kernels": kernels, "ring": full_ring, "loss": loss, "parity": parity, "commands": commands, "decode": decode,
     "vision": vision, "step": step, "film": film,
@@ -854,6 +855,9 @@ CASES = {
 def run_case(kit: Kit, name: str) -> None:
     """One case; a mistake in it is a row, and the others go on."""
     kit.case = name
+    if not kit.dry and kit.memory < NEEDS.get(name, 0) * GB:
+        kit.row("left out", f"{kit.memory / GB:.0f} GB", f"needs {NEEDS[name]} GB")
+        return
     kit.clear()
     began = time.perf_counter()
     try:

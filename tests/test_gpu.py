@@ -47,6 +47,14 @@ def test_a_mistake_is_a_row_and_the_others_go_on(monkeypatch):
     assert [row.what for row in kit.rows if row.ok is False] == ["stopped"] and len(kit.rows) > 3
 
 
+def test_a_smaller_card_leaves_out_what_it_cannot_hold(monkeypatch):
+    monkeypatch.setitem(gpu.CASES, "film", None)
+    kit = gpu.Kit(dry=True)
+    kit.dry, kit.memory = False, 24 * gpu.GB
+    gpu.run_case(kit, "film")
+    assert [(row.what, row.expected) for row in kit.rows] == [("left out", "needs 46 GB")]
+
+
 def test_an_error_beyond_its_bound_is_not_ok():
     kit = gpu.Kit(dry=True)
     kit.at_most("an error", 2.1, 2, "ulp")
