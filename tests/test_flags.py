@@ -104,7 +104,7 @@ def test_positional_that_must_be_given(capsys):
 
 
 @pytest.mark.parametrize("bad, complaint", [
-    (["--nope", "1"], "there is no setting --nope (--help lists"),
+    (["--nope", "1"], "there is no setting --nope (--help all lists"),
     (["--step", "1"], "there is no setting --step; did you mean --steps?"),
     (["text", "--model=x", "--leftover=1"], "there is no setting --leftover"),
     (["text", "why?", "more"], "unrecognized arguments: more"),
@@ -141,6 +141,46 @@ def test_help(capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0
     assert "100 % of them [1000]" in " ".join(said.split()) and "frames [8 16]" in said
+    with pytest.raises(SystemExit):
+        read("--help", default="tiny")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "100 % of them [1000; tiny: 3]" in said and "--[no-]offload offload [True; tiny: False]" in said
+    assert "lr [1e-05]" in said
+
+
+def test_help_in_groups(capsys):
+    """A title holds its setting and those below; a hidden one is listed by --help all alone, and can be set."""
+
+    @dataclass(frozen=True)
+    class Grouped:
+        """Toy."""
+
+        lr: float = setting(1e-5, "rate", group="Optimizer")
+        steps: int = setting(10, "updates")
+        frames: int = setting(8, "frames", group="Data")
+        beta: float = setting(0.9, "decay", group="Optimizer", hidden=True)
+
+    said = {}
+    for words in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit) as stop:
+            parse(Grouped, argv=words)
+        said[len(words)] = capsys.readouterr().out
+        assert stop.value.code == 0
+    optimizer, data = said[1].split("Optimizer:")[1].split("Data:")
+    assert "--lr" in optimizer and "--steps" in optimizer and "--frames" in data
+    assert "--beta" not in said[1] and "1 more settings: --help all" in said[1]
+    assert "--beta" in said[2].split("Optimizer:")[1].split("Data:")[0] and "more settings" not in said[2]
+    assert parse(Grouped, argv=["--beta", "0.5"]).beta == 0.5
+
+
+def test_help_ends_with_examples(capsys, monkeypatch):
+    """They are the commands under Run in the docstring of the file that defines the settings."""
+    text = "What.\n\nRun       python a.py --x 50 %   first\n          torchrun a.py\n\n          why\nDiffers   python b.py"
+    monkeypatch.setattr(sys.modules[Config.__module__], "__doc__", text)
+    assert flags.examples(Config) == ["python a.py --x 50 %   first", "torchrun a.py"]
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert capsys.readouterr().out.endswith("examples:\n  python a.py --x 50 %   first\n  torchrun a.py\n")
 
 
 def test_run_calls_main(monkeypatch):

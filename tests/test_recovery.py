@@ -186,7 +186,7 @@ def test_torchrun_ends_within_seconds(tmp_path):
     began = time.monotonic()
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 1 and time.monotonic() - began < 15
-    assert "rank 0: another rank is lost; run the same command again: it goes on from what was saved" in said, said
+    assert "rank 0: another rank is lost; run the same command again: it continues from the saved state" in said, said
     assert (
         re.search(r"rank\s*: 1 ", said) and "Traceback" not in said.split("ChildFailedError")[0].split("torch/")[0]
     ), said
@@ -243,7 +243,7 @@ def test_a_full_disk(tmp_path, hook, left):
     assert 2 in job.codes()
     assert "Traceback" not in job.said() and "too large" in job.said(), job.said()
     assert 1 <= len(job.complaints()) <= 2, job.said()  # no launcher ends the rank that meets it second
-    assert all("; make room, then run the same command again" in line for line in job.complaints()), job.said()
+    assert all("; free disk space, then run the same command again" in line for line in job.complaints()), job.said()
     assert max(state.saved_steps(tmp_path / "run/state")) >= left
     again = Job(tmp_path / "run", *flags)
     assert set(again.codes()) == {0}, again.said()
