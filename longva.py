@@ -632,7 +632,7 @@ def look(
             for pixels, how in (preprocess(picture, model.config) for picture in pictures)
         ]
         return [[x_TD] for x_TD in seen], sum(map(len, seen))
-    M = (model.config.vision.patches // 2) ** 2
+    M = model.config.vision.tokens_per_grid
     grids = (unires.frame(picture, model.config.vision.side, "crop") for _, picture in film)
     mine = encode_video(model, video.prefetch(grids, 2 * cfg.batch), cfg.batch)
     parts = ring.gather_round_robin(mine, model.lm_head.weight[:0], cfg.batch * M, world)

@@ -300,7 +300,7 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
     if cfg.data == "synthetic":
         return synthetic_source(cfg)
     words_per_token = 0.75  # of English: lengths need only be like each other
-    pooled = config.vision.patches**2 // 4
+    video_tokens = cfg.frames * config.vision.tokens_per_grid
 
     def measure(record: dict) -> int:
         """About how many tokens its sample has; ValueError if this stage cannot use it."""
@@ -312,7 +312,7 @@ def open_source(cfg: Config, config: longva.LongVAConfig, world: ring.World) -> 
             raise ValueError(f"has {len(dialogues[0])} turns, but --stage align takes a question and a caption")
         spoken = max(sum(len(said.split()) for _, said in turns) for turns in dialogues)
         sizes = llava.sizes(record, cfg.images)
-        seen = [measure_picture(cfg, config, size) if size else cfg.frames * pooled for size in sizes]
+        seen = [measure_picture(cfg, config, size) if size else video_tokens for size in sizes]
         return round(spoken / words_per_token) + sum(seen) + 1
 
     def summed(tokens: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.config import tokens_per_grid
 from data.video import MAX_ASPECT, MAX_PIXELS
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per colour, of pixels in 0..1
@@ -282,7 +283,7 @@ def token_count(
     """T, how many tokens `unires` or `anyres` will make of grids of patches x patches; needs no model."""
     if scheme == "unires":
         check_even(patches)
-        return rows * cols * (patches // 2) ** 2
+        return rows * cols * tokens_per_grid(patches)
     assert scheme == "anyres", scheme
     height, width = rows * patches, cols * patches
     top, left = margins(height, width, unpad)

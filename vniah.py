@@ -327,7 +327,7 @@ class Film:
 
 def encode_frames(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  # noqa: ANN001
     """Visual tokens of each picture, x_NMD, letterboxed as V-NIAH shows frames; and the pictures' digests."""
-    M, hashes = (model.config.vision.patches // 2) ** 2, []
+    M, hashes = model.config.vision.tokens_per_grid, []
 
     def grids() -> Iterator[Tensor]:
         for picture in pictures:
@@ -738,7 +738,7 @@ def trained(cfg: Config, panel: Panel) -> tuple[float, int]:
     """(the length that a panel's language model was trained at, for the dotted line, tokens per unit of length)."""
     config = longva.read_config(panel.folder)
     lm = config.lm if isinstance(config, longva.LongVAConfig) else config
-    per_unit = (config.vision.patches // 2) ** 2 if cfg.task == "vision" else 1
+    per_unit = config.vision.tokens_per_grid if cfg.task == "vision" else 1
     return (cfg.trained_on or lm.max_position_embeddings) / per_unit, per_unit
 
 

@@ -19,6 +19,11 @@ from data import weights
 from data.tokenizer import read_json
 
 
+def tokens_per_grid(patches: int) -> int:
+    """M, the tokens of a grid of patches x patches once they are pooled 2x2 (Sec. 3.2): 144 of 24 x 24."""
+    return (patches // 2) ** 2
+
+
 @dataclass(frozen=True)
 class ClipConfig:
     """Sizes of the tower, under the names of Hugging Face's config.json; the defaults are ViT-L/14-336's."""
@@ -71,6 +76,11 @@ class ClipConfig:
     def side(self) -> int:
         """Pixels along the side of a grid (336)."""
         return self.image_size
+
+    @property
+    def tokens_per_grid(self) -> int:
+        """M, the tokens of a grid after 2x2 pooling (144)."""
+        return tokens_per_grid(self.patches)
 
     @property
     def patches(self) -> int:

@@ -78,7 +78,7 @@ def language(config: Model) -> LMConfig:
 
 def frame_tokens(config: Model) -> int:
     """M, the tokens of a frame: its patches pooled 2x2 (Sec. 3.2). A language model counts in tokens: 1."""
-    return (config.vision.patches // 2) ** 2 if isinstance(config, LongVAConfig) else 1
+    return config.vision.tokens_per_grid if isinstance(config, LongVAConfig) else 1
 
 
 def train_flop(lm: LMConfig, S: int) -> float:

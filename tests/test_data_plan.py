@@ -90,7 +90,7 @@ def answer(lm, eye, frames, batch, chunk):
     model.to_empty(device="cpu").tie()
     for parameter in model.parameters():
         parameter.normal_(0, 0.02)
-    side, M = config.vision.side, (config.vision.patches // 2) ** 2
+    side, M = config.vision.side, config.vision.tokens_per_grid
     film = (longva.unires.frame(np.full((side, side, 3), i % 256, np.uint8), side) for i in range(frames))
     cache = longva.KVCache(lm, 1, frames * M + 2 + SAID, model.lm_head.weight)
     seen = longva.encode_video(model, longva.video.prefetch(film, 2 * batch), batch)
