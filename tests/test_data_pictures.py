@@ -1,0 +1,69 @@
+"""The README's pictures: each is drawn, legible where it is shown, and says what the code computes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+from PIL import Image
+
+import longva
+import ring
+from data import pictures
+
+
+@pytest.mark.parametrize("name", pictures.DRAWN)
+def test_is_drawn_and_legible(name, tmp_path):
+    figure = pictures.DRAWN[name]()
+    figure.canvas.draw()
+    inside = figure.bbox
+    for text in figure.findobj(Text):
+        if text.get_text():
+            assert text.get_fontsize() >= pictures.TEXT * 0.72, text
+            box = text.get_window_extent()
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, text
+    pictures.save(figure, tmp_path / "drawn.png")
+    drawn, shipped = (Image.open(f).size for f in (tmp_path / "drawn.png", pictures.ASSETS / f"{name}.png"))
+    assert drawn == shipped and drawn[0] == 2 * pictures.WIDTH
+
+
+def test_the_command_draws_what_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "ASSETS", tmp_path / "assets")
+    (tmp_path / "assets").mkdir()
+    pictures.main(["row"])
+    assert [f.name for f in (tmp_path / "assets").iterdir()] == ["row.png"]
+    with pytest.raises(SystemExit, match="there is no picture cat"):
+        pictures.main(["cat"])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_hops_are_those_of_the_ring(ranks):
+    hop = pictures.hops(ranks)
+    for rank in range(ranks):
+        world = ring.World(rank=rank, ranks=ranks, device=torch.device("cpu"))
+        mine = ring.zigzag_index(2 * ranks, world).tolist()
+        assert mine == [rank, 2 * ranks - 1 - rank]
+        for h in range(ranks):
+            theirs = [(rank - h) % ranks, 2 * ranks - 1 - (rank - h) % ranks]
+            assert (hop[np.ix_(mine, theirs)] == h).sum() == (3 if h == 0 else 2)
+    assert (np.triu(hop, 1) == np.triu(np.full_like(hop, -1), 1)).all() and (np.diag(hop) == 0).all()
+
+
+def test_memory_is_near_the_logits_and_parameters_of_qwen2_7b():
+    rows = pictures.training_memory()
+    nothing, everything = rows["nothing"], rows["+ parameters to CPU"]
+    assert nothing["logits"] == pytest.approx(28_000 * 152_064 * 6 / 1e9)
+    assert nothing["parameters, gradients, AdamW"] == pytest.approx(16 * 7.6156e9 / 8 / 1e9, rel=1e-3)
+    assert longva.LOSS_CHUNK["cuda"] * 152_064 * 6 / 1e9 == pytest.approx(everything["logits"])
+    totals = [sum(terms.values()) for terms in rows.values()]
+    assert totals == sorted(totals, reverse=True) and totals[-1] < 24
+
+
+def test_measured_numbers_are_the_tables():
+    data = json.loads((pictures.ASSETS / "miniature.json").read_text())
+    means = {name: np.mean(found) / data["of"] for name, found in data["found"].items()}
+    table = (pictures.ASSETS.parent / "data/tiny/README.md").read_text()
+    for name, mean in means.items():
+        assert re.search(rf"{re.escape(name)} .*{mean:.3f}", table), name
