@@ -9,7 +9,6 @@ Run       python vniah.py                                       the four systems
           python vniah.py --haystack FILM.mp4 --needles FOLDER  your film (1 frame per second), your needles
           python vniah.py --protocol paper --weights LongVA-7B --haystack FILM.mp4 --needles FOLDER
           torchrun --nproc-per-node 8 vniah.py ...              probes spread over ranks; or --engine ring: the paper's
-          python vniah.py --plot-only --merge runs/A runs/B     figures again, of several runs together
 Key       B probes read together   N frames   M tokens per frame   T tokens   S tokens of a whole probe   D LM width
           Q tokens of the question   A of the answer   I of the needle (M, or none)
 Deviates  Needles with one place in the same haystack are read once for all lengths, into a cache that grows with the
@@ -31,7 +30,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,7 +43,7 @@ from tqdm import tqdm
 import longva
 import ring
 import unires
-from data import chat, figures, film_cache, needles, runs, synthetic, tokenizer, video, weights
+from data import chat, film_cache, niah, results, runs, synthetic, tokenizer, video, weights
 from data.config import stop_ids
 from data.flags import at_least, run, setting
 
@@ -77,7 +76,6 @@ class Config:
     speak: int = setting(8, "tokens that the model says by itself to each question, 0: none (ours)")
     engine: Literal["cache", "ring"] = setting("cache", "keep what is read once, or the paper's way (Sec. 4)")
     keep: bool = setting(True, "keep the encoded film in --out, for the next run (ours)")
-    merge: tuple[Path, ...] = setting((), "folders of other runs whose probes count as well (ours)")
     plot_only: bool = setting(False, "no probes: tables and pictures of what is known (ours)")
     colours: Literal["safe", "paper"] = setting("safe", "legible to the colour-blind, or the paper's (Fig. 4)")
     trained_on: int | None = setting(
@@ -88,7 +86,7 @@ class Config:
 
     def __post_init__(self):
         at_least(self, digits=1, rope_theta=1, trained_on=1, needle_count=1, number_count=1, seed=0, speak=0)
-        most = len(needles.DISTRACTORS)
+        most = len(niah.DISTRACTORS)
         for name in ("frames", "context"):
             given = getattr(self, name)
             if given is not None and list(given) != sorted({n for n in given if n > 0}):
@@ -100,7 +98,7 @@ class Config:
         if not 0 <= (self.distractors or 0) < len(synthetic.THINGS):
             raise ValueError(f"--distractors {self.distractors}: 0 to {len(synthetic.THINGS) - 1} go, one a thing")
         for depth in self.depths or ():
-            needles.place(1, depth)  # refuses what is outside 0..1
+            niah.insert_index(1, depth)  # refuses what is outside 0..1
 
 
 PRESETS = {"tiny": {"protocol": "tiny"}, "paper": {"protocol": "paper"}}
@@ -113,7 +111,7 @@ PROTOCOLS = {  # the tiny: 90 seconds on two CPU cores; the paper's, by estimate
     "paper": {
         "needle_count": 5, "frames": tuple(range(200, 3001, 200)),
         "number_count": 5, "context": tuple(range(32_000, 512_001, 32_000)),
-        "distractors": 0, "digits": 7, "seed": needles.SEED,
+        "distractors": 0, "digits": 7, "seed": niah.SEED,
     },
 }  # fmt: skip
 PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i / 10 for i in range(11))}
@@ -227,7 +225,7 @@ class Film:
         self.names = [needle.name for needle in self.hidden]
         self.needle_NMD = encode_frames(model, (needle.picture for needle in self.hidden))[0]
         self.sign_NMD = encode_frames(model, (sign.picture for sign in signs))[0] if signs else self.film_NMD[:0]
-        told = list(map(needles.describe, self.hidden))
+        told = list(map(niah.describe, self.hidden))
         self.prompts = {"template": template, "pre": pre, "post": self.post, "needles": told}
         self.enter(panel)
 
@@ -246,7 +244,7 @@ class Film:
         M, places = self.film_NMD.shape[1], {}
         for length, depth in cells:
             spread = length if len(self.sign_NMD) else 0
-            places.setdefault((spread, needles.place(length, depth)), []).append((length, depth))
+            places.setdefault((spread, niah.insert_index(length, depth)), []).append((length, depth))
         made = []
         for (spread, at), served in sorted(places.items()):
             sizes = [(len(self.asks[i]), len(self.answers[i])) for i in self.asked]
@@ -331,7 +329,7 @@ def encode_frames(model: longva.LongVA, pictures) -> tuple[Tensor, list[str]]:  
 
     def grids() -> Iterator[Tensor]:
         for picture in pictures:
-            hashes.append(needles.digest(picture))
+            hashes.append(niah.picture_hash(picture))
             yield unires.frame(picture, model.config.vision.side, "pad")
 
     return torch.cat(list(longva.encode_video(model, grids()))).unflatten(0, (-1, M)), hashes
@@ -378,16 +376,16 @@ def open_film(cfg: Config, panel: Panel, frames: int) -> Iterator:
     return (picture for _, picture in islice(video.frames(cfg.haystack, fps=fps), frames))
 
 
-def asked(cfg: Config, panel: Panel, hidden: list[needles.Needle]) -> list[needles.Needle | None]:
+def asked(cfg: Config, panel: Panel, hidden: list[niah.Needle]) -> list[niah.Needle | None]:
     """The needles as a panel asks about them; None for one that it leaves out, for want of options to move."""
     rng = np.random.default_rng([0x0B7, cfg.seed])
-    return [needles.shuffled_options(one, rng) for one in hidden] if panel.control == "shuffled" else hidden
+    return [niah.shuffled_options(one, rng) for one in hidden] if panel.control == "shuffled" else hidden
 
 
-def pick_needles(cfg: Config, panel: Panel) -> tuple[list[needles.Needle], list[needles.Needle]]:
+def pick_needles(cfg: Config, panel: Panel) -> tuple[list[niah.Needle], list[niah.Needle]]:
     """The needles, and the distractors: needles of other things, of a folder some that are then not asked about."""
     if cfg.needles:
-        given = needles.read_needles(cfg.needles)
+        given = niah.read_needles(cfg.needles)
         if len(given) <= panel.distractors:
             raise ValueError(f"{cfg.needles} has {len(given)} needles, too few for --distractors {panel.distractors}")
         drawn = np.random.default_rng([0xD15, cfg.seed]).permutation(len(given)).tolist()
@@ -401,13 +399,13 @@ class Story:
 
     def __init__(self, cfg: Config, panel: Panel, model: longva.LM, words: tokenizer.Tokenizer, world: ring.World):
         self.cfg, self.model, self.words, self.world = cfg, model, words, world
-        self.stops = needles.LLAMA_PERIODS if cfg.legacy_periods else needles.period_ids(words.encode)
+        self.stops = niah.LLAMA_PERIODS if cfg.legacy_periods else niah.period_ids(words.encode)
         self.ends = sorted({*words.stop_ids, *stop_ids(panel.folder)})
         seed, given = cfg.seed + 1000 * panel.trial, cfg.haystack != "synthetic"
-        text = needles.read_text_haystack(cfg.haystack) if given else synthetic.story(seed, max(cfg.context))
+        text = niah.read_text_haystack(cfg.haystack) if given else synthetic.story(seed, max(cfg.context))
         self.ids, self.hashes = words.encode(text), [hashlib.sha256(text.encode()).hexdigest()[:16]]
         self.names = asked_names(cfg, panel)
-        self.prompts = {"before": needles.PREFIX, "needle": needles.NEEDLE, "question": needles.QUESTION}
+        self.prompts = {"before": niah.PREFIX, "needle": niah.NEEDLE, "question": niah.QUESTION}
         self.enter(panel)
 
     def enter(self, panel: Panel) -> None:
@@ -432,10 +430,10 @@ class Story:
                 number, others = numbers[i], numbers[self.cfg.number_count :]
                 rng.set_state(states[context, depth, i])
             else:
-                number, *others = needles.numbers(rng, 1 + self.panel.distractors, self.cfg.digits)
-            lies = list(zip(needles.DISTRACTORS, others))
+                number, *others = niah.magic_numbers(rng, 1 + self.panel.distractors, self.cfg.digits)
+            lies = list(zip(niah.DISTRACTORS, others))
             probe = (self.words.encode, self.ids, context, depth, number, lies, rng, self.stops)
-            made.append(needles.text_probe(*probe))
+            made.append(niah.text_probe(*probe))
         return made
 
     def probe(self, job: Job, jobs: list[Job]) -> Iterator[list[dict]]:
@@ -477,9 +475,9 @@ def released_draws(cfg: Config, panel: Panel, words: tokenizer.Tokenizer) -> tup
     distractor, in a text that has grown by those before.
     """
     rng = np.random.RandomState((cfg.seed + 1000 * panel.trial) % 2**32)
-    numbers = needles.numbers(rng, cfg.number_count + panel.distractors, cfg.digits)
-    lies = list(zip(needles.DISTRACTORS, numbers[cfg.number_count :]))
-    grown = [len(words.encode(needles.NEEDLE.format(city=city, number=number))) for city, number in lies]
+    numbers = niah.magic_numbers(rng, cfg.number_count + panel.distractors, cfg.digits)
+    lies = list(zip(niah.DISTRACTORS, numbers[cfg.number_count :]))
+    grown = [len(words.encode(niah.NEEDLE.format(city=city, number=number))) for city, number in lies]
     states = {}
     for context in cfg.context:
         for depth in cfg.depths:
@@ -568,19 +566,17 @@ def asked_names(cfg: Config, panel: Panel) -> list[str]:
 def all_cells(cfg: Config, world: ring.World) -> Known:
     """What all ranks wrote. None goes on before all have read, or they would share out what is left differently."""
     ring.all_reduce_sum(torch.zeros(1), world)
-    known = read_cells(cfg.out, cfg.merge)
+    known = read_cells(cfg.out)
     ring.all_reduce_sum(torch.zeros(1), world)
     return known
 
 
-def read_cells(folder: Path, merge: tuple[Path, ...] = ()) -> Known:
-    """What runs found out: this one's, and those of other folders under the names of their needles and folders."""
+def read_cells(folder: Path) -> Known:
+    """What a run found out."""
     known: Known = {}
-    for place in (folder, *merge):
-        for file in sorted(place.glob(CELLS.format("*"))):
-            for _, line in runs.entries(file):
-                cell = known.setdefault((line["panel"], line["length"], line["depth"]), {})
-                cell[line["needle"] if place == folder else f"{place}/{line['needle']}"] = line
+    for file in sorted(folder.glob(CELLS.format("*"))):
+        for _, line in runs.entries(file):
+            known.setdefault((line["panel"], line["length"], line["depth"]), {})[line["needle"]] = line
     return known
 
 
@@ -594,7 +590,7 @@ def controls_of(cfg: Config, panel: Panel) -> list[Panel]:
     """The same model and questions without the needle, and with options in another order, if they have options."""
     made = [replace(panel, name=f"{panel.name}, no needle", control="no needle")]
     rng = np.random.default_rng(0)
-    if any(needles.shuffled_options(needle, rng) for needle in pick_needles(cfg, panel)[0]):
+    if any(niah.shuffled_options(needle, rng) for needle in pick_needles(cfg, panel)[0]):
         made.append(replace(panel, name=f"{panel.name}, options moved", control="shuffled"))
     return made if cfg.controls else []
 
@@ -625,7 +621,7 @@ def systems(cfg: Config) -> tuple[list[Panel], list[Panel], list[Panel]]:
 
 
 def main(cfg: Config) -> None:
-    """Probe every cell that is not known yet, then print the tables and draw the figures."""
+    """Probe every cell that is not known yet, then print the tables and draw the results."""
     world, cfg = ring.start(cfg.device), resolve(cfg)
     lengths = cfg.frames if cfg.task == "vision" else cfg.context
     panels, controls, trials = systems(cfg)
@@ -650,14 +646,8 @@ def main(cfg: Config) -> None:
 
 def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[dict, Known]:
     """(what the results depend on, what earlier runs with the same found out); a torn last line is probed again."""
-    if cfg.plot_only and not list(cfg.out.glob(CELLS.format("*"))) and not cfg.merge:
-        raise ValueError(f"{cfg.out} holds no run to draw; run without --plot-only first, or name others with --merge")
-    for folder in cfg.merge:
-        if not list(folder.glob(CELLS.format("*"))):
-            raise ValueError(f"--merge {folder} holds no results; name folders that vniah.py wrote")
-    drawn = [Path(folder, "config.json") for folder in (cfg.out, *cfg.merge) if list(folder.glob(CELLS.format("*")))]
-    if any(needles.same_probes(*pair) for pair in combinations([json.loads(file.read_text()) for file in drawn], 2)):
-        raise ValueError("--merge would count the same needles twice: these runs share seed or film; leave some out")
+    if cfg.plot_only and not list(cfg.out.glob(CELLS.format("*"))):
+        raise ValueError(f"{cfg.out} holds no run to draw; run without --plot-only first")
     folders = sorted({panel.folder for panel in panels})
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ValueError(f"{missing[0]} is no folder; name a model's folder as --weights")
@@ -679,7 +669,7 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
     return stamp, all_cells(cfg, ring.long_timeout_group(world))
 
 
-LOOKS = ("merge", "plot_only", "colours", "trained_on", "device", "keep")  # change no score
+LOOKS = ("plot_only", "colours", "trained_on", "device", "keep")  # change no score
 
 
 def hits_of(known: Known, panel: Panel, length: int | None = None, key: str = "hit") -> list[bool]:
@@ -692,28 +682,28 @@ def show(cfg: Config, known: Known, panels: list[Panel], controls: list[Panel], 
     """Print tables and a heatmap for terminals, and draw the pictures."""
     lengths, unit = (cfg.frames, "frames") if cfg.task == "vision" else (cfg.context, "tokens")
 
-    def map_of(panel: Panel, key: str = "hit") -> figures.Map:
+    def map_of(panel: Panel, key: str = "hit") -> results.Map:
         cells = [(n, d, found.values()) for (name, n, d), found in known.items() if name == panel.name]
         grid = {(n, d): [probe[key] for probe in found if probe[key] is not None] for n, d, found in cells}
-        return figures.Map(panel.name, grid, trained(cfg, panel)[0])
+        return results.Map(panel.name, grid, trained(cfg, panel)[0])
 
     maps = [map_of(panel) for panel in panels]
-    print(figures.table([*maps, *map(map_of, controls)], lengths, unit))
+    print(results.table([*maps, *map(map_of, controls)], lengths, unit))
     spoken = [map_of(panel, "spoken") for panel in panels if hits_of(known, panel, key="spoken")]
     if spoken:
-        print("\nby what the models say themselves:\n" + figures.table(spoken, lengths, unit))
-    if kinds := figures.by_kind(known, [panel.name for panel in [*panels, *controls]]):
+        print("\nby what the models say themselves:\n" + results.table(spoken, lengths, unit))
+    if kinds := results.by_kind(known, [panel.name for panel in [*panels, *controls]]):
         print("\nby kind of needle:\n" + kinds)
     if trials and any(hits_of(known, trial) for trial in trials):
         tried = ", ".join(f"{trial.rope_theta:g}: {np.mean(hits_of(known, trial)):.2f}" for trial in trials)
         by = "with the same needles" if cfg.needles else "with another haystack and other needles"
         print(f"RoPE bases tried {by}, at the two greatest lengths: {tried}")
-    print("\n" + "\n".join(figures.blocks(one, lengths, cfg.depths, unit) for one in maps) + "\n")
+    print("\n" + "\n".join(results.blocks(one, lengths, cfg.depths, unit) for one in maps) + "\n")
     per_unit = trained(cfg, panels[0])[1]
-    figures.heatmap(cfg.out / "heatmap.png", maps, lengths, cfg.depths, unit, per_unit, cfg.colours)
+    results.heatmap(cfg.out / "heatmap.png", maps, lengths, cfg.depths, unit, per_unit, cfg.colours)
     for i, one in enumerate(maps):
-        figures.heatmap(cfg.out / f"heatmap-{i + 1}.png", [one], lengths, cfg.depths, unit, per_unit, cfg.colours)
-    figures.comparison(cfg.out / "comparison.png", [*maps, *map(map_of, controls)], lengths, unit)
+        results.heatmap(cfg.out / f"heatmap-{i + 1}.png", [one], lengths, cfg.depths, unit, per_unit, cfg.colours)
+    results.comparison(cfg.out / "comparison.png", [*maps, *map(map_of, controls)], lengths, unit)
 
 
 def keep_results(cfg: Config, stamp: dict, told: dict, known: Known) -> None:
@@ -723,12 +713,12 @@ def keep_results(cfg: Config, stamp: dict, told: dict, known: Known) -> None:
     cells = []
     for (panel, length, depth), found in sorted(known.items()):
         hits = [bool(probe["hit"]) for probe in found.values()]
-        low, high = needles.wilson(sum(hits), len(hits))
+        low, high = results.wilson(sum(hits), len(hits))
         cell = {"panel": panel, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
         cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": found})
-    results = {"settings": stamp, "versions": runs.versions(), "panels": before.get("panels", {}) | told}
-    results = ((cfg.plot_only and before) or results) | {"cells": cells}  # a drawing changes nothing of the run
-    runs.replace_text(file, json.dumps(results, indent=1, default=str) + "\n")
+    record = {"settings": stamp, "versions": runs.versions(), "panels": before.get("panels", {}) | told}
+    record = ((cfg.plot_only and before) or record) | {"cells": cells}  # a drawing changes nothing of the run
+    runs.replace_text(file, json.dumps(record, indent=1, default=str) + "\n")
     print(f"results: {file}   pictures: {cfg.out / 'heatmap.png'}, {cfg.out / 'comparison.png'}")
     if not cfg.weights:
         print("next:    python " + ("vniah.py text" if cfg.task == "vision" else "train_text.py --preset tiny-base"))

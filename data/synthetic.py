@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data import needles, tokenizer
+from data import niah, tokenizer
 from data.chat import IGNORE
 
 TOKENIZER = Path(__file__).parent / "tiny" / "tokenizer"
@@ -66,7 +66,7 @@ TOKEN = re.compile(r" ?[A-Za-z]+|.")
 
 def lexicon() -> list[str]:
     """Every word of the small world as it stands in text, its space in front: each becomes one token."""
-    templates = [needles.PREFIX, needles.NEEDLE, needles.QUESTION, *SENTENCES, *FACTS, ASK_NUMBER, ASK_COLOUR]
+    templates = [niah.PREFIX, niah.NEEDLE, niah.QUESTION, *SENTENCES, *FACTS, ASK_NUMBER, ASK_COLOUR]
     templates += [CAPTION, BARE]
     plain = [literal for text in templates for literal, *_ in string.Formatter().parse(text)]
     plain += ["user", "assistant", "system\nYou are a helpful assistant."]
@@ -82,7 +82,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ stories
-CITIES = [needles.CITY, *needles.DISTRACTORS]
+CITIES = [niah.CITY, *niah.DISTRACTORS]
 
 # A text is a list of pieces (text, learn): `learn` marks what the text before determines. Pieces are cut
 # where tokens are cut, so that the marks survive tokenising.
@@ -182,12 +182,12 @@ def book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     digits = int(rng.integers(1, 4))
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
-    lines = [needles.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
+    lines = [niah.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
     asked = max(1, min(len(cities), tokens // 80))
     story = mix(rng, lines, tokens - (14 + digits) * len(cities) - (25 + digits) * asked - 25)
-    pieces: Pieces = [(needles.PREFIX + story, False)]
+    pieces: Pieces = [(niah.PREFIX + story, False)]
     for turn, i in enumerate(rng.permutation(len(cities))[:asked]):
-        question = needles.QUESTION.replace(needles.CITY, cities[i])
+        question = niah.QUESTION.replace(niah.CITY, cities[i])
         pieces += [(question if turn == 0 else "\n" + question[question.index("Question") :], False)]
         pieces += [*((digit, True) for digit in numbers[i]), (".", True)]
     return pieces
@@ -392,7 +392,7 @@ def film(seed: int) -> Iterator[Image.Image]:
             yield to_image(frame_YXC)
 
 
-def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[needles.Needle], list[needles.Needle]]:
+def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[niah.Needle], list[niah.Needle]]:
     """(needles, distractors): frames that show a thing with a number, each with its question and answer.
 
     Distractors show things that no needle shows. Things and digits come in turn, so that no answer is frequent.
@@ -401,10 +401,10 @@ def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[need
     things = [str(thing) for thing in rng.permutation(THINGS)]
     digits = rng.permutation(10)
 
-    def sign(i: int, thing: str) -> needles.Needle:
+    def sign(i: int, thing: str) -> niah.Needle:
         number, colour = int(digits[i % 10]), str(rng.choice(list(COLOURS)))
         picture = photograph(rng, 1, 1, [(thing, colour, number)])
-        return needles.Needle(f"{i:02}-{thing}-{number}", picture, ASK_NUMBER.format(thing=thing), str(number))
+        return niah.Needle(f"{i:02}-{thing}-{number}", picture, ASK_NUMBER.format(thing=thing), str(number))
 
     others, asked = things[:distractors], things[distractors:]
     return [sign(i, asked[i % len(asked)]) for i in range(count)], [

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ import longva
 import ring
 import unires
 import vniah
-from data import chat, figures, needles, parameters, runs, synthetic, tokenizer, weights
+from data import chat, niah, parameters, runs, synthetic, tokenizer, weights
+from data import results as result_tables
 from tests import bench_needles, ranks, shapes
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def shipped(tmp_path):
 def undrawn(monkeypatch):
     """Pictures take longer than all else."""
     for name in ("heatmap", "comparison"):
-        monkeypatch.setattr(figures, name, lambda *a: None)
+        monkeypatch.setattr(result_tables, name, lambda *a: None)
 
 
 def write_needles(folder, answers=("7", "12", "red", "3")):
@@ -68,13 +68,13 @@ def write_needles(folder, answers=("7", "12", "red", "3")):
     rng, made = np.random.default_rng(0), []
     for i, answer in enumerate(answers):
         picture = synthetic.photograph(rng, 1, 1, synthetic.cast(rng, 1))
-        made.append(needles.Needle(f"n{i}", picture, "\n" * (i % 2) + "Which number?" + " star" * (i // 2), answer))
-    needles.write_needles(folder, made)
+        made.append(niah.Needle(f"n{i}", picture, "\n" * (i % 2) + "Which number?" + " star" * (i // 2), answer))
+    niah.write_needles(folder, made)
     return made
 
 
 def moved(needle, rng):
-    """In place of the real needles.shuffled_options: something else is asked, and not about every needle."""
+    """In place of the real niah.shuffled_options: something else is asked, and not about every needle."""
     if needle.name.endswith("1"):
         return None
     return replace(needle, question=f"{needle.question} {rng.integers(10)}", answer=str(rng.integers(10)))
@@ -173,7 +173,7 @@ def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own,
         write_needles(tmp_path / "needles")
         cfg = replace(cfg, needles=tmp_path / "needles")
     cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), speak=0)
-    monkeypatch.setattr(needles, "shuffled_options", moved)
+    monkeypatch.setattr(niah, "shuffled_options", moved)
     panel = vniah.Panel("x", cfg.weights, None, distractors, control)
     model, words = longva.load(panel.folder, "cpu"), tokenizer.load_tokenizer(panel.folder)
     slow = naive(cfg, panel, model, words)
@@ -305,17 +305,17 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
     panel = found["panels"]["longva"]
     assert len(set(panel["haystack"])) > 20 and len(panel["haystack"]) == 40
-    assert panel["haystack"][0] == needles.digest(next(synthetic.film(7)))
+    assert panel["haystack"][0] == niah.picture_hash(next(synthetic.film(7)))
     told = panel["prompts"]
     assert [one["question"] for one in told["needles"]] == [one.question for one in hidden]
-    assert [one["picture"] for one in told["needles"]] == [needles.digest(one.picture) for one in hidden]
+    assert [one["picture"] for one in told["needles"]] == [niah.picture_hash(one.picture) for one in hidden]
     assert told["template"] == "qwen_1_5" and told["pre"] and told["post"]
     cells = by_cell(found["cells"])
     assert len(cells) == 2 * 2 + 2 and {name for name, *_ in cells} == {"longva", "longva, no needle"}
     for cell in found["cells"]:
         hits = [probe["hit"] for probe in cell["probes"].values()]
         assert (cell["found"], cell["of"]) == (sum(hits), 3) and set(cell["probes"]) == {n.name for n in hidden}
-        assert cell["wilson"] == [round(x, 4) for x in needles.wilson(sum(hits), 3)]
+        assert cell["wilson"] == [round(x, 4) for x in result_tables.wilson(sum(hits), 3)]
     assert all(probe["hit"] and probe["spoken"] for probe in cells["longva", 3, 0.0].values())
     assert not all(probe["hit"] for probe in cells["longva, no needle", 40, 0.5].values())
     for name in ("heatmap.png", "heatmap-1.png", "comparison.png"):
@@ -545,7 +545,7 @@ def released(cfg, words, ids, distractors):
     rng = np.random.RandomState(24242424)
     mine = [str(rng.randint(10**7)) for _ in range(5)]
     others = [str(rng.randint(10**7)) for _ in range(distractors)]
-    stops, made = needles.period_ids(words.encode), {}
+    stops, made = niah.period_ids(words.encode), {}
     prefix, question = (
         "This is a very long story book: <book>",
         (
@@ -597,7 +597,7 @@ def test_the_full_stops_of_the_release(cfg, folders):
     cfg = replace(cfg, task="text", weights=folders / "text", context=(40,), number_count=2)
     words, panel = tokenizer.load_tokenizer(cfg.weights), vniah.Panel("x", cfg.weights, None, 0)
     assert vniah.Story(replace(cfg, legacy_periods=True), panel, None, words, ALONE).stops == {29889, 869}
-    assert vniah.Story(cfg, panel, None, words, ALONE).stops == needles.period_ids(words.encode)
+    assert vniah.Story(cfg, panel, None, words, ALONE).stops == niah.period_ids(words.encode)
 
 
 def test_a_trial_has_other_needles(cfg, folders):
@@ -611,7 +611,7 @@ def test_a_trial_has_other_needles(cfg, folders):
                 asked = [{words.decode(answer) for _, answer in story.probes(40, 0.5)} for story in stories]
                 assert stories[0].ids != stories[1].ids
             else:
-                asked = [{needles.digest(n.picture) for n in vniah.pick_needles(at, panel)[0]} for panel in panels]
+                asked = [{niah.picture_hash(n.picture) for n in vniah.pick_needles(at, panel)[0]} for panel in panels]
             assert len(asked[0]) >= 4 and not asked[0] & asked[1]
 
 
@@ -631,55 +631,7 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
     assert shown == [0, 25, 50, 75]
 
 
-# ------------------------------------------------------------------------------------------------ merge, plot, keep
-
-
-def test_merged_runs_add_their_probes(shipped, capsys, monkeypatch):
-    base = replace(shipped, controls=False, speak=0)
-    other = replace(base, seed=8, out=base.out.with_name("other"))
-    vniah.main(base)
-    vniah.main(other)
-    own, foreign = (by_cell(results(one)["cells"]) for one in (base, other))
-    with open(other.out / "cells-0.jsonl", "a") as file:
-        file.write('{"torn')
-    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model to draw"))
-    monkeypatch.setattr(weights, "sha", lambda *a: pytest.fail("read weights to draw"))
-    before = results(base)
-    vniah.main(replace(base, plot_only=True, merge=(other.out,)))
-    merged = results(base)
-    assert "n=24" in capsys.readouterr().out
-    assert {name: merged[name] for name in ("settings", "versions", "panels")} == {
-        name: before[name] for name in ("settings", "versions", "panels")
-    }
-    for cell in merged["cells"]:
-        at = cell["panel"], cell["length"], cell["depth"]
-        theirs = {f"{other.out}/{name}": probe for name, probe in foreign[at].items()}
-        assert cell["probes"] == own[at] | theirs and cell["of"] == 6
-        assert cell["wilson"] == [round(x, 4) for x in needles.wilson(cell["found"], 6)]
-    new = base.out.with_name("new")
-    vniah.main(replace(base, plot_only=True, merge=(base.out, other.out), out=new))
-    assert (new / "heatmap.png").is_file() and all(cell["of"] == 6 for cell in results(replace(base, out=new))["cells"])
-
-
-def test_a_seed_that_changes_nothing_is_no_other_run(cfg, tmp_path, undrawn):
-    """Given needles in a given film are the same under every seed; in a film that is drawn they are not."""
-    write_needles(tmp_path / "needles")
-    (tmp_path / "film").mkdir()
-    for i, picture in enumerate(islice(synthetic.film(1), 8)):
-        picture.save(tmp_path / "film" / f"{i}.png")
-    for haystack in (str(tmp_path / "film"), "synthetic"):
-        base = replace(cfg, needles=tmp_path / "needles", haystack=haystack, controls=False, speak=0)
-        base = replace(base, frames=(3,), out=tmp_path / Path(haystack).name / "7")
-        other = replace(base, seed=8, out=base.out.with_name("8"))
-        vniah.main(base)
-        vniah.main(other)
-        merged = replace(base, plot_only=True, merge=(other.out,))
-        if haystack == "synthetic":
-            vniah.main(merged)
-            assert all(cell["of"] == 8 for cell in results(base)["cells"])
-        else:
-            with pytest.raises(ValueError, match="same needles twice"):
-                vniah.main(merged)
+# ------------------------------------------------------------------------------------------------ plot, keep
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -688,8 +640,6 @@ def test_nothing_to_draw_gets_one_sentence(cfg, made):
         runs.open_run(cfg.out, {})
     with pytest.raises(ValueError, match="holds no run to draw"):
         vniah.main(replace(cfg, plot_only=True))
-    with pytest.raises(ValueError, match="holds no results"):
-        vniah.main(replace(cfg, plot_only=True, merge=(cfg.out,)))
 
 
 def test_the_encoded_film_is_kept(undrawn, cfg, capsys, monkeypatch):
@@ -766,7 +716,7 @@ def test_the_miniature_figure(tmp_path, capsys, task):
 
 
 def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(needles, "shuffled_options", moved)
+    monkeypatch.setattr(niah, "shuffled_options", moved)
     write_needles(tmp_path / "needles")
     cfg = replace(cfg, needles=tmp_path / "needles")
     vniah.main(cfg)
@@ -795,7 +745,6 @@ def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
     ({"distractor_counts": (0, 9)}, "6 other cities"),
     ({"needle_count": 0}, "--needle-count 0"),
     ({"rope_theta": (0.5,)}, "--rope-theta 0.5"),
-    ({"merge": ("{film}",)}, "holds no results"),
     ({"out": "{noise}"}, "is a file"),
 ])  # fmt: skip
 def test_mistakes_get_one_sentence(undrawn, cfg, folders, tmp_path, change, complaint):
@@ -807,8 +756,6 @@ def test_mistakes_get_one_sentence(undrawn, cfg, folders, tmp_path, change, comp
     change = {name: fill.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
     if "haystack" in change:
         change["haystack"] = str(change["haystack"])
-    if "merge" in change:
-        change["merge"] = (film,)
     with pytest.raises(ValueError, match=complaint) as error:
         vniah.main(replace(cfg, **change))
     assert "\n" not in str(error.value)

@@ -1,18 +1,22 @@
 """The shipped needles: the drawing script's own pixels, evenly spread, in the release's format, none like another."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import needle_kit, sketch
-from data.needles import read_needles, shuffled_options
+from data.needles import make
+from data.niah import read_needles, shuffled_options
 
-SHIPPED = read_needles(needle_kit.FOLDER)
-PLANS = needle_kit.plans()
+FOLDER = Path(make.__file__).parent
+SHIPPED = read_needles(FOLDER)
+SPECS = make.needle_specs()
 KINDS = "text", "colour", "count", "place", "object"
 COLOURS = "Red Orange Yellow Green Blue Purple Pink Brown Black White".split()
 
@@ -22,32 +26,32 @@ def options(question):
 
 
 def test_count_kinds_and_questions():
-    assert len(SHIPPED) == len(PLANS) >= 60
-    assert Counter(needle.kind for needle in SHIPPED) == dict.fromkeys(KINDS, needle_kit.EACH)
-    for needle, (kind, question, answer, *_) in zip(SHIPPED, PLANS, strict=True):
+    assert len(SHIPPED) == len(SPECS) >= 60
+    assert Counter(needle.kind for needle in SHIPPED) == dict.fromkeys(KINDS, make.PER_KIND)
+    for needle, (kind, question, answer, *_) in zip(SHIPPED, SPECS, strict=True):
         assert (needle.kind, needle.question, needle.answer) == (kind, question, answer)
-    assert {file.stem for file in needle_kit.FOLDER.glob("*.png")} == {needle.name for needle in SHIPPED}
+    assert {file.stem for file in FOLDER.glob("*.png")} == {needle.name for needle in SHIPPED}
 
 
-@pytest.mark.parametrize("index", range(0, len(PLANS), 6))
+@pytest.mark.parametrize("index", range(0, len(SPECS), 6))
 def test_drawn_again_they_are_the_same(index):
-    again = needle_kit.draw(index)
+    again = make.draw_needle(index)
     assert again.name == SHIPPED[index].name
     assert np.array_equal(np.asarray(again.picture.convert("RGB")), np.asarray(SHIPPED[index].picture))
 
 
 def test_another_seed_asks_for_other_counts_and_letters():
-    first, second = ([answer for _, _, answer, *_ in needle_kit.plans(seed)] for seed in (1, 2))
+    first, second = ([answer for _, _, answer, *_ in make.needle_specs(seed)] for seed in (1, 2))
     assert first[:28] == second[:28] and first[28:42] != second[28:42] and first[42:] != second[42:]
 
 
 def test_size():
-    files = list(needle_kit.FOLDER.iterdir())
+    files = list(FOLDER.glob("*.*"))
     assert sum(file.stat().st_size for file in files) < 1_200_000
     for needle in SHIPPED:
-        with Image.open(needle_kit.FOLDER / f"{needle.name}.png") as picture:
+        with Image.open(FOLDER / f"{needle.name}.png") as picture:
             assert picture.size == (336, 336) and picture.mode == "P"
-        assert len(needle.picture.getcolors()) <= sketch.SHADES
+        assert len(needle.picture.getcolors()) <= make.SHADES
 
 
 def test_format():
@@ -110,15 +114,15 @@ def test_letters_of_the_shipped_can_be_shuffled():
 
 def things(index):
     """The (name, tint, x, y, size) of what COUNTED scatters, read off the plan."""
-    _, question, answer, picture, _ = PLANS[index]
+    _, question, answer, picture, _ = SPECS[index]
     parts = [part.split() for part in picture.split(";")]
-    name = next(row[1] for row in needle_kit.COUNTED if row[0] in question)
+    name = next(row[1] for row in make.COUNTED if row[0] in question)
     return int(answer), [(float(x), float(y), float(size)) for d, _, n, x, y, size in
                          (part for part in parts if len(part) == 6 and part[0] == "d") if n == name]  # fmt: skip
 
 
 def test_as_many_are_drawn_as_the_answer_says():
-    for index in (i for i, plan in enumerate(PLANS) if plan[0] == "count"):
+    for index in (i for i, plan in enumerate(SPECS) if plan[0] == "count"):
         count, drawn = things(index)
         assert len(drawn) == count
         for i, (x, y, size) in enumerate(drawn):  # apart from each other, and whole in the picture
@@ -131,13 +135,13 @@ def test_as_many_are_drawn_as_the_answer_says():
 
 
 def pixels(shapes, **where):
-    drawn = sketch.Sketch()
+    drawn = make.Canvas()
     drawn.draw(shapes, **where)
-    return np.asarray(drawn.picture().convert("RGB")).astype(int)
+    return np.asarray(drawn.to_picture().convert("RGB")).astype(int)
 
 
 def test_shapes_cover_what_geometry_says():
-    side = sketch.SIDE * sketch.SIDE
+    side = make.SIDE * make.SIDE
     for shape, share in [
         ("B ink 25 25 75 75", 0.25),
         ("P ink 0 0 100 0 0 100", 0.5),
@@ -146,41 +150,63 @@ def test_shapes_cover_what_geometry_says():
         ("B ink 20 20 80 80 30", np.pi * 0.3**2),
         ("l ink 10 50 50 50 50", np.pi * 0.05**2),
     ]:
-        dark = (255 - pixels(shape)[..., 0]).sum() / (255 - sketch.PAINT["ink"][0]) / side
+        dark = (255 - pixels(shape)[..., 0]).sum() / (255 - make.PAINT["ink"][0]) / side
         assert dark == pytest.approx(share, abs=0.002), shape
 
 
 def test_a_drawing_stands_where_it_is_put():
     whole = pixels("B red 0 0 100 100", x=25, y=75, size=50)
-    red = (whole == sketch.PAINT["red"]).all(-1)
+    red = (whole == make.PAINT["red"]).all(-1)
     assert red[84:252, :168].all() and red.sum() == 168 * 168
-    assert (pixels("B * 0 0 100 100", tint="blue") == sketch.PAINT["blue"]).all()
+    assert (pixels("B * 0 0 100 100", tint="blue") == make.PAINT["blue"]).all()
 
 
 def test_smooth_curves_pass_through_their_points():
     corners = np.array([[0.0, 0], [8, 2], [5, 9]])
     for closed, pieces in [(False, 2), (True, 3)]:
-        curve = sketch.smooth(corners, closed)
+        curve = make.smooth(corners, closed)
         assert np.allclose(curve[::8], corners) and len(curve) == 8 * pieces + (not closed)
 
 
 def test_edges_are_drawn_for_small_letters_alone():
     plain, edged = pixels("B sky 25 25 75 75"), pixels("b sky 25 25 75 75")
-    assert plain.min() > 150 and (edged == sketch.PAINT["ink"]).all(-1).any()
+    assert plain.min() > 150 and (edged == make.PAINT["ink"]).all(-1).any()
 
 
 def test_letters_keep_their_distance():
-    for one, two in pairwise(sketch.GLYPHS):
-        drawn = [points for points, _ in sketch.letters(one + two)]
-        count = len(sketch.GLYPHS[one].split("/"))
+    for one, two in pairwise(make.GLYPHS):
+        drawn = [points for points, _ in make.letters(one + two)]
+        count = len(make.GLYPHS[one].split("/"))
         assert max(p[:, 0].max() for p in drawn[:count]) + 2 <= min(p[:, 0].min() for p in drawn[count:])
 
 
 def test_pictures_have_few_colours_and_no_unknown_shapes():
-    many = "".join(f"B {name} {i} 0 {i + 1} 100;" for i, name in enumerate(sketch.PAINT))
-    many += "".join(f"o {name} 50 {i} 30 9;" for i, name in enumerate(sketch.PAINT))
-    drawn = sketch.Sketch()
+    many = "".join(f"B {name} {i} 0 {i + 1} 100;" for i, name in enumerate(make.PAINT))
+    many += "".join(f"o {name} 50 {i} 30 9;" for i, name in enumerate(make.PAINT))
+    drawn = make.Canvas()
     drawn.draw(many)
-    assert len(drawn.picture().convert("RGB").getcolors()) == sketch.SHADES
+    assert len(drawn.to_picture().convert("RGB").getcolors()) == make.SHADES
     with pytest.raises(ValueError, match="'q': expected o, b, p"):
         drawn.draw("q red 0 0")
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def command(*words):
+    line = [sys.executable, "-m", "data.needles.make", *words]
+    return subprocess.run(line, cwd=FOLDER.parents[1], capture_output=True, text=True)
+
+
+def test_help_helps_and_nothing_is_written_without_a_folder(tmp_path):
+    before = {file: file.stat().st_mtime_ns for file in FOLDER.glob("*.*")}
+    shown, refused = command("--help"), command()
+    assert shown.returncode == 0 and "--out" in shown.stdout and "--seed" in shown.stdout
+    assert refused.returncode == 2 and "--out" in refused.stderr
+    assert {file: file.stat().st_mtime_ns for file in FOLDER.glob("*.*")} == before
+
+
+def test_a_folder_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "needle_specs", lambda seed=1: SPECS[:2])
+    make.main(make.Config(out=tmp_path / "drawn"))
+    assert [needle.name for needle in read_needles(tmp_path / "drawn")] == ["text-01", "text-02"]

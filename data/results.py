@@ -6,13 +6,12 @@ Run       imported by vniah.py
 Deviates  The colours are cividis, which the colour-blind read as everyone does; --colours paper gives the paper's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from data.needles import wilson
 
 SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
 COLOURS = {"safe": "cividis", "paper": "RdYlGn"}
@@ -37,6 +36,15 @@ class Map:
         """Hit rates, one row per depth; nan where nothing is known."""
         known = [[self.grid.get((n, d)) for n in lengths] for d in depths]
         return np.array([[np.mean(hits) if hits else np.nan for hits in row] for row in known])
+
+
+def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's score interval of a hit rate, 95 % at z = 1.96; it stays honest at 0 and 1."""
+    assert 0 <= hits <= trials and trials > 0, (hits, trials)
+    rate, shrink = hits / trials, 1 + z * z / trials
+    middle = (rate + z * z / (2 * trials)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:

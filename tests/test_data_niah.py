@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import needles
-from data.needles import (
+from data import niah
+from data.niah import (
     LLAMA_PERIODS,
     PREFIX,
     QUESTION,
     SEED,
     Needle,
-    numbers,
+    insert_index,
+    magic_numbers,
     period_ids,
-    place,
     question_and_answer,
     read_needles,
     read_text_haystack,
     sentence_end,
     shuffled_options,
     text_probe,
-    wilson,
     write_needles,
 )
 
@@ -110,12 +109,12 @@ def test_bad_json(folder, text):
         read_needles(folder)
 
 
-def test_place():
-    assert [place(200, d) for d in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [0, 40, 80, 120, 160, 200]
-    assert place(7, 0.5) == 3  # rounded down, as in the release
+def test_insert_index():
+    assert [insert_index(200, d) for d in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [0, 40, 80, 120, 160, 200]
+    assert insert_index(7, 0.5) == 3  # rounded down, as in the release
     for depth in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="outside the haystack"):
-            place(10, depth)
+            insert_index(10, depth)
 
 
 FOUR = "\nWhere is it?\nA. Here\nB. There\nC. Elsewhere\nD. Nowhere\nAnswer with the option's letter."
@@ -198,18 +197,18 @@ BOOK = "One day it rained. Then the sun came out! We all went home.\n\nThe end w
 
 
 def test_numbers_of_the_release():
-    drawn = numbers(np.random.RandomState(SEED), 10)
+    drawn = magic_numbers(np.random.RandomState(SEED), 10)
     assert drawn[:5] == ["2965478", "7624612", "7182423", "9211957", "7727364"]
     assert drawn[5:] == ["7875983", "1540810", "5050145", "4209505", "9134486"]
 
 
 def test_numbers_have_their_digits_and_differ():
     for digits, count in [(1, 9), (2, 90), (3, 200)]:
-        drawn = numbers(np.random.RandomState(0), count, digits)
+        drawn = magic_numbers(np.random.RandomState(0), count, digits)
         assert len(set(drawn)) == count and all(len(n) == digits and n[0] != "0" for n in drawn)
     for digits, count in [(1, 10), (0, 1)]:
         with pytest.raises(ValueError, match="ask for fewer, or for more digits"):
-            numbers(np.random.RandomState(0), count, digits)
+            magic_numbers(np.random.RandomState(0), count, digits)
 
 
 @pytest.mark.parametrize("toy, want", [(qwen(), {".", " .", ".\n", ".\n\n"}), (llama(), {".", " ."})])
@@ -322,27 +321,5 @@ def test_text_haystack(tmp_path):
         read_text_haystack(tmp_path / "none")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-@pytest.mark.parametrize("hits, trials, low, high", [
-    (409, 450, 0.8787, 0.9321),  # LongVA-7B's published heat map
-    (0, 10, 0.0, 0.2775),
-    (10, 10, 0.7225, 1.0),
-    (5, 10, 0.2366, 0.7634),
-    (1, 1, 0.2065, 1.0),
-])  # fmt: skip
-def test_wilson(hits, trials, low, high):
-    assert wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_is_where_the_score_test_is_z():
-    """The defining property: at either end p of the interval, |rate - p| is z standard errors of p."""
-    for hits, trials, z in [(3, 20, 1.96), (7, 9, 1.0), (40, 50, 2.58)]:
-        for p in wilson(hits, trials, z):
-            assert abs(hits / trials - p) == pytest.approx(z * (p * (1 - p) / trials) ** 0.5)
-
-
 def test_all_cities_differ():
-    assert len({needles.CITY, *needles.DISTRACTORS}) == 7
+    assert len({niah.CITY, *niah.DISTRACTORS}) == 7

@@ -1,22 +1,19 @@
-"""What the two needle tests hide, where they hide it, and how sure a hit rate is.
+"""Needles in a haystack: the needles, where they are inserted, and the questions about them.
 
-What it is. Visual needles: a folder of pictures with a question and an answer each. Text needles: the
-sentences of the "magic number" test, built into a token sequence of a given length. Wilson's interval.
-
-Paper. Visual needle in a haystack: Sec. 4, Fig. 4, Table 8. Text needle and distractors: Fig. 7.
-
-Run. Nothing here runs by itself; `python vniah.py` and `python vniah.py text` use it.
-
-Deviations.
-- A text needle goes after the next full stop. The release looks for Llama-2's ids of it in every tokenizer;
-  in Qwen2's those are two rare words, so depths collapse onto few places. `LLAMA_PERIODS` gives that back.
-- Magic numbers have exactly the asked number of digits and no two are alike; the release's may be shorter.
-- The haystack's files are read in sorted order, not in the order of the file system.
+What      Visual needles: a folder of pictures with a question and an answer each. Text needles: the sentences of the
+          magic-number test, inserted into a text of a given length in tokens.
+Paper     Visual needle in a haystack: Sec. 4, Fig. 4, Table 8. Text needles and distractors: App. A, Fig. 7.
+Run       imported by vniah.py, data/synthetic.py and data/needles/make.py
+Dimensions  none
+Differs   A text needle goes after the next full stop. The release looks for Llama-2's ids of it in every tokenizer's
+          text; in Qwen2's those are two rare words, so depths collapse onto few positions. `LLAMA_PERIODS`
+          reproduces that.
+          Magic numbers have exactly the requested number of digits and all differ; the release's may be shorter.
+          A folder's text files are read in sorted order, not in the order of the file system.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -29,26 +26,28 @@ from data.video import read_picture
 
 Encode = Callable[[str], list[int]]  # a tokenizer's `encode`: text to ids, nothing added
 
-# ------------------------------------------------------------------------------------------------------------
-# Visual needles
+# ---- visual needles ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A picture to hide among the frames, and a question that only it answers."""
+    """A picture to insert among the frames, and a question that only it answers."""
 
     name: str  # the picture's path inside its folder, without the suffix; one needle per name
     picture: Image.Image
-    question: str  # as the model is asked it, line breaks and answer instruction included
+    question: str  # as the model reads it, line breaks and answer instruction included
     answer: str
-    kind: str = ""  # what is asked for, such as "colour"; folders may leave it out
+    kind: str = ""  # what the question is about, such as "colour"; optional
 
 
-def place(frames: int, depth: float) -> int:
-    """Return where among `frames` frames a needle at `depth` (0..1) is inserted, which makes frames + 1."""
+def insert_index(length: int, depth: float) -> int:
+    """Return how many of the haystack's `length` items (frames, tokens) come before a needle at `depth` (0..1).
+
+    Rounded down, as in the release. Raises ValueError for a depth outside 0..1.
+    """
     if not 0 <= depth <= 1:
         raise ValueError(f"a depth of {depth} is outside the haystack; depths go from 0 (start) to 1 (end)")
-    return int(depth * frames)
+    return int(depth * length)
 
 
 def _load_records(folder: Path) -> tuple[Path, list]:
@@ -84,8 +83,8 @@ def _text(where: str, record: object, *keys: str) -> str:
 def read_needles(folder: str | Path) -> list[Needle]:
     """Read a folder of pictures with a questions.json (a list) or questions.jsonl (one record per line).
 
-    A record is {"image": "cat.png", "question": "...", "answer": "..."}; the release's names, "path" and
-    "prompt", are understood too, and a "kind" is kept. Raises ValueError that names the file and the record.
+    A record is {"image": "cat.png", "question": "...", "answer": "..."} and may have a "kind"; the release's
+    names "path" and "prompt" work too. Raises ValueError that names the file and the record.
     """
     folder = Path(folder)
     file, records = _load_records(folder)
@@ -111,7 +110,7 @@ def read_needles(folder: str | Path) -> list[Needle]:
 
 
 def write_needles(folder: str | Path, needles: Sequence[Needle]) -> None:
-    """Write a folder that `read_needles` reads back alike: a PNG per needle and questions.json."""
+    """Write a folder that `read_needles` reads: a PNG per needle and questions.json."""
     folder, records = Path(folder), []
     for needle in needles:
         image = f"{needle.name}.png"
@@ -123,21 +122,21 @@ def write_needles(folder: str | Path, needles: Sequence[Needle]) -> None:
 
 
 def describe(needle: Needle) -> dict:
-    """What results.json tells of a needle."""
-    told = {"name": needle.name, "question": needle.question, "answer": needle.answer, "kind": needle.kind}
-    return told | {"picture": digest(needle.picture)}
+    """Return a needle as results.json records it, its picture by hash."""
+    text = {"name": needle.name, "question": needle.question, "answer": needle.answer, "kind": needle.kind}
+    return text | {"picture": picture_hash(needle.picture)}
 
 
-def digest(picture: Image.Image) -> str:
-    """16 hexadecimal digits that tell one picture from another."""
+def picture_hash(picture: Image.Image) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a picture's size and pixels."""
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
 
 
 def shuffled_options(needle: Needle, rng: np.random.Generator) -> Needle | None:
     """Put the options of a multiple-choice question in another order; None for any other question.
 
-    The right option always gets another letter, each as likely as the next: a model that finds the needle
-    follows it, one that prefers a letter does not. Options are lines "A. ...", "B. ..." and so on, at least two.
+    The right option always gets another letter, each with equal probability: a model that finds the needle
+    gives the new letter, one that prefers a letter does not. Options are at least two lines: "A. ...", "B. ...".
     """
     lines = needle.question.split("\n")
     first = next((i for i, line in enumerate(lines) if line.startswith("A. ")), len(lines))
@@ -158,20 +157,12 @@ def shuffled_options(needle: Needle, rng: np.random.Generator) -> Needle | None:
     return replace(needle, question="\n".join(lines), answer=letters[new])
 
 
-def same_probes(one: dict, other: dict) -> bool:
-    """Whether runs with these settings ask the same: needles of a folder in a given film owe nothing to the seed."""
-    agree = {name for name in ("needles", "seed", "haystack", "weights") if one[name] == other[name]}
-    given = one["needles"] and one["haystack"] != "synthetic" and {"needles", "haystack", "weights"} <= agree
-    return {"needles", "seed"} <= agree or bool(given)
+# ---- text needles --------------------------------------------------------------------------------
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Text needles
-
-SEED = 24242424  # the release's; numbers(np.random.RandomState(SEED), 10): its 5 needles, then 5 distractors
+SEED = 24242424  # the release's; magic_numbers(np.random.RandomState(SEED), 10): its 5 needles, then 5 distractors
 PREFIX = "This is a very long story book: <book>"
 NEEDLE = "\nThe special magic {city} number is: {number}.\n"
-CITY = "Singapore"  # the one that is asked for
+CITY = "Singapore"  # the city of the question
 DISTRACTORS = ("New York", "London", "Paris", "Tokyo", "Beijing", "Berlin")
 QUESTION = (
     "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
@@ -180,14 +171,14 @@ QUESTION = (
 LLAMA_PERIODS = frozenset({29889, 869})  # Llama-2's "." and " .", which the release uses for every model
 
 
-def numbers(rng: np.random.RandomState, count: int, digits: int = 7) -> list[str]:
+def magic_numbers(rng: np.random.RandomState, count: int, digits: int = 7) -> list[str]:
     """Draw `count` different numbers of exactly `digits` digits, no leading zero, in the release's order.
 
-    Draw needles and distractors in one call: alike numbers would let a wrong sentence give the right answer.
+    Draw needles and distractors in one call: equal numbers would let a wrong sentence give the right answer.
     """
     if digits < 1 or count > 9 * 10 ** (digits - 1):
         raise ValueError(f"no {count} different numbers have {digits} digits; ask for fewer, or for more digits")
-    drawn: dict[str, None] = {}  # a set that keeps its order
+    drawn: dict[str, None] = {}  # a dict keeps the order, a set would not
     while len(drawn) < count:
         number = int(rng.randint(10**digits))
         if number >= 10 ** (digits - 1):
@@ -196,7 +187,7 @@ def numbers(rng: np.random.RandomState, count: int, digits: int = 7) -> list[str
 
 
 def period_ids(encode: Encode) -> frozenset[int]:
-    """Find the tokens that end a sentence: full stops with what a tokenizer may join to them, each one token.
+    """Return the tokens that end a sentence: a full stop, alone or joined with a space or line breaks.
 
     Qwen2: 13 ".", 659 " .", 624 ".\\n" and 382 ".\\n\\n". Raises ValueError when there is none.
     """
@@ -209,23 +200,23 @@ def period_ids(encode: Encode) -> frozenset[int]:
 
 
 def question_and_answer(encode: Encode, number: str, question: str = QUESTION) -> tuple[list[int], list[int]]:
-    """Encode question and number together, then split where the number begins to matter.
+    """Encode question and number together, then split at the first token that depends on the number.
 
     A tokenizer may join the question's trailing space to the first digits. Encoded apart, the question would
     then end in a token that the model never saw before a digit; split here, such a space belongs to the
-    answer. Where digits stand alone (Qwen2), the question ends in the space token, as in the release.
+    answer. Where digits are tokens of their own (Qwen2), the question ends in the space token, as in the release.
     """
-    whole = encode(question + number)
-    other = encode(question + str(int(number[0]) % 9 + 1) + number[1:])  # the same but for its first digit
-    same = next((i for i, (a, b) in enumerate(zip(whole, other)) if a != b), None)
-    if same is None:
-        raise ValueError("this tokenizer encodes different numbers alike, so there is no number to ask for")
-    return whole[:same], whole[same:]
+    ids = encode(question + number)
+    other_ids = encode(question + str(int(number[0]) % 9 + 1) + number[1:])  # another first digit
+    split = next((i for i, (a, b) in enumerate(zip(ids, other_ids)) if a != b), None)
+    if split is None:
+        raise ValueError("this tokenizer encodes different numbers alike, so a magic number cannot be tested")
+    return ids[:split], ids[split:]
 
 
-def sentence_end(ids: Sequence[int], start: int, stops: frozenset[int]) -> int:
-    """Return the index after the first of `stops` at or after `start`; `start` itself when none follows."""
-    return next((i + 1 for i in range(start, len(ids)) if ids[i] in stops), start)
+def sentence_end(ids: Sequence[int], start: int, period_ids: frozenset[int]) -> int:
+    """Return the index after the first of `period_ids` at or after `start`; `start` itself when none follows."""
+    return next((i + 1 for i in range(start, len(ids)) if ids[i] in period_ids), start)
 
 
 def text_probe(
@@ -236,27 +227,27 @@ def text_probe(
     number: str,
     distractors: Sequence[tuple[str, str]],
     rng: np.random.RandomState,
-    stops: frozenset[int],
+    period_ids: frozenset[int],
     snap: bool = True,
 ) -> tuple[list[int], list[int]]:
     """Build one probe of the magic-number test: (ids up to the answer, ids of the answer).
 
     The haystack is repeated or cut to `context` tokens; prefix, needle, distractors and question come on top.
-    First each distractor (city, number) goes to a place drawn from `rng`, then the needle to `depth` (0..1)
-    of what has grown. With `snap` both move on to the next sentence end, after one of `stops` (see
-    `period_ids`), except a needle at depth 0.
+    First each distractor (city, number) is inserted at a position drawn from `rng`, then the needle at `depth`
+    (0..1) of the text with distractors. With `snap` both move on to the next sentence end, after one of
+    `period_ids`, except a needle at depth 0.
 
     Raises ValueError for an empty haystack or a depth outside 0..1.
     """
     if context < 1 or len(haystack_ids) == 0:
         have = len(haystack_ids)
         raise ValueError(f"a haystack of {have} tokens cannot fill a context of {context}; both must be > 0")
-    stops = stops if snap else frozenset()
+    period_ids = period_ids if snap else frozenset()
     book = list(islice(cycle(haystack_ids), context))
     for city, other in distractors:
-        at = sentence_end(book, int(rng.randint(len(book))), stops)
+        at = sentence_end(book, int(rng.randint(len(book))), period_ids)
         book[at:at] = encode(NEEDLE.format(city=city, number=other))
-    at = sentence_end(book, place(len(book), depth), stops) if depth else 0
+    at = sentence_end(book, insert_index(len(book), depth), period_ids) if depth else 0
     book[at:at] = encode(NEEDLE.format(city=CITY, number=number))
     question_ids, answer_ids = question_and_answer(encode, number)
     return encode(PREFIX) + book + question_ids, answer_ids
@@ -283,16 +274,3 @@ def read_text_haystack(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: the haystack is empty; it needs some text")
     return text
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a hit rate, 95 % at z = 1.96; it stays honest at 0 and 1."""
-    assert 0 <= hits <= trials and trials > 0, (hits, trials)
-    rate, shrink = hits / trials, 1 + z * z / trials
-    middle = (rate + z * z / (2 * trials)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials**2))
-    return max(0.0, middle - half), min(1.0, middle + half)

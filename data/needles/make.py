@@ -1,27 +1,215 @@
-"""The needles in data/needles/: pictures that no film has, each with a question that only it answers.
+"""Draw the needles of data/needles: pictures that no video has, each with a question that only it answers.
 
 What      Five kinds, 14 needles each: text (a number or a name to read), colour (of one thing), count (2 to 9),
           place (where is the animal? four options), object (which thing is there? four options).
-          Small descriptions below are put together into pictures; data/sketch.py says how to read them.
-Paper     Sec. 4: each needle is a picture made up so that the question cannot be answered without it. The paper's own
-          five (Table 8) are not ours to ship; these take their place.
-Run       python -m data.needle_kit        draws data/needles again, the same pixels from the same seed
-Deviates  The paper's needles are photographs and pictures made by a model; these are drawn.
+          Pictures are put together from shapes, strokes and letters described in short lines of text. A description
+          is a list of shapes, later ones on top: "o red 50 40 20 10; l ink 2 0 90 100 90". The kinds of shape:
+              o colour x y rx ry            ellipse
+              b colour x0 y0 x1 y1 [r]      box, its corners rounded by r
+              p colour x y x y ...          polygon            c colour x y ...   the same with a smooth outline
+              l colour width x y x y ...    stroke             s colour width ... the same, smooth
+              t colour x y height words     letters around (x, y), "_" for a space; height is a capital's
+              d tint name x y size          a drawing of ANIMALS or THINGS, its lower side's middle at (x, y)
+          Small letters give o, b, p, c a dark edge, capital ones none. "*" is the tint given with the drawing.
+          Units are per cent of the drawing's side, y down.
+Paper     Sec. 4: each needle is a picture made up so that the question cannot be answered without it. The paper's
+          five (Table 8) may not be redistributed; these take their place.
+Run       python -m data.needles.make --out data/needles      draws the shipped needles again, pixel for pixel
+          python -m data.needles.make --out FOLDER --seed 2   other counts, places and letters
+Dimensions  Y X pixels (3 x 3 for one of the picture)   C colour channels
+Differs   The paper's needles are photographs and pictures made by a model; these are drawn. Only sums, products and
+          comparisons of rounded numbers, and no font file: neither Pillow's version nor the machine changes a pixel.
 """
 
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from data.needles import Needle, write_needles
-from data.sketch import Sketch
+from data.flags import at_least, run, setting
+from data.niah import Needle, write_needles
 
-SEED, EACH = 1, 14  # needles of each kind
-FOLDER = Path(__file__).parent / "needles"
+PER_KIND = 14  # needles of each kind
+SEED = 1  # of the shipped needles
 SHORT = "\nAnswer the question using a single word or phrase."  # the release's words, as in LLaVA's training data
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-# ----------------------------------------------------------------------------------------------- animals
+# ---- drawing -------------------------------------------------------------------------------------
+
+SIDE = 336  # pixels of a picture's side: one grid
+FINE = 3  # each pixel is the mean of FINE x FINE canvas pixels
+SHADES = 64  # colours of a picture, which its PNG names by number
+EDGE = 0.6  # width of dark edges, per cent of the picture
+
+PAINT = {
+    "red": (214, 32, 40), "orange": (248, 136, 20), "yellow": (252, 216, 40), "green": (36, 150, 64),
+    "blue": (36, 88, 220), "purple": (132, 52, 180), "pink": (252, 136, 184), "brown": (120, 70, 34),
+    "black": (16, 16, 20), "white": (252, 252, 252), "ink": (40, 36, 48), "grey": (150, 154, 164),
+    "silver": (206, 210, 218), "sky": (176, 220, 244), "dusk": (244, 208, 188), "night": (32, 36, 72),
+    "grass": (140, 196, 108), "sand": (236, 212, 152), "sea": (84, 160, 204), "wood": (186, 132, 80),
+    "wall": (234, 226, 206), "mint": (204, 232, 214), "lilac": (222, 212, 240), "floor": (200, 172, 140),
+    "leaf": (84, 160, 84), "cream": (248, 240, 220), "skin": (244, 200, 160), "stone": (128, 124, 128),
+}  # fmt: skip
+
+GLYPHS = {  # strokes of (x, y) as hexadecimal digits; y 0 is a capital's top, a the line, d the lowest; ~ is smooth
+    "A": "0a306a/1757", "B": "30000a3a/0535/~30515435/~3566693a", "C": "~62402003072a4a68",
+    "D": "20000a2a/~20516466592a", "E": "60000a6a/0555", "F": "60000a/0555", "G": "~62402003072a4a68/686636",
+    "H": "000a/606a/0565", "I": "000a", "J": "~50574a1a07", "K": "000a/6006/246a", "L": "000a6a",
+    "M": "0a0046808a", "N": "0a006a60", "O": "~30110307193a5967635130", "P": "0a0030/0636/~30616536",
+    "Q": "~30110307193a5967635130/477b", "R": "0a0030/0636/~30616536/366a", "S": "~624020021456684a2a08",
+    "T": "0060/303a", "U": "0006/6066/~06193a5966", "V": "003a60", "W": "002a436a80", "X": "006a/600a",
+    "Y": "003560/353a", "Z": "00600a6a",
+    "a": "545a/~55341507193a59", "b": "000a/~05244557492a09", "c": "~55341507193a59", "d": "505a/~55341507193a59",
+    "e": "0757/~5745241507193a59", "f": "~402123/232a/0444", "g": "545b/~55341507193a59/~5b4d2d0c",
+    "h": "000a/~06244557/575a", "i": "040a/0101", "j": "242b/~2b1d0d/2121", "k": "000a/5407/265a", "l": "000a",
+    "m": "040a/~062446/464a/~466486/868a", "n": "040a/~06244557/575a", "o": "~341507193a59675534",
+    "p": "040d/~05244557492a09", "q": "545d/~55341507193a59", "r": "040a/~062444", "s": "~553414051747594a2a09",
+    "t": "2128/~283a4a/0444", "u": "0407/~07192a4957/545a", "v": "043a64", "w": "042a456a84", "x": "045a/540a",
+    "y": "043a/642d", "z": "04540a5a",
+    "0": "~30110307193a5967635130", "1": "02202a/0a4a", "2": "~02204062550a/0a6a",
+    "3": "~012040625425/~2556684a2a09", "4": "4a400767", "5": "601005/~053466684a2a09", "6": "~502206193a5967553406",
+    "7": "00602a", "8": "~30111435545130/~3506093a696635", "9": "~1a486451301103153664", ".": "0a0a",
+    ":": "0505/0a0a", "-": "0636", "'": "0002", "$": "~624020021456684a2a08/303a", "!": "0007/0a0a",
+}  # fmt: skip
+
+
+def smooth(points: np.ndarray, closed: bool) -> np.ndarray:
+    """Return a curve through the points, float[n, 2], as many short pieces (Catmull-Rom)."""
+    if closed:
+        before, after = np.roll(points, 1, axis=0), np.roll(points, -1, axis=0)
+    else:
+        before, after = np.vstack([points[:1], points[:-1]]), np.vstack([points[1:], points[-1:]])
+    ahead, beyond = (after, np.roll(after, -1, axis=0)) if closed else (after, np.vstack([after[1:], after[-1:]]))
+    pieces = []
+    for t in np.arange(8) / 8:
+        pieces.append(
+            points
+            + t / 2 * (ahead - before)
+            + t * t / 2 * (2 * before - 5 * points + 4 * ahead - beyond)
+            + t * t * t / 2 * (3 * points - before - 3 * ahead + beyond)
+        )
+    curve = np.stack(pieces, axis=1).reshape(-1, 2)
+    return curve if closed else curve[:-7]
+
+
+def letters(text: str) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield the strokes of a line of text as (points, smooth?); a capital is 10 high, the line starts at x = 0."""
+    x = 0.0
+    for letter in text:
+        strokes = GLYPHS[letter].split("/") if letter != "_" else []
+        wide = 2.0
+        for stroke in strokes:
+            digits = stroke.lstrip("~")
+            points = np.array([int(digit, 16) for digit in digits], dtype=float).reshape(-1, 2)
+            wide = max(wide, points[:, 0].max()) if letter not in "Iil.:'!1" else points[:, 0].max()
+            yield points + np.array([x, 0]), stroke.startswith("~")
+        x += wide + 3.2
+
+
+class Canvas:
+    """A square canvas, white at first; later shapes lie on top."""
+
+    def __init__(self):
+        self.canvas_YXC = np.full((SIDE * FINE, SIDE * FINE, 3), 255, dtype=np.uint8)
+
+    def _window(self, low: np.ndarray, high: np.ndarray) -> tuple[slice, slice, np.ndarray, np.ndarray]:
+        """Return the part of the canvas between two corners: (rows, columns, their centres' y and x)."""
+        x0, y0 = np.clip(np.floor(low), 0, SIDE * FINE).astype(int)
+        x1, y1 = np.clip(np.ceil(high), 0, SIDE * FINE).astype(int)
+        return slice(y0, y1), slice(x0, x1), np.arange(y0, y1)[:, None] + 0.5, np.arange(x0, x1)[None] + 0.5
+
+    def fill(self, points: np.ndarray, colour: str) -> None:
+        """Paint the inside of a polygon; points in canvas pixels, float[n, 2]."""
+        rows, cols, y_Y1, x_1X = self._window(points.min(0), points.max(0))
+        inside_YX = np.zeros((y_Y1.size, x_1X.size), dtype=bool)
+        for (xa, ya), (xb, yb) in zip(points, np.roll(points, -1, axis=0)):
+            if ya == yb:
+                continue
+            crosses = (y_Y1[:, 0] >= min(ya, yb)) & (y_Y1[:, 0] < max(ya, yb))
+            edge_Y1 = xa + (y_Y1[crosses] - ya) * (xb - xa) / (yb - ya)
+            inside_YX[crosses] ^= x_1X >= edge_Y1
+        self.canvas_YXC[rows, cols][inside_YX] = PAINT[colour]
+
+    def stroke(self, points: np.ndarray, width: float, colour: str) -> None:
+        """Paint a line with round ends and corners; points and width in canvas pixels."""
+        for (xa, ya), (xb, yb) in pairwise(points):
+            low, high = np.array([min(xa, xb), min(ya, yb)]), np.array([max(xa, xb), max(ya, yb)])
+            rows, cols, y_Y1, x_1X = self._window(low - width / 2, high + width / 2)
+            length = (xb - xa) * (xb - xa) + (yb - ya) * (yb - ya)
+            along_YX = ((x_1X - xa) * (xb - xa) + (y_Y1 - ya) * (yb - ya)) / (length or 1.0)
+            along_YX = np.clip(along_YX, 0, 1)
+            dx_YX, dy_YX = x_1X - xa - along_YX * (xb - xa), y_Y1 - ya - along_YX * (yb - ya)
+            self.canvas_YXC[rows, cols][dx_YX * dx_YX + dy_YX * dy_YX <= width * width / 4] = PAINT[colour]
+
+    def draw(self, shapes: str, x: float = 50, y: float = 100, size: float = 100, tint: str = "white") -> None:
+        """Draw a description so that the middle of its lower side is at (x, y) and its side is `size` per cent."""
+        unit = SIDE * FINE / 100
+
+        def to_canvas(points: np.ndarray) -> np.ndarray:
+            placed = (np.asarray(points, dtype=float) - [50, 100]) * (size / 100) + [x, y]
+            return np.round(placed * unit * 8) / 8
+
+        for shape in filter(str.strip, shapes.split(";")):
+            kind, colour, *rest = shape.split()
+            colour = tint if colour == "*" else colour
+            if kind == "t":
+                height = float(rest[2])
+                strokes = list(letters(rest[3]))
+                middle = max(points[:, 0].max() for points, _ in strokes) / 2
+                for points, bent in strokes:
+                    points = (points - [middle, 5]) * (height / 10) + [float(rest[0]), float(rest[1])]
+                    points = smooth(points, False) if bent and len(points) > 2 else points
+                    self.stroke(to_canvas(points), 0.15 * height * size / 100 * unit, colour)
+                continue
+            numbers = [float(number) for number in rest]
+            if kind in "ls":
+                points = np.array(numbers[1:]).reshape(-1, 2)
+                points = smooth(points, False) if kind == "s" else points
+                self.stroke(to_canvas(points), numbers[0] * size / 100 * unit, colour)
+                continue
+            points = to_canvas(outline(kind.lower(), numbers))
+            self.fill(points, colour)
+            if kind.islower():
+                self.stroke(np.vstack([points, points[:1]]), EDGE * unit, "ink")
+
+    def to_picture(self) -> Image.Image:
+        """Return the drawing, SIDE x SIDE, in its SHADES most frequent colours; others become the nearest of them."""
+        fine = self.canvas_YXC.reshape(SIDE, FINE, SIDE, FINE, 3).astype(np.int64)
+        mean_YXC = fine.sum((1, 3)) // (FINE * FINE)
+        # One integer for each colour, so that equal colours can be counted.
+        code_YX = mean_YXC @ [1 << 16, 1 << 8, 1]
+        codes, index, counts = np.unique(code_YX.ravel(), return_inverse=True, return_counts=True)
+        colours = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)
+        palette = colours[np.argsort(-counts, kind="stable")[:SHADES]]
+        distance = ((colours[:, None] - palette) ** 2).sum(-1)
+        nearest = distance.argmin(1)[index.reshape(-1)].reshape(SIDE, SIDE)
+        picture = Image.fromarray(nearest.astype(np.uint8), "P")
+        picture.putpalette(palette.astype(np.uint8).tobytes())
+        return picture
+
+
+def outline(kind: str, numbers: list[float]) -> np.ndarray:
+    """Return the corners of a shape, float[n, 2], in the drawing's units."""
+    if kind not in "obpc":
+        raise ValueError(f"a shape of kind {kind!r}: expected o, b, p, c, l, s or t")
+    if kind in "pc":
+        points = np.array(numbers).reshape(-1, 2)
+        return smooth(points, True) if kind == "c" else points
+    angle = np.round(np.arange(48) * (np.pi / 24), 6)
+    circle = np.round(np.stack([np.cos(angle), np.sin(angle)], axis=1), 5)
+    if kind == "o":
+        return circle * numbers[2:] + numbers[:2]
+    x0, y0, x1, y1, r = [*numbers, 0][:5]
+    if not r:
+        return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    corners = [(x1 - r, y1 - r), (x0 + r, y1 - r), (x0 + r, y0 + r), (x1 - r, y0 + r)]
+    return np.vstack([circle[12 * i : 12 * i + 13] * r + corner for i, corner in enumerate(corners)])
+
+
+# ---- drawings of animals -------------------------------------------------------------------------
 
 FACE = "O ink 40 34 3 4; O ink 60 34 3 4; "
 SITTING = "c * 28 100 26 78 36 56 50 50 64 56 74 78 72 100; o * 38 96 9 5; o * 62 96 9 5; "
@@ -82,7 +270,7 @@ ANIMALS = {
     "s * 13 50 58 76 54 77 30; b * 38 8 62 100 12; l ink 1 50 46 50 92; l ink 1 44 50 44 88; l ink 1 56 50 56 88",
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------ things
+# ---- drawings of things --------------------------------------------------------------------------
 
 THINGS = {
     "key": "o * 22 70 19 19; o white 22 70 9 9; b * 41 65 96 75; b * 74 75 81 90; b * 87 75 95 88",
@@ -148,9 +336,7 @@ THINGS = {
     "p sky 55 50 55 33 63 33 72 50; o ink 24 86 12 12; o silver 24 86 5 5; o ink 76 86 12 12; o silver 76 86 5 5",
 }  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------- pictures
-# A picture is a list of shapes as well, in which "d tint name x y size" stands for a drawing above; its lower side's
-# middle comes to (x, y).
+# ---- pictures ------------------------------------------------------------------------------------
 
 OUTSIDE = "B sky 0 0 100 70; B grass 0 70 100 100; "
 INSIDE = "B wall 0 0 100 74; B floor 0 74 100 100; l ink 0.5 0 74 100 74; "
@@ -229,7 +415,7 @@ COLOURED = [  # question, colour, picture
 
 TREE = "b brown 43 50 57 96; c leaf 50 6 74 10 88 26 92 46 80 64 50 68 20 64 8 46 12 26 26 10; "
 TUB = "c white 8 60 92 60 84 88 70 92 30 92 16 88; b white 4 56 96 62 3; b grey 20 91 28 96; b grey 72 91 80 96; "
-COUNTED = [  # question, thing, tint, columns, rows, (x0, y0, x1, y1) of their feet, size, picture around them
+COUNTED = [  # question, thing, tint, columns, rows, (x0, y0, x1, y1) of their lower sides, size, picture behind them
     ("How many pink birds sit on the wires?", "bird", "pink", 5, 2, (13, 45, 86, 81), 17, "B sky 0 0 100 100; "
      "l ink 0.7 0 45 100 45; l ink 0.7 0 81 100 81"),
     ("How many green eggs lie in the nest?", "egg", "green", 5, 2, (26, 58, 74, 72), 12, "B sky 0 0 100 100; "
@@ -329,75 +515,91 @@ OBJECTS = [  # thing, tint, question, picture
     ("scissors", "purple", "Which thing hangs from the fishing rod?", WATER + "b wood 0 70 34 76; "
      "b brown 8 76 13 100; b brown 24 76 29 100; l brown 2 12 70 66 10; l ink 0.6 66 10 66 40; d * scissors 66 76 38"),
 ]  # fmt: skip
-MORE = "Umbrella Hourglass Candle Ladder Pencil Mushroom Apple".split()  # offered as wrong options only
+WRONG_OPTIONS = "Umbrella Hourglass Candle Ladder Pencil Mushroom Apple".split()  # offered as wrong options only
 
 
-# --------------------------------------------------------------------------------------------- the needles
+# ---- needles -------------------------------------------------------------------------------------
 
 
-def paint(picture: str, tint: str = "white") -> Sketch:
-    """Put a picture of shapes and drawings together; "*" is the tint."""
-    sketch = Sketch()
+def render(picture: str, tint: str = "white") -> Canvas:
+    """Draw a description; "*" in it is the tint."""
+    canvas = Canvas()
     for part in filter(str.strip, picture.split(";")):
         kind, colour, *rest = part.split()
         if kind == "d":
             name, x, y, size = rest
             drawing = ANIMALS.get(name) or THINGS[name]
-            sketch.draw(drawing, float(x), float(y), float(size), tint if colour == "*" else colour)
+            canvas.draw(drawing, float(x), float(y), float(size), tint if colour == "*" else colour)
         else:
-            sketch.draw(part, tint=tint)
-    return sketch
+            canvas.draw(part, tint=tint)
+    return canvas
 
 
-def scatter(rng: np.random.Generator, row: tuple, count: int) -> str:
-    """The picture of a needle of COUNTED with `count` things, each in a place of its own and not quite in line."""
+def arrange(rng: np.random.Generator, row: tuple, count: int) -> str:
+    """Return the description for a row of COUNTED with `count` things, on random cells of a slightly uneven grid."""
     _, name, tint, cols, rows, (x0, y0, x1, y1), size, picture = row
-    feet = []
-    for place in sorted(rng.permutation(cols * rows)[:count]):
-        x = x0 + (x1 - x0) * (place % cols) / max(cols - 1, 1) + float(rng.integers(-4, 5)) / 4
-        feet.append((x, y0 + (y1 - y0) * (place // cols) / max(rows - 1, 1)))
-    strings = [f"l ink 0.5 {x} {y - 1} {40 + x / 5} 57" for x, y in feet if name == "balloon"]
-    return ";".join([picture, *strings, *(f"d {tint} {name} {x} {y} {size}" for x, y in feet)])
+    positions = []
+    for cell in sorted(rng.permutation(cols * rows)[:count]):
+        x = x0 + (x1 - x0) * (cell % cols) / max(cols - 1, 1) + float(rng.integers(-4, 5)) / 4
+        positions.append((x, y0 + (y1 - y0) * (cell // cols) / max(rows - 1, 1)))
+    strings = [f"l ink 0.5 {x} {y - 1} {40 + x / 5} 57" for x, y in positions if name == "balloon"]
+    return ";".join([picture, *strings, *(f"d {tint} {name} {x} {y} {size}" for x, y in positions)])
 
 
-def choice(rng: np.random.Generator, question: str, right: str, wrong: list[str], letter: str) -> tuple[str, str]:
-    """(question, answer) with four options, the right one at `letter`."""
+def with_options(rng: np.random.Generator, question: str, right: str, wrong: list[str], letter: str) -> tuple[str, str]:
+    """Return (question, answer) with four options, the right one at `letter`."""
     options = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
     options.insert("ABCD".index(letter), right)
     lines = "\n".join(f"{a}. {option}" for a, option in zip("ABCD", options))
     return f"\n{question}\n{lines}{LETTER}", letter
 
 
-def plans(seed: int = SEED) -> list[tuple[str, str, str, str, str]]:
-    """(kind, question, answer, picture, tint) of every needle; nothing is drawn yet."""
+def needle_specs(seed: int = SEED) -> list[tuple[str, str, str, str, str]]:
+    """Return (kind, question, answer, picture, tint) of every needle; nothing is drawn yet."""
     rng = np.random.default_rng([0x717, seed])
-    made = [("text", f"\n{q}{SHORT}", answer, picture, "white") for q, answer, picture in TEXTS]
-    made += [("colour", f"\n{q}{SHORT}", tint.capitalize(), picture, tint) for q, tint, picture in COLOURED]
+    specs = [("text", f"\n{question}{SHORT}", answer, picture, "white") for question, answer, picture in TEXTS]
+    for question, tint, picture in COLOURED:
+        specs.append(("colour", f"\n{question}{SHORT}", tint.capitalize(), picture, tint))
     counts = rng.permutation([2, 3, 4, 5, 6, 7, 8, 9, 3, 4, 5, 6, 7, 8])
     for row, count in zip(COUNTED, counts):
-        made.append(("count", f"\n{row[0]}{SHORT}", str(count), scatter(rng, row, count), "white"))
+        specs.append(("count", f"\n{row[0]}{SHORT}", str(count), arrange(rng, row, count), "white"))
     letters = ["ABCD"[i % 4] for i in rng.permutation(len(PLACES) + len(OBJECTS))]
     for animal, tint, where, picture in PLACES:
         wrong = [other for _, _, other, _ in PLACES if other != where]
-        asked = choice(rng, f"Where is the {tint} {animal}?", where, wrong, letters.pop())
-        made.append(("place", *asked, picture, tint))
+        question, answer = with_options(rng, f"Where is the {tint} {animal}?", where, wrong, letters.pop())
+        specs.append(("place", question, answer, picture, tint))
     for thing, tint, question, picture in OBJECTS:
-        wrong = [other.capitalize() for other, *_ in OBJECTS if other != thing] + MORE
-        asked = choice(rng, question, thing.capitalize(), wrong, letters.pop())
-        made.append(("object", *asked, picture, tint))
-    return made
+        wrong = [other.capitalize() for other, *_ in OBJECTS if other != thing] + WRONG_OPTIONS
+        question, answer = with_options(rng, question, thing.capitalize(), wrong, letters.pop())
+        specs.append(("object", question, answer, picture, tint))
+    return specs
 
 
-def draw(index: int, seed: int = SEED) -> Needle:
+def draw_needle(index: int, seed: int = SEED) -> Needle:
     """Draw one needle; its picture has 336 x 336 pixels, so that letterboxing changes nothing."""
-    kind, question, answer, picture, tint = plans(seed)[index]
-    return Needle(f"{kind}-{index % EACH + 1:02}", paint(picture, tint).picture(), question, answer, kind)
+    kind, question, answer, picture, tint = needle_specs(seed)[index]
+    return Needle(f"{kind}-{index % PER_KIND + 1:02}", render(picture, tint).to_picture(), question, answer, kind)
 
 
-def main() -> None:
-    """Write the needles' folder again."""
-    write_needles(FOLDER, [draw(index) for index in range(len(plans()))])
+# ---- main ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw 70 needles for the V-NIAH test (Sec. 4) and write them with their questions."""
+
+    out: Path = setting(MISSING, "folder to write, such as data/needles; files of the same names are replaced (ours)")
+    seed: int = setting(SEED, "random seed of counts, positions and letters (ours)")
+
+    def __post_init__(self):
+        at_least(self, seed=0)
+
+
+def main(cfg: Config) -> None:
+    """Draw every needle and write the folder."""
+    write_needles(cfg.out, [draw_needle(index, cfg.seed) for index in range(len(needle_specs()))])
+    print(f"wrote {len(needle_specs())} needles to {cfg.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Config)

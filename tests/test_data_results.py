@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import figures, needles
+from data import results
 
 LENGTHS, DEPTHS = (8, 16, 32), (0.0, 0.5, 1.0)
 
@@ -16,21 +16,21 @@ def some(lengths, depths, name="a model", trained=16, gaps=False, seed=0):
         for d in depths:
             if not gaps or rng.random() < 0.7:
                 grid[n, d] = (rng.random(5) > n / lengths[-1] * 0.8).tolist() if not gaps or rng.random() < 0.8 else []
-    return figures.Map(name, grid, trained)
+    return results.Map(name, grid, trained)
 
 
 def test_rates():
-    one = figures.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    one = results.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
     assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(depth=0.0) == (1, 4) and one.rate(99) == (0, 0)
     want = [[0.5, 0, np.nan], [1, np.nan, np.nan]]
     np.testing.assert_array_equal(one.array((8, 16, 32), (0.0, 1.0)), want)
 
 
 def test_table():
-    one = figures.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
-    none = figures.Map("nothing known", {}, 8)
-    head, row, empty = figures.table([one, none], LENGTHS, "frames").splitlines()
-    low, high = needles.wilson(3, 6)
+    one = results.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    none = results.Map("nothing known", {}, 8)
+    head, row, empty = results.table([one, none], LENGTHS, "frames").splitlines()
+    low, high = results.wilson(3, 6)
     assert head.split() == ["frames", "8", "16", "32", "mean", "95", "%", "interval"]
     assert row.split() == ["p", "0.75", "0.00", "0.500", f"{low:.3f}", "to", f"{high:.3f}", "(n=6)"]
     assert "nothing known" in empty and empty.split()[2:] == ["-", "0.000", "to", "1.000", "(n=0)"]
@@ -39,10 +39,10 @@ def test_table():
 
 def test_blocks():
     grid = {(8, 0.0): [True] * 4, (16, 0.0): [True, False], (32, 0.0): [False], (8, 0.5): [True, False, False, False]}
-    text = figures.blocks(figures.Map("p", grid, 16), LENGTHS, DEPTHS, "frames").splitlines()
+    text = results.blocks(results.Map("p", grid, 16), LENGTHS, DEPTHS, "frames").splitlines()
     assert text[0].startswith("p, frames 8 to 32")
     assert text[1:] == ["  0% ███▒▒▒|   ", " 50% ░░░  ?|  ?", "100%   ?  ?|  ?"]
-    assert "|" in figures.blocks(figures.Map("p", {}, 999), LENGTHS, DEPTHS, "frames")
+    assert "|" in results.blocks(results.Map("p", {}, 999), LENGTHS, DEPTHS, "frames")
 
 
 @pytest.mark.parametrize("colours", ["safe", "paper"])
@@ -52,10 +52,10 @@ def test_blocks():
 ])  # fmt: skip
 def test_pictures(tmp_path, colours, lengths, depths, count, gaps):
     maps = [some(lengths, depths, f"model {i}", seed=i, gaps=gaps) for i in range(count)]
-    maps[-1] = figures.Map("nothing known", {}, 10**9) if gaps else maps[-1]
-    figures.heatmap(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4, colours)
-    figures.heatmap(tmp_path / "plain.png", maps, lengths, depths, "tokens", colours=colours)
-    figures.comparison(tmp_path / "comparison.png", maps, lengths, "frames")
+    maps[-1] = results.Map("nothing known", {}, 10**9) if gaps else maps[-1]
+    results.heatmap(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4, colours)
+    results.heatmap(tmp_path / "plain.png", maps, lengths, depths, "tokens", colours=colours)
+    results.comparison(tmp_path / "comparison.png", maps, lengths, "frames")
     for name in ("heatmap", "plain", "comparison"):
         picture = Image.open(tmp_path / f"{name}.png")
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
@@ -63,6 +63,24 @@ def test_pictures(tmp_path, colours, lengths, depths, count, gaps):
 
 def test_the_two_palettes_differ(tmp_path):
     for colours in ("safe", "paper"):
-        figures.heatmap(tmp_path / f"{colours}.png", [some(LENGTHS, DEPTHS)], LENGTHS, DEPTHS, "frames", 1, colours)
+        results.heatmap(tmp_path / f"{colours}.png", [some(LENGTHS, DEPTHS)], LENGTHS, DEPTHS, "frames", 1, colours)
     safe, paper = (np.asarray(Image.open(tmp_path / f"{c}.png").convert("RGB"), int) for c in ("safe", "paper"))
     assert safe.shape == paper.shape and np.abs(safe - paper).max() > 100
+
+
+@pytest.mark.parametrize("hits, trials, low, high", [
+    (409, 450, 0.8787, 0.9321),  # LongVA-7B's published heat map
+    (0, 10, 0.0, 0.2775),
+    (10, 10, 0.7225, 1.0),
+    (5, 10, 0.2366, 0.7634),
+    (1, 1, 0.2065, 1.0),
+])  # fmt: skip
+def test_wilson(hits, trials, low, high):
+    assert results.wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_is_where_the_score_test_is_z():
+    """The defining property: at either end p of the interval, |rate - p| is z standard errors of p."""
+    for hits, trials, z in [(3, 20, 1.96), (7, 9, 1.0), (40, 50, 2.58)]:
+        for p in results.wilson(hits, trials, z):
+            assert abs(hits / trials - p) == pytest.approx(z * (p * (1 - p) / trials) ** 0.5)
