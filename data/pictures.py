@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data import needles, synthetic
+from data import results, synthetic
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WIDTH = 820  # pixels of the README's column
@@ -422,7 +422,7 @@ def comparison() -> Figure:
     for i, (name, found) in enumerate(data["found"].items()):
         hits, of = np.array(found).sum(0), data["of"] * len(data["depths"])
         colour, dash, mark = marks[i]
-        low, high = np.array([needles.wilson(int(n), of) for n in hits]).T
+        low, high = np.array([results.wilson(int(n), of) for n in hits]).T
         y = bottom - (bottom - top) * hits / of
         ax.plot(x, y, dash, color=colour, marker=mark, markersize=5, linewidth=2)
         ax.fill_between(
