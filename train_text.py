@@ -42,7 +42,7 @@ class Config:
         None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)"
     )
     corpus: str = setting(
-        "synthetic", "packed token file or folder (python -m data.text), or synthetic (Sec. 3.1: SlimPajama)"
+        "synthetic", "packed token file or folder (python -m data.pack), or synthetic (Sec. 3.1: SlimPajama)"
     )
     seq_len: int = setting(224_000, "tokens per sequence (Sec. 3.1)")
     batch: int = setting(1, "sequences read at once (release: extend_qwen2.sh)")
@@ -138,10 +138,10 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * up * max(0.1, min(1.0, left))
 
 
-def open_tokens(corpus: str, words: tokenizer.Tokenizer) -> np.memmap | text.Parts:
+def open_tokens(corpus: str, words: tokenizer.Tokenizer) -> np.memmap | text.TokenShards:
     """A packed corpus; ValueError if it is not of this model's tokenizer."""
     tokens = text.open_tokens(corpus, words)
-    if (largest := text.largest(tokens)) >= words.size:
+    if (largest := text.largest_id(tokens)) >= words.size:
         raise ValueError(f"{corpus} holds token {largest}, but the model's tokenizer has {words.size}; pack it again")
     return tokens
 
@@ -184,7 +184,7 @@ def check(cfg: Config, circle: ring.World, circles: int) -> None:
     if cfg.weights and not cfg.weights.is_dir():
         raise ValueError(f"--weights {cfg.weights} is no folder; name a model's folder")
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
-        raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/text.py)")
+        raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/pack.py)")
     if cfg.corpus != "synthetic" and cfg.weights is None:
         raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
     if cfg.separate_documents and cfg.corpus == "synthetic":

@@ -20,7 +20,7 @@ import longva
 import ring
 import train_text
 import train_vision
-from data import chat, parameters, synthetic, text, tokenizer
+from data import chat, pack, parameters, synthetic, tokenizer
 from data.runs import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path):
     (tmp_path / "docs").mkdir()
     for i in range(30):
         (tmp_path / "docs" / f"{i:02}.txt").write_text(synthetic.story(i, 30 + 11 * i))
-    text.main(text.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
+    pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
     flags = [*SMALL, "--weights", made[0] / "base/model", "--corpus", tmp_path / "tokens.npy", "--steps", 4]
     flags += ["--held-out", tmp_path / "tokens.npy", "--save-every", 2, "--seq-len", 128, "--rope-theta", 1e4]
     apart = [*flags, "--separate-documents"]

@@ -1,0 +1,485 @@
+"""Packing: documents packed or refused, sources that keep their shares, and killed runs that end with the same bytes."""
+
+import fcntl
+import gzip
+import json
+import os
+import signal
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from data import flags, pack, synthetic, text
+from data.tokenizer import load_tokenizer
+
+ODD = "A caption with <|im_end|> and <|endoftext|> in it\u2028and a line separator"
+TEXTS = [" star moon", "red apple\nblue boat", ODD, "7" * 50, " ring"]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return load_tokenizer(synthetic.TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def packed(words):
+    """What a token file of TEXTS must hold."""
+    return [i for t in TEXTS for i in [words.special["<|endoftext|>"], *words.encode(t)]]
+
+
+def packs(files, words, out, keep_short=1.0, **settings):
+    """Without upsampling, unless it is asked for."""
+    return pack.pack(pack.Config(tuple(files), synthetic.TOKENIZER, out, keep_short=keep_short, **settings), words)
+
+
+# ---- packing ----
+
+
+def zst(path, *frames):
+    with open(path, "wb") as file:
+        for frame in frames:
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+                stream.write(frame)
+            file.write(sink.getvalue())
+
+
+def corpus(folder, kind, words, texts=TEXTS):
+    """`texts` in files of one kind."""
+    file = folder / f"corpus{kind}"
+    lines = [json.dumps({"text": t, "meta": {}}, ensure_ascii=n % 2 > 0) + "\n" for n, t in enumerate(texts)]
+    whole = "".join([*lines[:2], "\n", *lines[2:]]).encode()  # a blank line is no document
+    if kind == ".txt":
+        for n, t in enumerate(texts):
+            (folder / f"{n}.txt").write_text(t, encoding="utf-8")
+        return [folder / f"{n}.txt" for n in range(len(texts))]
+    if kind == ".jsonl":
+        file.write_bytes(whole.removesuffix(b"\n"))
+    elif kind == ".jsonl.gz":
+        file.write_bytes(gzip.compress(whole))
+    elif kind == ".jsonl.zst":
+        zst(file, whole[:40], whole[40:])
+    elif kind == ".parquet":
+        parquet.write_table(pyarrow.table({"n": range(len(texts)), "text": texts}), file, row_group_size=2)
+    else:
+        ids = [words.encode(t) for t in texts]
+        ids[1] = [words.bos_id, *ids[1]]  # a separator that is there already is not doubled
+        file = folder / f"ids{kind.removeprefix('ids')}"
+        if kind == "ids.parquet":
+            parquet.write_table(pyarrow.table({"labels": ids, "input_ids": ids, "text": texts}), file)
+        else:
+            file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    return [file]
+
+
+KINDS = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "ids.parquet", "ids.jsonl"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_every_kind_pack_alike(tmp_path, words, packed, kind):
+    out = tmp_path / "new" / "tokens.npy"
+    told = packs(corpus(tmp_path, kind, words), words, out)
+    assert (told["documents"], told["kept"], told["tokens"], told["bad"]) == (5, 5, len(packed), {})
+    assert text.open_tokens(out).tolist() == np.load(out).tolist() == packed
+    assert text.open_tokens(out).dtype == np.uint16
+    assert {f.name for f in out.parent.iterdir()} == {"tokens.npy", "tokens.summary.json"}
+    assert packed.count(words.bos_id) == len(TEXTS)  # <|endoftext|> in a text is text
+
+
+def test_a_large_vocabulary_needs_four_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    for size, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
+        top = SimpleNamespace(size=size, bos_id=0, pieces={}, encode=lambda _, size=size: [size - 1])
+        packs([tmp_path / "a.txt"], top, tmp_path / "t.npy")
+        tokens = text.open_tokens(tmp_path / "t.npy")
+        assert tokens.tolist() == [0, size - 1] and tokens.dtype == dtype
+
+
+BAD = ['{"text": "cut', "7", '{"body": "x"}', '{"text": null}', '{"text": 3}', '{"text": ""}', r'{"text": "\ud800"}', "[" * 10**5,
+       '{"text": ' + "9" * 5000 + "}", '{"input_ids": []}', '{"input_ids": [1.5]}', '{"input_ids": [[1], [2]]}', '{"input_ids": [[1], 2]}',
+       '{"input_ids": [true]}', '{"input_ids": [-1]}', '{"input_ids": [657]}', '{"input_ids": [1e99, 99999999999999999999999]}']  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [*BAD, b'{"text": "\xff"}'], ids=lambda bad: str(bad)[:28])
+def test_a_bad_document_is_left_out_and_told(tmp_path, words, bad):
+    file, out = tmp_path / "a.jsonl", tmp_path / "t.npy"
+    good = [b'{"text": " star"}'] * 999
+    file.write_bytes(b"\n".join([*good[:500], bad if isinstance(bad, bytes) else bad.encode(), *good[500:]]))
+    told = packs([file], words, out)
+    assert (told["documents"], told["tokens"]) == (999, 2 * 999) and len(text.open_tokens(out)) == 2 * 999
+    ((kind, number),) = told["bad"].items()
+    assert number == 1 and told["first_bad"][0].startswith(f"{file}, document 501: {kind}: ")
+
+
+def test_too_many_bad_documents_stop_it(tmp_path, words, monkeypatch):
+    file, out = tmp_path / "a.jsonl", tmp_path / "t.npy"
+    out.write_bytes(b"an older file")
+    file.write_text('{"text": " star"}\n' * 1997 + "bad\n" * 3)
+    with pytest.raises(
+        ValueError, match=r"^3 of 2,000 documents are bad, at most 0\.1%.*a\.jsonl, document 1998: not JSON: Expecting"
+    ):
+        packs([file], words, out)
+    assert out.read_bytes() == b"an older file" and sorted(f.name for f in tmp_path.iterdir()) == ["a.jsonl", "t.npy"]
+    file.write_text("bad\n" * 50)
+    monkeypatch.setattr(pack, "BAD_BEFORE_END", 10)  # it does not read a wrong corpus to its end
+    monkeypatch.setattr(pack, "SAVE_EVERY", 12)
+    with pytest.raises(ValueError, match="12 of 12 documents"):
+        packs([file], words, out)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.jsonl", "t.npy"]
+
+
+def test_a_giant_line_is_one_bad_document(tmp_path, words, monkeypatch):
+    """However it ends, the lines around it are read as they are."""
+    monkeypatch.setattr(pack, "MAX_LINE_BYTES", 64)
+    for giant in (65, 128, 130, 195, 1000):
+        lines = ['{"text": " star"}'] * 999 + ["x" * giant] + ['{"text": " moon"}'] * 2
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        told = packs([tmp_path / "a.jsonl"], words, tmp_path / "t.npy", seed=giant)
+        assert told["bad"] == {"giant line": 1} and told["documents"] == 1001
+    (tmp_path / "a.jsonl").write_text("x" * 200)
+    with pytest.raises(ValueError, match=r"1 of 1 documents are bad.*giant line: more than 64 bytes"):
+        packs([tmp_path / "a.jsonl"], words, tmp_path / "t.npy")
+
+
+@pytest.mark.parametrize("kind", [".jsonl.zst", ".jsonl.gz", ".parquet"])
+def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path, words, kind):
+    (file,) = corpus(tmp_path, kind, words)
+    if kind == ".jsonl.zst":  # one frame: a cut between two cannot be known from the file
+        zst(file, b'{"text": " star moon"}\n' * 20)
+    whole, out = file.read_bytes(), tmp_path / "t.npy"
+    for n in [*range(1, len(whole), 1 + len(whole) // 40), len(whole) - 1]:
+        file.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=rf"corpus{kind} cannot be read"):
+            packs([file], words, out)
+    assert not out.exists()
+    file.write_bytes(whole)  # copied again: the draft goes on from where it was
+    assert packs([file], words, out)["documents"] == (20 if kind == ".jsonl.zst" else 5)
+    assert {f.name for f in tmp_path.iterdir()} == {file.name, "t.npy", "t.summary.json"}
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("a.csv", b"x", r"a\.csv is of an unknown kind; expected a name that ends in \.txt"),
+    ("a.jsonl", None, "is no file"),
+    ("a.jsonl.zst", b"", "is empty"),
+    ("a.jsonl", b"\n \n", "hold no document"),
+    ("a.txt", b"\xff\xfe", "cannot be read to its end"),
+    ("a.jsonl.gz", b"no gzip", "cannot be read to its end"),
+]
+)  # fmt: skip
+def test_files_that_are_refused(tmp_path, words, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        packs([tmp_path / name], words, tmp_path / "t.npy")
+    assert not (tmp_path / "t.npy").exists()
+
+
+def test_parquet_without_text_is_refused(tmp_path, words):
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has the columns \['body'\], expected 'text' or 'input_ids'"):
+        packs([tmp_path / "a.parquet"], words, tmp_path / "t.npy")
+
+
+def test_an_empty_cell_of_parquet_is_a_bad_document(tmp_path, words):
+    for column, good in (("text", " star"), ("input_ids", [5])):
+        rows = [good] * 1998 + [None, [None, 5] if column == "input_ids" else ""]
+        parquet.write_table(pyarrow.table({column: rows}), tmp_path / "a.parquet")
+        told = packs([tmp_path / "a.parquet"], words, tmp_path / "t.npy", seed=len(column))
+        assert told["documents"] == 1998 and sum(told["bad"].values()) == 2
+
+
+def test_one_document_at_a_time(tmp_path, words, monkeypatch):
+    """Nothing is collected first: an endless file is read no further than where it must stop."""
+
+    def endless(_path):
+        for n in range(4001):
+            yield {"text": " star"} if n < 3000 else b"bad"
+        raise AssertionError
+
+    monkeypatch.setitem(pack.READERS, ".txt", endless)
+    monkeypatch.setattr(pack, "BAD_BEFORE_END", 3)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="1,000 of 4,000"):
+        packs([tmp_path / "a.txt"], words, tmp_path / "t.npy")
+
+
+# ---- upsampling ----
+
+SOURCES = {"Book": (0.05, 24_000), "Web": (0.67, 1500), "Code": (0.28, 5000)}  # share of documents, usual characters
+
+
+def sources_corpus(folder, count=3000, files=2, seed=0):
+    """Documents of three sources in JSONL files: (files, tokens of each (source, is it long) before)."""
+    rng, before, lines = np.random.default_rng(seed), Counter(), [[] for _ in range(files)]
+    for n in range(count):
+        source = rng.choice(list(SOURCES), p=[share for share, _ in SOURCES.values()])
+        length = max(1, int(SOURCES[source][1] * rng.lognormal(0, 0.7)) // 368)
+        fields = {"input_ids": [1 + n % 200] * length, "meta": {"redpajama_set_name": str(source)}}
+        before[str(source), length + 1 >= 16] += length + 1
+        lines[n % files].append(json.dumps(fields))
+    for n in range(files):
+        (folder / f"{n}.jsonl").write_text("\n".join(lines[n]))
+    return [folder / f"{n}.jsonl" for n in range(files)], before
+
+
+def shares(counts):
+    """Part of all tokens that each source has."""
+    of = {source: sum(n for (s, _), n in counts.items() if s == source) for source, _ in counts}
+    return {source: n / sum(of.values()) for source, n in of.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])  # 3: more than files, so they share out documents
+def test_long_documents_gain_and_sources_keep_their_shares(tmp_path, words, workers):
+    """Over several seeds, against counts made here, and what the summary says against what the token files hold."""
+    files, before = sources_corpus(tmp_path, 1500)
+    counts = Counter()
+    for seed in range(8):
+        settings = {"long": 16, "workers": workers, "seed": seed}
+        told = [packs(files, words, tmp_path / "out", 0.3, worker=n, **settings) for n in reversed(range(workers))]
+        told = pack.summarize(told)
+        tokens = text.open_tokens(tmp_path / "out", words)
+        assert len(tokens) == told["tokens"] and told["documents"] == 1500
+        assert int((tokens[:] == words.bos_id).sum()) == told["kept"]
+        for source, kinds in told["table"].items():
+            for length, row in kinds.items():
+                counts[source, length == "long"] += row["tokens"]
+            assert told["sources"][source]["share_before"] == pytest.approx(shares(before)[source], abs=0.01)
+    for source, share in shares(before).items():
+        assert shares(counts)[source] == pytest.approx(share, abs=0.03)
+        assert told["sources"][source]["share_after"] == pytest.approx(share, abs=0.15)
+        expected = before[source, True] / (before[source, True] + 0.3 * before[source, False])
+        long_after = counts[source, True] / (counts[source, True] + counts[source, False])
+        assert long_after == pytest.approx(expected, abs=0.05)
+    assert sum(counts.values()) == pytest.approx(8 * 0.3 * sum(before.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [".jsonl.zst", ".parquet"])
+def test_the_source_of_a_document(tmp_path, words, kind):
+    """As SlimPajama names it; anything else there is no name, and no reason to leave a document out."""
+    metas = [{"redpajama_set_name": "RedPajamaBook"}, {"redpajama_set_name": "RedPajamaC4"}, None]
+    rows, file = [{"text": " star", "meta": meta} for meta in metas], tmp_path / f"a{kind}"
+    if kind == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        rows += [{"text": " star", "meta": {"redpajama_set_name": [1]}}, {"text": " star", "meta": 3}]
+        zst(file, "\n".join(map(json.dumps, rows)).encode())
+    found = packs([file], words, tmp_path / "t.npy")["sources"]
+    unnamed = {pack.UNNAMED: len(rows) - 2}
+    assert {s: n["kept"] for s, n in found.items()} == {"RedPajamaBook": 1, "RedPajamaC4": 1} | unnamed
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
+def test_in_expectation_each_source_keeps_the_same_part(keep):
+    """The coins' probabilities, added up over documents: `keep` of the tokens of each source, long ones gaining."""
+    rng = np.random.default_rng(0)
+    for _, characters in SOURCES.values():
+        lengths = np.maximum(1, characters * rng.lognormal(0, 0.7, 4000) / 368)
+        total, kept = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        for tokens in lengths:
+            long = bool(tokens >= 16)
+            total[long] += tokens
+            probability = pack.keep_probability(long, keep, total[True], total[False])
+            assert 0 < probability <= 1 + 1e-9
+            kept[long] += probability * tokens
+        assert sum(kept.values()) / sum(total.values()) == pytest.approx(keep, rel=0.02)
+        assert kept[False] / total[False] == pytest.approx(keep * kept[True] / total[True], rel=0.05)
+
+
+def test_coins_are_fair_and_of_their_own(tmp_path, words):
+    """Over many seeds a document stays as often as its probability says, and two documents are independent."""
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4, 5, 6]}\n')
+    found = Counter()
+    for seed in range(400):
+        packs([tmp_path / "a.jsonl"], words, tmp_path / "t.npy", 0.5, seed=seed)
+        tokens = np.load(tmp_path / "t.npy").tolist()
+        found[1 in tokens, 4 in tokens] += 1
+    assert all(abs(found[one, other] - 100) < 35 for one in (True, False) for other in (True, False)), found
+
+
+# ---- kills, workers ----
+
+
+def dies(action):
+    """Run `action` in a process of its own; whether it was killed on the way."""
+    if (child := os.fork()) == 0:
+        action()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def killer(function, call, after):
+    """`function`, but its call of this number is the last thing that the process does."""
+    calls = iter(range(10**9))
+
+    def wrapped(*arguments):
+        deadly = next(calls) == call
+        if deadly and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments)
+        if deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
+
+
+def everything(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, words, monkeypatch, workers):
+    files, _ = sources_corpus(tmp_path, 300, 2)
+    monkeypatch.setattr(pack, "SAVE_EVERY", 20)
+    settings = {"long": 16, "workers": workers, "worker": workers - 1}
+    packs(files, words, tmp_path / "whole", 0.5, **settings)
+    whole, killed, resumed = everything(tmp_path / "whole"), 0, 0
+    assert len(whole) == 2
+    for name, after in (("encode", False), ("publish", False), ("publish", True), ("write_header", True)):
+        for call in (0, 1, 5, 40):
+            out = tmp_path / f"{name}{after}{call}"
+            with monkeypatch.context() as patch:
+                patch.setattr(pack, name, killer(getattr(pack, name), call, after))
+                for _ in range(2):  # and killed again, as far into what was left
+                    killed += dies(lambda out=out: packs(files, words, out, 0.5, **settings))
+            resumed += any(f.name.endswith(".journal") for f in out.iterdir())
+            packs(files, words, out, 0.5, **settings)
+            assert everything(out) == whole, (name, after, call)
+    assert killed > 12 and resumed > 3, (killed, resumed)
+
+
+def test_what_is_complete_is_not_made_again(tmp_path, words, monkeypatch):
+    files, _ = sources_corpus(tmp_path, 50, 1)
+    first = packs(files, words, tmp_path / "t.npy")
+    monkeypatch.setattr(pack, "write_documents", None)
+    assert packs(files, words, tmp_path / "t.npy") == json.loads(json.dumps(first))
+    monkeypatch.undo()
+    assert packs(files, words, tmp_path / "t.npy", 0.1, long=16)["kept"] < first["kept"]  # other settings: anew
+
+
+def test_a_draft_of_other_settings_or_without_its_tokens_is_not_continued(tmp_path, words, monkeypatch):
+    files, _ = sources_corpus(tmp_path, 100, 1)
+    monkeypatch.setattr(pack, "SAVE_EVERY", 10)
+    whole = packs(files, words, tmp_path / "whole.npy")
+    for n, spoil in enumerate((lambda draft: draft.unlink(), lambda draft: None)):
+        out = tmp_path / f"{n}.npy"
+        with monkeypatch.context() as patch:
+            patch.setattr(pack, "encode", killer(pack.encode, 55, False))
+            assert dies(lambda out=out, n=n: packs(files, words, out, seed=n))
+        spoil(tmp_path / f".{n}.npy.writing")
+        assert packs(files, words, out)["table"] == whole["table"]
+        assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_two_processes_do_not_write_one_part(tmp_path, words):
+    files, _ = sources_corpus(tmp_path, 10, 1)
+    with open(tmp_path / ".t.npy.writing", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"t\.npy is being written by another process"):
+            packs(files, words, tmp_path / "t.npy")
+
+
+@pytest.mark.parametrize("files, workers", [(5, 2), (1, 3), (2, 7)])
+def test_workers_share_the_documents_out(tmp_path, words, files, workers):
+    """Each document once, whatever is shared out; a folder of parts reads as one file."""
+    for n in range(files):
+        rows = [json.dumps({"input_ids": [i % 600, n + 1]}) for i in range(100 * n, 100 * n + 100)]
+        (tmp_path / "in" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "deep" / f"{n}.jsonl").write_text("\n".join(rows))
+    parts = [packs([tmp_path / "in"], words, tmp_path / "out", workers=workers, worker=n) for n in range(workers)]
+    assert min(part["kept"] for part in parts) >= 100 * files // workers - files - 100 * (files >= workers)
+    tokens, one = text.open_tokens(tmp_path / "out", words), tmp_path / "one.npy"
+    packs([tmp_path / "in"], words, one)
+    assert sorted(tokens[:].reshape(-1, 3).tolist()) == sorted(np.load(one).reshape(-1, 3).tolist())
+    assert len(tokens) == 300 * files and text.largest_id(tokens, 7) == words.bos_id
+    np.save(tmp_path / "joined.npy", tokens[:])
+    joined = text.open_tokens(tmp_path / "joined.npy")
+    for part in range(20):
+        both = [text.windows(t, 17, 2, 3, part) for t in (tokens, joined)]
+        assert all(torch.equal(a, b) for a, b in zip(*both))
+
+
+def test_folders_that_are_refused(tmp_path, words):
+    files, out = sources_corpus(tmp_path, 20, 2)[0], tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match="out holds no token files"):
+        text.open_tokens(out)
+    packs(files, words, out, workers=2, worker=1)
+    with pytest.raises(ValueError, match=r"out holds 1 files of a corpus in 2 parts, missing \[0\]"):
+        text.open_tokens(out)
+    packs(files, words, out, workers=2, worker=0, seed=1)
+    with pytest.raises(ValueError, match="out mixes parts that were packed with different seed"):
+        text.open_tokens(out)
+    packs(files, words, out, workers=2, worker=0)
+    text.open_tokens(out)
+    packs(files, words, out)
+    with pytest.raises(ValueError, match="out holds 3 files of a corpus in 1 parts"):
+        text.open_tokens(out)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, words):
+    files, out = sources_corpus(tmp_path, 20, 2)[0], tmp_path / "t.npy"
+    packs(files, words, out)
+    other = SimpleNamespace(size=words.size, pieces={**words.pieces, 5: b"other"})
+    text.open_tokens(out, words)
+    with pytest.raises(ValueError, match=r"t\.npy was packed with another tokenizer, of 657 ids, than the model's"):
+        text.open_tokens(out, other)
+    np.save(out, np.arange(9, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"t\.npy holds 9 tokens, but t\.summary\.json lists"):
+        text.open_tokens(out)
+
+
+@pytest.mark.parametrize("wrong, complaint", [
+    ({"worker": 2, "workers": 2}, "--worker is 2, expected 0 to 1"),
+    ({"workers": 2, "out": "t.npy"}, "2 workers write a file each; give a folder"),
+    ({"keep_short": 0.0}, "--keep-short is 0.0"),
+    ({"long": 0}, "--long is 0, expected 1 token or more"),
+])  # fmt: skip
+def test_settings_that_are_refused(tmp_path, wrong, complaint):
+    out = tmp_path / wrong.pop("out", "out")
+    with pytest.raises(ValueError, match=complaint):
+        pack.Config((tmp_path,), tmp_path, out, **wrong)
+
+
+# ---- as it is used ----
+
+
+def test_command_line(tmp_path, words, packed, capsys):
+    out = tmp_path / "t.npy"
+    (file,) = corpus(tmp_path, ".jsonl", words)
+    argv = [str(file), str(file), "--tokenizer", str(synthetic.TOKENIZER), "--keep-short", "1", "--out", str(out)]
+    flags.run(pack.main, pack.Config, argv=argv)
+    said = capsys.readouterr().out
+    assert f"{out}: 10 documents, 10 kept, {2 * len(packed)} tokens\n" in said and f"--corpus {out}" in said
+    assert text.open_tokens(out).tolist() == packed * 2
+    with pytest.raises(SystemExit) as stopped:
+        flags.run(pack.main, pack.Config, argv=[str(tmp_path / "none.jsonl"), *argv])
+    assert stopped.value.code == 2 and "none.jsonl is no file" in capsys.readouterr().err
+
+
+def test_command_line_of_workers(tmp_path, words, capsys):
+    """Each says what it did; the last adds them up, beside the parts."""
+    files, _ = sources_corpus(tmp_path, 300, 2)
+    for n in (1, 0):
+        argv = [
+            *map(str, files),
+            "--tokenizer",
+            str(synthetic.TOKENIZER),
+            "--out",
+            str(tmp_path / "out"),
+            "--long",
+            "16",
+        ]
+        flags.run(pack.main, pack.Config, argv=[*argv, "--worker", str(n), "--workers", "2"])
+        said = capsys.readouterr().out
+        assert ("1 of 2 files are complete" in said) == (n == 1) and "Book " in said
+    whole = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert whole["documents"] == 300 and whole["tokens"] == len(text.open_tokens(tmp_path / "out", words))
+    assert f"{tmp_path / 'out'}: 300 documents" in said and f"--corpus {tmp_path / 'out'}\n" in said
