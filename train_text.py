@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, needles, parameters, plan, plan_training, runs, synthetic, text, tokenizer, weights
+from data import chat, niah, parameters, plan, plan_training, runs, synthetic, text, tokenizer, weights
 from data.flags import at_least, run, setting
 from data.offload import GradientSums
 
@@ -275,16 +275,16 @@ def hide(cfg: Config, words: tokenizer.Tokenizer) -> Iterator[tuple[Tensor, Tens
     """(ids_1S, targets_1S) of magic numbers hidden in held-out text (App. A); the numbers alone are targets."""
     if cfg.held_out is None:
         return
-    S, stops, digits, count = cfg.seq_len, needles.period_ids(words.encode), 7, cfg.eval_needles * len(DEPTHS)
+    S, stops, digits, count = cfg.seq_len, niah.period_ids(words.encode), 7, cfg.eval_needles * len(DEPTHS)
     if cfg.held_out == "synthetic":
         book, digits = words.encode(synthetic.story(cfg.seed + 1, S)), 3
     else:
         book = [i for i in open_tokens(cfg.held_out, words)[:S].tolist() if i != words.bos_id]
-    for i, number in enumerate(needles.numbers(np.random.RandomState(cfg.seed), count, digits)):
+    for i, number in enumerate(niah.magic_numbers(np.random.RandomState(cfg.seed), count, digits)):
         context, rng = 1, np.random.RandomState(0)  # there are no distractors, so that nothing is drawn
         for _ in range(2):  # once for the length of all but the book
             probe = (words.encode, book, context, DEPTHS[i % len(DEPTHS)], number, (), rng, stops)
-            ids, answer = needles.text_probe(*probe)
+            ids, answer = niah.text_probe(*probe)
             context += S + 1 - len(ids) - len(answer)
             if context < 1:
                 raise ValueError(f"--seq-len {S} is too short to ask for a hidden number; leave out --held-out")
