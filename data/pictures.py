@@ -370,7 +370,7 @@ def heatmap() -> Figure:
         write(ax, left, top - 18, f"{TITLES[name]}: {rates.mean():.2f}", 17, ha="left", weight="bold")
         for (y, x), rate in np.ndenumerate(rates):
             ax.add_patch(Rectangle((left + x * wide, top + y * high), wide, high, color=colours(rate), linewidth=0))
-            ink = "white" if rate > 0.5 else INK
+            ink = "white" if rate > 0.58 else INK
             write(ax, left + (x + 0.5) * wide, top + (y + 0.5) * high, f"{rate:.2f}", color=ink)
         ax.add_patch(Rectangle((left, top), 6 * wide, 5 * high, fill=False, edgecolor=GREY, linewidth=0.8))
         for x, frames in enumerate(data["frames"] if i > 1 else ()):
