@@ -9,13 +9,18 @@ import fcntl
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 TINY = Path(__file__).parent / "tiny"  # the shipped models
+PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
 
 
 def trained_or_shipped(run: str, shipped: str) -> Path:
@@ -155,3 +160,24 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+# ---- memory of this machine ----------------------------------------------------------------------
+
+
+def free_bytes(device: str, ranks: int) -> int:
+    """Bytes that a process can take: what is free on its GPU, or its share of the memory that the CPU may use."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's: cgroups of version 2 and 1
+        path = Path("/sys/fs/cgroup", file)
+        limits += [int(text) for text in [path.read_text().strip()] if text != "max"] if path.is_file() else []
+    return min(limits) // ranks - PROCESS
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of tensors on a GPU, or in all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
