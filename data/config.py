@@ -1,7 +1,7 @@
 """What a model folder says in JSON: the sizes of decoder and eye, how pictures become tokens, how to answer.
 
 What      LMConfig, ClipConfig and LongVAConfig, under the names of Hugging Face's config.json; `read_config` and its
-          way back, `to_dict`. Loading a model begins here, and a memory plan needs nothing else (data/plan.py).
+          way back, `to_dict`. Loading a model begins here, and a memory plan needs nothing else (data/memory.py).
           Sampling, `read_sampling` and `stop_ids`, from generation_config.json.
 Paper     Sec. 3.1 (Qwen2-7B), Sec. 3.2 (CLIP ViT-L/14-336, UniRes and AnyRes); Fig. 4's baselines.
 Run       imported; `read_config("Qwen2-7B-Instruct").hidden_size`
@@ -210,11 +210,6 @@ class LongVAConfig:
     vision: ClipConfig = field(default_factory=ClipConfig)
     scheme: str = "unires"  # or "anyres": LLaVA-NeXT's, the paper's baseline
     rule: str = "canvas"  # how many grids a picture gets: a rule of unires.RULES
-
-    @property
-    def frame_tokens(self) -> int:
-        """Tokens of a video frame, a grid: its patches pooled 2x2 (Sec. 3.2: 144)."""
-        return (self.vision.patches // 2) ** 2
 
     @classmethod
     def from_dict(cls, found: dict) -> "LongVAConfig":

@@ -1,24 +1,24 @@
 """The memory that an answer or a training step takes, by arithmetic, before anything is loaded.
 
-What      `answer_terms` and `step_terms`: bytes per rank, one line a term, its formula beside it. `most_frames` and
-          `longest`: what fits. `answer_table` and `step_table`: what --plan prints.
+What      `answer_terms` and `step_terms`: bytes per rank, one line a term, its formula beside it.
+          `most`: what fits. `show_answer` and `show_step`: what --plan prints.
 Paper     Sec. 3.1: 224,000 tokens on eight GPUs of 80 GB. Sec. 3.2 and Fig. 4: 3,000 frames of 144 tokens.
 Run       python longva.py --plan --weights LongVA-7B --frames 3000 --device cuda
           python train_text.py --plan --preset longva --weights Qwen2-7B-Instruct --device cuda
 Dimensions  D LM width   F MLP width   H query heads   G key/value heads   K head width   V vocabulary   L layers
-          S tokens of the sequence   T tokens held here   R ranks   N frames   M tokens per frame   P patches per grid
-          E CLIP width   b bytes per number in computation (training keeps shards, gradients and moments in 4)
+          S tokens of the sequence   T held here   R ranks   N frames   M tokens per frame   P patches   b bytes
 Differs   The paper gives no such figures. Each is derived from the tensors alive at once, and tested against the peaks
           of processes and of an H100 (tests/test_data_memory.py). GPU_MARGIN names what is not counted.
 """
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from data.config import LMConfig, LongVAConfig, layer_parameters, parameters, root_parameters
-from data.runs import free_bytes
+from data.flags import print0, world_size
+from data.runs import free_bytes, pick_device
 
 GB = 10**9  # bytes
 CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens per prefill chunk, as longva.CHUNK
@@ -26,6 +26,7 @@ LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once,
 FRAMES = (8, 32, 128, 384, 1000, 3000)  # the paper's, from Table 4 to Fig. 4
 CARDS = (24, 48, 80, 141)  # GB of usual GPUs
 GPU_MARGIN = 2 * GB  # CUDA context, buffers of NCCL and cuBLAS, fragments: an allowance, not a measured figure
+CHANGES = {"checkpointing": ("none", "full", "selective"), "mlp_tile": (1024,), "offload": (False,)}
 MOST = 10**9  # tokens: where a search ends
 Model = LMConfig | LongVAConfig
 
@@ -46,11 +47,8 @@ def prefill_bytes(lm: LMConfig, S: int, b: int, chunk: int, ranks: int, device: 
     mlp = b * (D + 3 * F)  # the sum after attention; silu(gate), up, their product
     attention = b * 4 * H * K  # q, k, v, output; or q, its swapped halves and two products
     mask = chunk * S * (1 + b) if device == "cpu" and ranks == 1 and later else 0  # as bools and as numbers
-    exchange = (
-        chunk * 16 * H * K if ranks > 1 else 0
-    )  # all ranks' queries, regrouped; outputs, in fp32 with log-sum-exp
-    scores = 2 * chunk * S * 4 * H if device == "cuda" and b == 4 else 0  # no fast kernel takes fp32
-    return T * stream + max(T * mlp, T * attention + mask + exchange + scores)
+    exchange = chunk * 16 * H * K * (ranks > 1)  # queries of all ranks, regrouped; their outputs, also in fp32
+    return T * stream + max(T * mlp, T * attention + mask + exchange)
 
 
 def vision_bytes(config: LongVAConfig, N: int, b: int) -> int:
@@ -70,15 +68,15 @@ def answer_terms(
     lm = config.lm if isinstance(config, LongVAConfig) else config
     terms = {"weights": b * parameters(config), "cache": cache_bytes(lm, rows, b)}  # rows: see ring.ShardedCache
     if isinstance(config, LMConfig):
-        return terms | {"prefill or vision": prefill_bytes(lm, S, b, chunk, ranks, device)}
-    M = config.frame_tokens
+        return terms | {"work": prefill_bytes(lm, S, b, chunk, ranks, device)}
+    M = config.vision.tokens_per_grid
     frames = -(-S // M)
     N = min(batch, frames)
     picture = 3 * config.vision.side**2 if device == "cpu" else 0  # decoded frames are in the same memory
     tokens = N * picture + ranks * N * M * lm.hidden_size * b  # visual tokens of all ranks, until the next are made
     waiting = min(2 * N, frames - N) * picture  # video.prefetch decodes ahead; at the last chunk none waits
     prefill = prefill_bytes(lm, S, b, min(chunk, N * M * ranks), ranks, device)
-    return terms | {"prefill or vision": tokens + max(prefill, waiting + vision_bytes(config, N, b))}
+    return terms | {"work": tokens + max(prefill, waiting + vision_bytes(config, N, b))}
 
 
 # ---- a training step -----------------------------------------------------------------------------
@@ -109,11 +107,11 @@ class Step:
     sharded = property(lambda self: self.ranks > 1 or self.offload or self.b == 2)  # by FSDP2, see ring.py
     gpu = property(lambda self: self.device == "cuda")
 
-    def __post_init__(self):
-        if self.ranks % self.circle:
-            raise ValueError(f"{self.ranks} rank(s) cannot form rings of {self.ring}; give a --ring that divides them")
-        if self.grad_accumulation * self.circle % self.ranks:
-            raise ValueError(f"--grad-accumulation {self.grad_accumulation} cannot be shared by all rings evenly")
+    @classmethod
+    def of(cls, lm: LMConfig, settings: object) -> "Step":
+        """Take what has the same name in `settings`, a train_text.Config."""
+        given = {field.name: getattr(settings, field.name) for field in fields(cls)[2:]}
+        return cls(lm, world_size(), **given | {"device": pick_device(given["device"])})
 
 
 def layer_bytes(step: Step) -> tuple[int, int, int]:
@@ -141,19 +139,18 @@ def layer_bytes(step: Step) -> tuple[int, int, int]:
     return 0 if offloaded else T * kept, T * alive, max(in_mlp, T * in_norm, T * in_attention)
 
 
-def moments(step: Step) -> dict[str, dict[str, int]]:
-    """Bytes on the device, by term, at each moment of the last micro-batch that may be the widest of a step."""
+def step_terms(step: Step) -> dict[str, int]:
+    """Bytes on the device, by term, at the widest moment of a step's last micro-batch and update."""
     lm, b, T, R, L = step.lm, step.b, step.T, step.ranks, step.lm.num_hidden_layers
     D, F, V = lm.hidden_size, lm.intermediate_size, lm.vocab_size
     layer, root, n = layer_parameters(lm), root_parameters(lm), -(-parameters(lm) // R)
     kept, alive, flow = layer_bytes(step)
     on_device = not (step.offload and step.gpu)
-    more = step.micro_batches > 1  # then all gradients exist, from the micro-batch before
     inputs = 16 * T * step.micro_batches + 2 * b * lm.head_width * T // step.batch  # ids, targets; cosine, sine
     stream = 4 * root * (step.gpu and step.sharded)  # FSDP2 reduces on a second stream, whose memory serves no other
 
     def moment(made: int, gathered: int, activations: int, whole: int) -> dict[str, int]:
-        shards = {"shards": 4 * n, "gradients": 4 * (n if more else made), "AdamW": 8 * n}
+        shards = {"shards": 4 * n, "gradients": 4 * (n if step.micro_batches > 1 else made), "AdamW": 8 * n}
         rest = {"gathered": gathered * step.sharded, "activations": activations + inputs, "whole grads": whole}
         return {name: size * on_device for name, size in shards.items()} | rest | {"reduce stream": stream}
 
@@ -161,30 +158,24 @@ def moments(step: Step) -> dict[str, dict[str, int]]:
     head = b * V * D + b * layer + 4 * layer  # gradients of head and layer; of the layer after, in fp32
     first, last = (L - 1) * layer // R, 0  # gradients that are sharded already
     if not step.sharded:
-        head, first, last = 4 * F * D * more, L * layer + V * D, layer + V * D
+        head, first, last = 4 * F * D * (step.micro_batches > 1), L * layer + V * D, layer + V * D
     logits = min(LOSS_CHUNK[step.device], T) * V * (4 if b == 4 else 2 * b + 4)  # bf16: also in fp32, and as p - y
     hidden = T * ((8 if b == 4 else 6) * D + 2 * b * D + 40)  # of the last norm; with a target, all, their gradient
-    of_root = (b * root + 4 * root + 4 * root // R - stream) * step.sharded
-    return {
-        "loss": moment(0, around, L * kept + hidden + logits, V * D * (4 if b == 4 else 6)),
-        "last layer": moment(last, around, (L - 1) * kept + alive + flow, head),
-        "first layer": moment(first, around, alive + flow, head),
-        "root": moment(n - root // R, 0, 0, of_root),
-        "AdamW": moment(n, 0, 0, 0 if step.gpu else 8 * D * max(V, F) // R),  # two tensors of the largest shard
-    }
-
-
-def step_terms(step: Step) -> dict[str, int]:
-    """Bytes on the device, by term, at the widest moment."""
-    return max(moments(step).values(), key=lambda terms: sum(terms.values()))
+    candidates = [
+        moment(0, around, L * kept + hidden + logits, V * D * (4 if b == 4 else 6)),  # loss: all layers are kept
+        moment(last, around, (L - 1) * kept + alive + flow, head),  # backward of the last layer
+        moment(first, around, alive + flow, head),  # backward of the first: most gradients are made
+        moment(n - root // R, 0, 0, (b * root + 4 * root + 4 * root // R - stream) * step.sharded),  # end of backward
+        moment(n, 0, 0, 0 if step.gpu else 8 * D * max(V, F) // R),  # AdamW; on a CPU twice the largest shard
+    ]
+    return max(candidates, key=lambda terms: sum(terms.values()))
 
 
 def host_bytes(step: Step) -> int:
     """CPU memory of a rank that computes on a GPU, before PyTorch rounds pinned blocks up to powers of two."""
     states = 16 * parameters(step.lm) // step.ranks  # shards, their gradients, two moments
-    kept = layer_bytes(replace(step, device="cpu"))[0] * step.lm.num_hidden_layers
-    offloads = step.offload_activations and step.checkpointing != "none"
-    return step.gpu * (states * step.offload + kept * offloads)
+    kept = layer_bytes(replace(step, device="cpu"))[0] * step.lm.num_hidden_layers * (step.checkpointing != "none")
+    return step.gpu * (states * step.offload + kept * step.offload_activations)
 
 
 def most(unit: int, room: int, terms: Callable[[int], dict[str, int]]) -> int:
@@ -192,51 +183,38 @@ def most(unit: int, room: int, terms: Callable[[int], dict[str, int]]) -> int:
     return unit * bisect_right(range(unit, MOST, unit), room, key=lambda n: sum(terms(n).values()))
 
 
-# ---- the tables of --plan ------------------------------------------------------------------------
+def show(ranks: int, rows: dict[str, dict[str, int]]) -> None:
+    """Print one table in GB: a column per term, and their sum."""
+    print0(f"\n{f'{ranks} rank(s), GB each':24}", *(f"{name:>13}" for name in (*next(iter(rows.values())), "peak")))
+    for name, terms in rows.items():
+        print0(f"{name:24}", *(f"{size / GB:13.3f}" for size in (*terms.values(), sum(terms.values()))))
 
 
-def rooms(device: str, ranks: int) -> dict[str, int]:
-    """Bytes that one rank may fill, by name: of usual GPUs, or its share of this machine's memory."""
-    if device == "cuda":
-        return {f"{size} GB": size * GB - GPU_MARGIN for size in CARDS}
-    free = free_bytes(device, ranks)
-    return {f"{free / GB:.1f} GB": free}
+def fit(unit: int, device: str, ranks: int, terms: Callable[[int], dict[str, int]]) -> str:
+    """Return what fits in each of CARDS, less GPU_MARGIN, or in a rank's share of this machine's memory."""
+    rooms = [size * GB - GPU_MARGIN for size in CARDS] if device == "cuda" else [free_bytes(device, ranks)]
+    return ", ".join(f"{most(unit, room, terms):,} in {room / GB:,.1f} GB" for room in rooms)
 
 
-def block(ranks: int, rows: dict[str, dict[str, int]], notes: list[str]) -> list[str]:
-    """Return the lines of one table: a column per term, their sum, and a note at the end of each row."""
-    names = [*next(iter(rows.values())), "peak"]
-    lines = ["", f"{f'{ranks} rank(s), GB each':24}" + "".join(f"{name:>18}" for name in names)]
-    for (name, terms), note in zip(rows.items(), notes):
-        sizes = [*terms.values(), sum(terms.values())]
-        lines.append(f"{name:24}" + "".join(f"{size / GB:18.3f}" for size in sizes) + note)
-    return lines
+def show_answer(config: Model, frames: int, text: int, device: str, **sizes: int | None) -> None:
+    """Print memory for `frames` and for the paper's numbers, beside `text` tokens; sizes: b, chunk, batch."""
+    device = pick_device(device)
+    M, unit = (config.vision.tokens_per_grid, "frames") if isinstance(config, LongVAConfig) else (1000, "k tokens")
+    print0(f"{parameters(config) / 1e6:,.1f} million parameters, {device}, {text:,} tokens of text; GB = 10^9 bytes")
+    for R in sorted({world_size(), 8}):
+        terms = partial(lambda R, n: answer_terms(config, n * M + text, ranks=R, device=device, **sizes), R)
+        show(R, {f"{n:,} {unit}": terms(n) for n in sorted({frames, *FRAMES})})
+        print0(f"most {unit}: {fit(1, device, R, terms)}")
 
 
-def answer_table(config: Model, frames: int, text: int, ranks: int, device: str, **sizes: Any) -> str:
-    """Return the page of `longva.py --plan` for `frames` beside `text` tokens; sizes: b, chunk and batch."""
-    M, unit = (config.frame_tokens, "frames") if isinstance(config, LongVAConfig) else (1, "tokens")
-    page = [f"{parameters(config) / 1e6:,.1f} million parameters, {device}, {text:,} tokens of text"]
-    for R in sorted({ranks, 8}):
-        terms = lambda n, R=R: answer_terms(config, n * M + text, ranks=R, device=device, **sizes)  # noqa: E731
-        counts = sorted({frames, *FRAMES})
-        page += block(R, {f"{n:,} {unit}": terms(n) for n in counts}, [" *" * (n == frames) for n in counts])
-        page += [f"at most {most(1, size, terms):,} {unit} in {name}" for name, size in rooms(device, R).items()]
-    return "\n".join(page)
-
-
-def step_table(step: Step) -> str:
-    """Return the page of `train_text.py --plan`: the step as given, and with one setting changed at a time."""
-    page = [f"{parameters(step.lm) / 1e6:,.1f} million parameters, {step.precision}, {step.seq_len:,} tokens"]
-    changes = [*(("checkpointing", way) for way in ("none", "full", "selective")), ("mlp_tile", 1024), ("offload", 0)]
-    for R in sorted({step.ranks, 8}):
-        given, room = replace(step, ranks=R), rooms(step.device, R)
-        ways = {"as given": given} | {f"{name} {value}": replace(given, **{name: value}) for name, value in changes}
-        notes = []
-        for way in ways.values():
-            terms = lambda S, way=way: step_terms(replace(way, seq_len=S))  # noqa: E731
-            longest = "".join(f"{most(2 * way.circle, size, terms):14,}" for size in room.values())
-            notes.append(f"   host {host_bytes(way) / GB:8.1f}   longest{longest}")
-        page += [*block(R, {name: step_terms(way) for name, way in ways.items()}, notes)]
-        page.append(f"longest: tokens of a sequence that fits in {', '.join(room)}")
-    return "\n".join(page)
+def show_step(step: Step) -> None:
+    """Print memory for the step, then with one setting changed at a time."""
+    print0(f"{parameters(step.lm) / 1e6:,.1f} million parameters, {step.precision}, {step.device}; GB = 10^9 bytes")
+    for R in [R for R in sorted({step.ranks, 8}) if R % (step.ring or R) == 0] or [step.ring]:
+        ways = {"as given": replace(step, ranks=R)}
+        ways |= {f"{name} {new}": replace(step, ranks=R, **{name: new}) for name in CHANGES for new in CHANGES[name]}
+        show(R, {name: step_terms(way) for name, way in ways.items()})
+        for name, way in ways.items():
+            terms = partial(lambda way, S: step_terms(replace(way, seq_len=S)), way)
+            longest = fit(2 * way.circle, step.device, R, terms)  # zigzag_index makes two chunks a rank
+            print0(f"{name:24} {host_bytes(way) / GB:8.1f} GB of CPU memory; longest sequence: {longest}")

@@ -165,6 +165,11 @@ def versions() -> dict[str, str]:
 # ---- memory of this machine ----------------------------------------------------------------------
 
 
+def pick_device(name: str) -> str:
+    """Return "cuda" or "cpu" for a --device of "auto", else the name itself."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def free_bytes(device: str, ranks: int) -> int:
     """Bytes that a process can take: what is free on its GPU, or its share of the memory that the CPU may use."""
     if device == "cuda":
