@@ -37,7 +37,7 @@ from tqdm import tqdm
 import ring
 import unires
 from clip import ClipVision
-from data import chat, plan, runs, tokenizer, video, weights
+from data import chat, memory, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
 from data.flags import at_least, run, setting
 from data.offload import ActivationOffload
@@ -560,7 +560,8 @@ def generate(
 
 TINY_MODEL = runs.TINY / "longva"
 QUESTION = "What is in the picture?"
-CHAT = plan.CHAT  # tokens of room for what is said in a chat
+CHAT = 4096  # tokens of room for what is said in a chat
+PROMPT = 64  # tokens of a chat template, about
 
 
 @dataclass(frozen=True)
@@ -643,8 +644,8 @@ def new_cache(model: LM, S: int, world: ring.World) -> KVCache | ring.ShardedCac
     """An empty cache for S tokens: here, or spread over the ranks."""
     lm, like = model.model.config, model.lm_head.weight
     needed, free = (
-        plan.cache_bytes(lm, S, like.itemsize) // world.ranks,
-        plan.room_bytes(world.device.type, world.ranks),
+        memory.cache_bytes(lm, S, like.itemsize) // world.ranks,
+        runs.free_bytes(world.device.type, world.ranks),
     )
     if needed > free:
         gb = f"{needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB can be had"
@@ -683,7 +684,10 @@ def main(cfg: Config) -> None:
     """Look once, then answer each question as it comes."""
     config = read_config(cfg.weights)
     if cfg.plan:
-        plan.show(config, cfg)
+        text = PROMPT + cfg.max_tokens + (CHAT if cfg.chat else 0)
+        device = runs.pick_device(cfg.device)
+        short = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device == "cuda")
+        memory.show_answer(config, cfg.frames, text, device, b=2 if short else 4, chunk=cfg.chunk, batch=cfg.batch)
         return
     if isinstance(config, LongVAConfig) != bool(cfg.video or cfg.image):
         blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +29,8 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, niah, parameters, plan, plan_training, runs, synthetic, text, tokenizer, weights
+from data import chat, memory, niah, parameters, runs, synthetic, text, tokenizer, weights
+from data.config import train_flop
 from data.flags import at_least, run, setting
 from data.offload import GradientSums
 
@@ -79,13 +81,12 @@ class Config:
     plan: bool = setting(
         False, "print the memory that a step would take, and the longest sequence; load nothing (ours)"
     )
-    host_gb: float | None = setting(None, "with plan: CPU memory of a machine, 10^9 bytes; none: this one's (ours)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
 
     def __post_init__(self):
         at_least(self, seq_len=2, curriculum_len=2, batch=1, grad_accumulation=1, ring=1, steps=1, save_every=1)
         at_least(self, curriculum_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, grad_clip=0)
-        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1, host_gb=1)
+        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1)
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
@@ -118,7 +119,7 @@ PRESETS = {
     },
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
-PLANNING = ("plan", "host_gb")  # settings that are no part of a run
+PLANNING = ("plan",)  # settings that are no part of a run
 SHOWN = ("loss", "norm", "tokens_per_s", "mfu", "gb")  # in the bar, of a line of the log
 NEXT = {
     "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
@@ -317,7 +318,8 @@ def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle:
 def main(cfg: Config) -> None:
     """Train, save, export; resumes where a killed run of the same settings stopped."""
     if cfg.plan:
-        plan_training.show(language_model(cfg), cfg)
+        way = "none" if not cfg.remat else "selective" if cfg.around else "full"
+        memory.show_step(memory.Step.of(language_model(cfg), SimpleNamespace(**vars(cfg), checkpointing=way)))
         return
     # 1 processes
     world = ring.start(cfg.device)
@@ -373,9 +375,9 @@ def main(cfg: Config) -> None:
         if world.rank == 0:
             speed = parts[0][0].numel() * circle.ranks * cfg.grad_accumulation / (time.perf_counter() - began)
             line = {"step": step, "loss": loss, "norm": norm, "lr": learning_rate(cfg, step)}
-            work = plan.train_flop(config, len(idx_T) * circle.ranks) * speed / world.ranks / 1e12
+            work = train_flop(config, len(idx_T) * circle.ranks) * speed / world.ranks / 1e12
             line |= {"tokens_per_s": round(speed), "tflop_per_s_and_rank": float(f"{work:.4g}")}
-            line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
+            line |= {"gb": round(runs.peak_bytes(world.device) / memory.GB, 3)}
             if world.device.type == "cuda":
                 line |= {"mfu": round(work / cfg.peak_tflop, 4)}
             runs.log(cfg.out, line)

@@ -45,7 +45,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, plan, runs, synthetic, text, tokenizer, video, weights
+from data import chat, llava, parameters, runs, synthetic, text, tokenizer, video, weights
 from data.flags import at_least, run, setting
 from data.offload import GradientSums
 
@@ -653,7 +653,7 @@ def train(cfg: Config, world: ring.World) -> None:
             seconds, began = time.perf_counter() - began, time.perf_counter()
             line = {"step": step, **told, "norm": norm, "lr": learning_rate(cfg.lr, cfg, step)}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4), "skipped": lost}
-            line |= {"gb": round(plan.most_held(world.device) / plan.GB, 3)}
+            line |= {"gb": round(runs.peak_bytes(world.device) / 1e9, 3)}
             runs.log(cfg.out, line)
             bar.set_postfix({name: f"{line[name]:.4g}" for name in SHOWN if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:

@@ -241,7 +241,7 @@ def root_parameters(lm: LMConfig) -> int:
     return lm.hidden_size + (1 if lm.tie_word_embeddings else 2) * lm.vocab_size * lm.hidden_size
 
 
-def parameters(config: LMConfig | LongVAConfig) -> int:
+def num_parameters(config: LMConfig | LongVAConfig) -> int:
     """Count all parameters; with vision also the tower's (and its unused last block's) and the projector's."""
     if isinstance(config, LMConfig):
         return config.num_hidden_layers * layer_parameters(config) + root_parameters(config)
@@ -250,7 +250,7 @@ def parameters(config: LMConfig | LongVAConfig) -> int:
     block = 4 * E + 4 * (E * E + E) + (2 * E * width + width + E)  # two LayerNorms, four attention maps, two MLP maps
     around = E + 3 * clip.patch_size**2 * E + (clip.patches**2 + 1) * E + 4 * E  # class, patch map, positions, norms
     projector = (E * D + D) + (D * D + D) + (D if config.scheme == "anyres" else 0)  # AnyRes: and the newline
-    return parameters(config.lm) + clip.num_hidden_layers * block + around + projector
+    return num_parameters(config.lm) + clip.num_hidden_layers * block + around + projector
 
 
 def train_flop(lm: LMConfig, S: int) -> float:
@@ -262,7 +262,7 @@ def train_flop(lm: LMConfig, S: int) -> float:
     """
     looked_up = 0 if lm.tie_word_embeddings else lm.vocab_size * lm.hidden_size
     attention = 2 * S * lm.num_attention_heads * lm.head_width * lm.num_hidden_layers
-    return 3 * (2 * (parameters(lm) - looked_up) + attention)
+    return 3 * (2 * (num_parameters(lm) - looked_up) + attention)
 
 
 # ---- config.json ---------------------------------------------------------------------------------

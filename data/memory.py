@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
-from data.config import LMConfig, LongVAConfig, layer_parameters, parameters, root_parameters
+from data.config import LMConfig, LongVAConfig, layer_parameters, num_parameters, root_parameters
 from data.flags import print0, world_size
 from data.runs import free_bytes, pick_device
 
@@ -66,7 +66,7 @@ def answer_terms(
     """Bytes per rank for S tokens in all: `batch` frames are encoded and `chunk` tokens prefilled at once."""
     chunk, rows = chunk or CHUNK[device], S if ranks == 1 else -(-S // ranks) + max(128, 2 * ranks)
     lm = config.lm if isinstance(config, LongVAConfig) else config
-    terms = {"weights": b * parameters(config), "cache": cache_bytes(lm, rows, b)}  # rows: see ring.ShardedCache
+    terms = {"weights": b * num_parameters(config), "cache": cache_bytes(lm, rows, b)}  # rows: see ring.ShardedCache
     if isinstance(config, LMConfig):
         return terms | {"work": prefill_bytes(lm, S, b, chunk, ranks, device)}
     M = config.vision.tokens_per_grid
@@ -143,7 +143,7 @@ def step_terms(step: Step) -> dict[str, int]:
     """Bytes on the device, by term, at the widest moment of a step's last micro-batch and update."""
     lm, b, T, R, L = step.lm, step.b, step.T, step.ranks, step.lm.num_hidden_layers
     D, F, V = lm.hidden_size, lm.intermediate_size, lm.vocab_size
-    layer, root, n = layer_parameters(lm), root_parameters(lm), -(-parameters(lm) // R)
+    layer, root, n = layer_parameters(lm), root_parameters(lm), -(-num_parameters(lm) // R)
     kept, alive, flow = layer_bytes(step)
     on_device = not (step.offload and step.gpu)
     inputs = 16 * T * step.micro_batches + 2 * b * lm.head_width * T // step.batch  # ids, targets; cosine, sine
@@ -173,7 +173,7 @@ def step_terms(step: Step) -> dict[str, int]:
 
 def host_bytes(step: Step) -> int:
     """CPU memory of a rank that computes on a GPU, before PyTorch rounds pinned blocks up to powers of two."""
-    states = 16 * parameters(step.lm) // step.ranks  # shards, their gradients, two moments
+    states = 16 * num_parameters(step.lm) // step.ranks  # shards, their gradients, two moments
     kept = layer_bytes(replace(step, device="cpu"))[0] * step.lm.num_hidden_layers * (step.checkpointing != "none")
     return step.gpu * (states * step.offload + kept * step.offload_activations)
 
@@ -200,7 +200,7 @@ def show_answer(config: Model, frames: int, text: int, device: str, **sizes: int
     """Print memory for `frames` and for the paper's numbers, beside `text` tokens; sizes: b, chunk, batch."""
     device = pick_device(device)
     M, unit = (config.vision.tokens_per_grid, "frames") if isinstance(config, LongVAConfig) else (1000, "k tokens")
-    print0(f"{parameters(config) / 1e6:,.1f} million parameters, {device}, {text:,} tokens of text; GB = 10^9 bytes")
+    print0(f"{num_parameters(config) / 1e6:,.1f} M parameters, {device}, {text:,} tokens of text; GB = 10^9 bytes")
     for R in sorted({world_size(), 8}):
         terms = partial(lambda R, n: answer_terms(config, n * M + text, ranks=R, device=device, **sizes), R)
         show(R, {f"{n:,} {unit}": terms(n) for n in sorted({frames, *FRAMES})})
@@ -209,7 +209,7 @@ def show_answer(config: Model, frames: int, text: int, device: str, **sizes: int
 
 def show_step(step: Step) -> None:
     """Print memory for the step, then with one setting changed at a time."""
-    print0(f"{parameters(step.lm) / 1e6:,.1f} million parameters, {step.precision}, {step.device}; GB = 10^9 bytes")
+    print0(f"{num_parameters(step.lm) / 1e6:,.1f} M parameters, {step.precision}, {step.device}; GB = 10^9 bytes")
     for R in [R for R in sorted({step.ranks, 8}) if R % (step.ring or R) == 0] or [step.ring]:
         ways = {"as given": replace(step, ranks=R)}
         ways |= {f"{name} {new}": replace(step, ranks=R, **{name: new}) for name in CHANGES for new in CHANGES[name]}
@@ -217,4 +217,4 @@ def show_step(step: Step) -> None:
         for name, way in ways.items():
             terms = partial(lambda way, S: step_terms(replace(way, seq_len=S)), way)
             longest = fit(2 * way.circle, step.device, R, terms)  # zigzag_index makes two chunks a rank
-            print0(f"{name:24} {host_bytes(way) / GB:8.1f} GB of CPU memory; longest sequence: {longest}")
+            print0(f"{name:24} {host_bytes(way) / GB:8.1f} GB more in CPU memory; longest sequence: {longest}")

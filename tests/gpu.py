@@ -47,8 +47,8 @@ import ring
 import train_vision
 import unires
 from clip import ClipVision
-from data import plan, plan_training
-from data.config import ClipConfig, LMConfig, LongVAConfig
+from data import memory
+from data.config import ClipConfig, LMConfig, LongVAConfig, train_flop
 from data.offload import GradientSums
 
 GB = 10**9
@@ -376,7 +376,7 @@ def decode(kit: Kit) -> None:
 
         ours(3)
         mine = kit.seconds(partial(ours, new)) / (new + 1)  # a last pass stores the last token
-        read = weights + plan.cache_bytes(config, S, 2)
+        read = weights + memory.cache_bytes(config, S, 2)
         kit.row(
             f"after {S:,} tokens: ms per token (weights and cache read at)",
             f"{1e3 * mine:.2f} ({read / mine / 1e12:.2f} TB/s)",
@@ -428,7 +428,7 @@ def film(kit: Kit) -> None:
     """A question about 3,000 frames: CLIP, projector, prefill, 16 tokens of answer. Decoding a video is left out."""
     config = LongVAConfig(kit.lm(28), kit.eye())
     model = kit.model(config)
-    M, side = plan.frame_tokens(config), config.vision.side
+    M, side = config.vision.tokens_per_grid, config.vision.side
     chunked_equals_whole(kit, model, 40 if kit.dry else 222 * M)
     kit.clear()
     frames = 6 if kit.dry else 3000
@@ -446,9 +446,9 @@ def film(kit: Kit) -> None:
     kit.clear()
     seconds = kit.seconds(partial(answer, frames))
     allocated, reserved = kit.peaks()
-    planned = plan.peak(plan.memory(config, S)) / GB
+    planned = sum(memory.answer_terms(config, S).values()) / GB
     kit.speed(f"{frames:,} frames, {S:,} tokens, 16 of them the answer's", seconds, 130, "s")
-    work = frames * M * (plan.train_flop(config.lm, frames * M) / 3)
+    work = frames * M * (train_flop(config.lm, frames * M) / 3)
     kit.row("language model alone, TFLOP/s", f"{work / seconds / 1e12:.0f}")
     kit.speed("GB reserved", reserved, 80 * 2**30 / GB, "GB")
     kit.row("GB allocated", f"{allocated:.1f} GB")
@@ -552,14 +552,14 @@ class Training:
         place = "on the CPU" if self.offload else "on the card"
         name = f"{self.config.num_hidden_layers} layers {place}, {T:,} tokens, {ideas}"
         kit.row(name, f"{T / seconds:,.0f} tokens/s")
-        mfu = plan.train_flop(self.config, T) * T / seconds / PEAK
+        mfu = train_flop(self.config, T) * T / seconds / PEAK
         if not self.offload and ideas.around:
             kit.speed("  MFU", 100 * mfu, 45 if ideas.kernel == "cudnn" else 35, "%", least=True)
         else:
             kit.row("  MFU", f"{100 * mfu:.1f} %")
         if kit.dry:
             return
-        sizes = plan_training.widest(planned_step(self.config, T, ideas, self.offload))[1]
+        sizes = memory.step_terms(planned_step(self.config, T, ideas, self.offload))
         planned = (sum(sizes.values()) - sizes["AdamW"]) / GB  # there is no optimizer yet
         kit.row("  GB allocated, reserved, planned", f"{allocated:.1f}, {reserved:.1f}, {planned:.1f}")
         ratio = planned / reserved
@@ -601,15 +601,11 @@ class Training:
         kit.at_most("parameters that are no number", broken, 0)
 
 
-def planned_step(config: LMConfig, T: int, ideas: Ideas, offload: bool) -> plan_training.Step:
+def planned_step(config: LMConfig, T: int, ideas: Ideas, offload: bool) -> memory.Step:
     """The planner's account of it."""
-    remat = {
-        "remat": True,
-        "around": ideas.around,
-        "offload_activations": ideas.offload_activations,
-        "tile": ideas.tile,
-    }
-    return plan_training.Step(config, T, ranks=1, circle=1, parts=2, offload=offload, **remat)
+    checkpointing = "selective" if ideas.around else "full"
+    sizes = {"ranks": 1, "seq_len": T, "grad_accumulation": 2, "checkpointing": checkpointing, "mlp_tile": ideas.tile}
+    return memory.Step(config, offload=offload, offload_activations=ideas.offload_activations, **sizes)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 loss

@@ -9,7 +9,16 @@ import torch
 
 import longva
 from data import config as c
-from data.config import ClipConfig, LMConfig, LongVAConfig, Sampling
+from data.config import (
+    ClipConfig,
+    LMConfig,
+    LongVAConfig,
+    Sampling,
+    layer_parameters,
+    num_parameters,
+    root_parameters,
+    train_flop,
+)
 
 # ---- the config.json of the folders people have; what no field depends on is left out ----
 
@@ -272,3 +281,43 @@ def test_impossible_stop_ids(tmp_path, eos):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id has"):
         c.stop_ids(tmp_path)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def small_lm(**sizes):
+    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return LMConfig(**small | {"num_attention_heads": 4, "num_key_value_heads": 2} | sizes)
+
+
+def small_clip(**sizes):
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ClipConfig(**small | {"image_size": 112} | sizes)
+
+
+@pytest.mark.parametrize("config", [
+    LongVAConfig(), LMConfig(), LongVAConfig(scheme="anyres"), small_lm(), small_lm(tie_word_embeddings=True),
+    small_lm(attention_bias=False), small_lm(head_dim=30, num_attention_heads=6),
+    LongVAConfig(small_lm(hidden_size=48), small_clip(patch_size=7, num_hidden_layers=3)),
+    LongVAConfig(small_lm(tie_word_embeddings=True), small_clip(intermediate_size=99), "anyres"),
+])  # fmt: skip
+def test_counts_each_parameter(config):
+    with torch.device("meta"):
+        model = longva.LongVA(config) if isinstance(config, LongVAConfig) else longva.LM(config)
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+    lm = getattr(config, "lm", config)
+    assert layer_parameters(lm) == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert lm.num_hidden_layers * layer_parameters(lm) + root_parameters(lm) == num_parameters(lm)
+
+
+def test_size_of_qwen2_7b():
+    assert num_parameters(LMConfig()) == 7_615_616_512  # as its page says
+
+
+def test_operations_of_training():
+    """Forward of Qwen2-7B: 14.14 GFLOP per token for its weights, 200,704 per token of length for attention."""
+    lm = LMConfig()
+    assert train_flop(lm, 0) == pytest.approx(3 * 14.14e9, rel=1e-3)
+    assert train_flop(lm, 224_000) - train_flop(lm, 0) == 3 * 200_704 * 224_000
+    assert train_flop(lm, 224_000) == pytest.approx(177.3e9, rel=1e-3)

@@ -1,0 +1,394 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data.flags
+import longva
+import train_text
+from data import memory, parameters, runs, synthetic
+from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters
+from data.memory import Step
+
+ROOT = Path(__file__).parents[1]
+QWEN = LMConfig()
+REAL = LongVAConfig()
+GB = 10**9
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and tunes glibc")
+
+
+def eye(**sizes):
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ClipConfig(**small | {"image_size": 112} | sizes)
+
+
+def lm(**sizes):
+    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return LMConfig(**small | {"num_attention_heads": 4, "num_key_value_heads": 2} | sizes)
+
+
+def total(step):
+    return sum(memory.step_terms(step).values())
+
+
+def answer(*args, **kwargs):
+    return sum(memory.answer_terms(*args, **kwargs).values())
+
+
+def test_chunks_are_those_of_the_model():
+    assert longva.LOSS_CHUNK == memory.LOSS_CHUNK and longva.CHUNK == memory.CHUNK
+
+
+def test_cache_is_counted_as_it_is_made():
+    cache = longva.KVCache(lm(head_dim=10), 1, 77, torch.empty(0, device="meta", dtype=torch.bfloat16))
+    assert memory.cache_bytes(lm(head_dim=10), 77, 2) == cache.kv.nbytes
+
+
+# ---- measured on an H100 of 80 GB, torch 2.11, expandable segments -------------------------------
+
+
+def test_an_answer_on_an_h100():
+    """3,000 frames with Qwen2-7B and ViT-L: 41.5 GB allocated, 41.7 reserved."""
+    assert answer(REAL, 3000 * 144 + 80) == pytest.approx(41.7 * GB, rel=0.1)
+
+
+@pytest.mark.parametrize("layers, tokens, reserved, settings", [
+    (12, 28_000, 49.7, {"offload": False}),
+    (12, 28_000, 51.7, {"offload": False, "offload_activations": False}),
+    (4, 28_000, 18.6, {}),
+    (4, 224_000, 37.1, {"checkpointing": "selective", "mlp_tile": 28_000}),
+])  # fmt: skip
+def test_a_training_step_on_an_h100(layers, tokens, reserved, settings):
+    """Forward and backward of one micro-batch of several, on one rank; AdamW's moments did not exist yet."""
+    step = Step(LMConfig(num_hidden_layers=layers), 1, tokens, grad_accumulation=2, **settings)
+    terms = memory.step_terms(step)
+    assert sum(terms.values()) - terms["AdamW"] == pytest.approx(reserved * GB, rel=0.1)
+
+
+# ---- measured here: processes that answer --------------------------------------------------------
+
+ANSWERS = {  # what prevails: language model, eye, frames, frames at once, tokens at once
+    "weights": (lm(hidden_size=512, intermediate_size=2048, num_hidden_layers=9, vocab_size=4000), eye(), 16, 4, 64),
+    "cache": (lm(num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16, head_dim=64), eye(), 60, 4, 64),
+    "prefill": (lm(intermediate_size=2048), eye(patch_size=7), 96, 32, 2048),
+    "vision": (
+        lm(hidden_size=256, head_dim=16),
+        eye(hidden_size=256, intermediate_size=999, image_size=224),
+        48,
+        24,
+        64,
+    ),
+}
+SAID = 4  # tokens of each answer
+ANSWER = """
+import json, multiprocessing, sys
+import numpy as np, torch
+import longva
+import ring
+from tests.test_data_memory import ANSWERS, SAID
+from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters
+
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+
+@torch.no_grad()
+def answer(lm, eye, frames, batch, chunk):
+    config = LongVAConfig(lm, eye)
+    with torch.device("meta"):
+        model = longva.LongVA(config)
+    model.to_empty(device="cpu").tie()
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    side, M = config.vision.side, config.vision.tokens_per_grid
+    film = (longva.unires.frame(np.full((side, side, 3), i % 256, np.uint8), side) for i in range(frames))
+    cache = longva.KVCache(lm, 1, frames * M + 2 + SAID, model.lm_head.weight)
+    seen = longva.encode_video(model, longva.video.prefetch(film, 2 * batch), batch)
+    parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, ring.World(0, 1, torch.device("cpu")))
+    rest = longva.prefill_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache, chunk)
+    list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], SAID, chunk=chunk))
+    assert cache.length == frames * M + 2 + SAID
+
+def measure(case, tell):
+    answer(LMConfig(96, 64, 96, 2, 4, 2), ClipConfig(64, 96, 2, 2, 14, 112), 3, 2, 16)  # torch's own code, once
+    before = kilobytes("VmRSS")
+    answer(*case)
+    tell.send(1024 * (kilobytes("VmHWM") - before))
+
+for name, case in ANSWERS.items():  # each in a process of its own, whose high-water mark begins at its birth
+    ear, mouth = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=measure, args=(case, mouth))
+    child.start()
+    mouth.close()  # else a child that fails would leave us waiting
+    print("MEASURED", json.dumps([name, ear.recv()]), flush=True)
+    child.join()
+"""
+
+
+def run_probe(code, *args):
+    """Run a probe and return its measurements by name.
+
+    glibc is told to return freed blocks of over 64 kB to the system: it otherwise keeps those below 32 MB, and models
+    of this size have few larger ones.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    probe = [sys.executable, "-c", code, *args]
+    done = subprocess.run(probe, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line[9:]) for line in done.stdout.splitlines() if line.startswith("MEASURED"))
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Return by how many bytes resident memory grew, at most, in each answer."""
+    return run_probe(ANSWER)
+
+
+@LINUX
+@pytest.mark.parametrize("name", ANSWERS)
+def test_predicts_the_peak_of_an_answer(answers, name):
+    lm_config, eye_config, frames, batch, chunk = ANSWERS[name]
+    config = LongVAConfig(lm_config, eye_config)
+    terms = memory.answer_terms(config, frames * config.vision.tokens_per_grid + 2 + SAID, 4, chunk, batch, 1, "cpu")
+    predicted = sum(terms.values())
+    assert terms[name if name in terms else "work"] > 0.6 * predicted
+    print(f"{name}: predicted / measured {predicted / answers[name]:.3f} of {answers[name] / 1e6:.0f} MB")
+    assert predicted == pytest.approx(answers[name], rel=0.1)
+
+
+# ---- measured here: processes that train ---------------------------------------------------------
+
+
+def text_lm(**sizes):
+    return lm(**{"vocab_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 3} | sizes)
+
+
+WIDE = text_lm(hidden_size=1024, intermediate_size=256, num_hidden_layers=2)
+HEADS = text_lm(hidden_size=512, intermediate_size=512, num_attention_heads=16, head_dim=32, num_hidden_layers=2)
+STEPS = {  # ranks, language model, tokens, flags
+    "all kept": (1, text_lm(), 1536, ()),
+    "recomputed": (1, text_lm(), 1536, ("--remat", "--grad-accumulation", "2")),
+    "tiles": (1, WIDE, 3072, ("--remat", "--mlp-tile", "256")),
+    "two ranks, recomputed around attention": (2, text_lm(), 3072, ("--remat", "--around")),
+    "two ranks, tiles": (2, HEADS, 2560, ("--remat", "--mlp-tile", "256", "--offload")),
+    "two ranks, all kept, bf16": (2, text_lm(hidden_size=32, num_hidden_layers=2), 8192, ("--precision", "bf16")),
+}
+TRAIN = """
+import gc, json, multiprocessing, os, socket, sys
+import torch
+import ring, train_text
+from data import flags
+import torch._dynamo
+
+class Done(Exception):
+    pass
+
+def end(*_):
+    raise Done
+
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+
+def train(flags_):
+    try:
+        train_text.main(flags.parse(train_text.Config, train_text.PRESETS, "tiny", flags_))
+    except Done:  # two steps are made; saving is no part of one
+        ring.stop()
+
+def measure(rank, ranks, port, small, case, tell):
+    torch.set_num_threads(1)
+    if ranks > 1:
+        here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({key: str(value) for key, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    os.environ["MASTER_PORT"] = str(port[0])
+    ring.save_state = end
+    train(small)  # torch's own code, once
+    os.environ["MASTER_PORT"] = str(port[1])
+    gc.collect()
+    before = kilobytes("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins here
+    train(case)
+    tell.send(1024 * (kilobytes("VmHWM") - before))
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+for name, ranks, small, case in json.loads(sys.argv[1]):
+    port, ears = (free_port(), free_port()), []
+    for rank in range(ranks):
+        ear, mouth = multiprocessing.Pipe()
+        args = rank, ranks, port, small, case, mouth
+        child = multiprocessing.get_context("fork").Process(target=measure, args=args)
+        child.start()
+        mouth.close()  # else a child that fails would leave us waiting
+        ears.append((ear, child))
+    print("MEASURED", json.dumps([name, max(ear.recv() for ear, _ in ears)]), flush=True)
+    for _, child in ears:
+        child.join()
+"""
+
+
+def command(folder, name, config, S):
+    """Flags of two steps of a model of these sizes, made here."""
+    model = folder / f"{name}-model"
+    with torch.device("meta"):
+        shapes = longva.LM(config)
+    longva.save(model, parameters.init_weights(shapes, 0), config, synthetic.TOKENIZER)
+    flags = {"weights": model, "corpus": folder / "tokens.npy", "out": folder / f"{name}-run", "seq-len": S}
+    flags |= {"batch": 1, "steps": 2, "device": "cpu"}
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Return by how many bytes resident memory grew, at most on any rank, in two steps of train_text.py."""
+    folder, jobs = tmp_path_factory.mktemp("memory"), []
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 500, 20_000).astype(np.uint16))
+    for name, (ranks, config, S, flags) in STEPS.items():
+        small = command(folder, f"{name}-small", text_lm(hidden_size=32, intermediate_size=64), 64)
+        jobs.append((name, ranks, [*small, *flags], [*command(folder, name, config, S), *flags]))
+    return run_probe(TRAIN, json.dumps(jobs))
+
+
+def step_of(config, ranks, *flags):
+    cfg = data.flags.parse(train_text.Config, train_text.PRESETS, "tiny", ["--device", "cpu", *flags])
+    way = "none" if not cfg.remat else "selective" if cfg.around else "full"
+    return replace(Step.of(config, SimpleNamespace(**vars(cfg), checkpointing=way)), ranks=ranks)
+
+
+@pytest.mark.ranks
+@LINUX
+@pytest.mark.parametrize("name", STEPS)
+def test_predicts_the_peak_of_a_training_step(steps, name):
+    ranks, config, S, flags = STEPS[name]
+    predicted = total(step_of(config, ranks, "--seq-len", str(S), "--batch", "1", *flags))
+    ratio = f"{name}: predicted / measured {predicted / steps[name]:.3f} of {steps[name] / 1e6:.0f} MB"
+    print(ratio)
+    assert predicted == pytest.approx(steps[name], rel=0.1), ratio
+
+
+# ---- what fits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config, sizes", [
+    (REAL, {}), (REAL, {"ranks": 8}), (REAL, {"b": 4, "device": "cpu"}), (QWEN, {}), (REAL, {"chunk": 100_000}),
+])  # fmt: skip
+def test_most_frames_fit_and_one_more_does_not(config, sizes):
+    def terms(n):
+        return memory.answer_terms(config, n * 144 + 320, **sizes)
+
+    most = memory.most(1, 48 * GB, terms)
+    assert sum(terms(most).values()) <= 48 * GB < sum(terms(most + 1).values())
+    assert memory.most(1, GB, terms) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("settings", [
+    {}, {"mlp_tile": 1024}, {"checkpointing": "none"}, {"offload_activations": False}, {"checkpointing": "selective"},
+    {"offload": False}, {"precision": "fp32"}, {"device": "cpu"}, {"mlp_tile": 4096, "ring": 1},
+])  # fmt: skip
+def test_the_longest_sequence_fits_and_the_next_does_not(ranks, settings):
+    step = Step(QWEN, ranks, **settings)
+    unit = 2 * (step.ring or ranks)
+
+    def terms(S):
+        return memory.step_terms(replace(step, seq_len=S))
+
+    most = memory.most(unit, 250 * GB, terms)
+    assert most > 0 and most % unit == 0
+    assert sum(terms(most).values()) <= 250 * GB < sum(terms(most + unit).values())
+    assert memory.most(unit, GB, terms) == 0
+
+
+def test_longer_takes_more_and_more_ranks_take_less():
+    ways = {}, {"mlp_tile": 1024}, {"checkpointing": "selective"}, {"precision": "fp32"}, {"device": "cpu"}
+    for settings in ways:
+        longer = [Step(QWEN, seq_len=2048 * 2**i, **settings) for i in range(10)]
+        more_ranks = [Step(QWEN, R, **settings) for R in (16, 8, 4, 2)]
+        for steps in (longer, more_ranks):
+            assert [*map(total, steps)] == sorted(map(total, steps))
+        assert [*map(memory.host_bytes, longer)] == sorted(map(memory.host_bytes, longer))
+
+
+def test_each_setting_saves_what_it_is_for():
+    paper = Step(QWEN)
+    for step in (paper, replace(paper, precision="fp32", device="cpu")):
+        assert total(replace(step, mlp_tile=1024)) < total(step) < total(replace(step, checkpointing="none"))
+    assert total(paper) < total(replace(paper, offload_activations=False))
+    terms = memory.step_terms(replace(paper, offload=False))
+    assert terms["shards"] == pytest.approx(4 * num_parameters(QWEN) / 8, rel=1e-3)
+    assert terms["AdamW"] == 2 * terms["shards"] and memory.step_terms(paper)["AdamW"] == 0
+    states = 16 * num_parameters(QWEN) / 8
+    hidden = 28 * 28_000 * 3584 * 2  # Sec. 3.1: activations in CPU memory, 5.6 GB a rank
+    assert memory.host_bytes(paper) == pytest.approx(states + hidden, rel=1e-6)
+    assert memory.host_bytes(replace(paper, device="cpu")) == 0
+
+
+# ---- the tables of --plan ------------------------------------------------------------------------
+
+
+def test_table_of_an_answer(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device, ranks: 80 * GB // ranks)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    memory.show_answer(REAL, 40, 320, "cpu", b=4)
+    said = capsys.readouterr().out
+    assert "4 rank(s)" in said and "8 rank(s)" in said and "320 tokens of text" in said
+    terms = memory.answer_terms(REAL, 40 * 144 + 320, 4, ranks=4, device="cpu")
+    row = next(line.split() for line in said.splitlines() if line.startswith("40 frames"))
+    assert row[2:] == [f"{size / GB:.3f}" for size in [*terms.values(), sum(terms.values())]]
+    most = memory.most(1, 20 * GB, lambda n: memory.answer_terms(REAL, n * 144 + 320, 4, ranks=4, device="cpu"))
+    assert f"most frames: {most:,} in 20.0 GB" in said
+    memory.show_answer(QWEN, 40, 320, "cuda", b=2)
+    said = capsys.readouterr().out
+    assert "3,000 k tokens" in said and "frames" not in said and "in 78.0 GB" in said
+    monkeypatch.setenv("RANK", "1")
+    memory.show_answer(REAL, 40, 320, "cpu", b=4)
+    assert capsys.readouterr().out == ""
+
+
+def test_table_of_a_step(capsys):
+    memory.show_step(Step(QWEN, 4))
+    said = capsys.readouterr().out
+    assert "4 rank(s)" in said and "8 rank(s)" in said and "7,615.6 M parameters, bf16, cuda" in said
+    terms = memory.step_terms(Step(QWEN, 4))
+    row = next(line.split() for line in said.splitlines() if line.startswith("as given"))
+    assert row[2:] == [f"{size / GB:.3f}" for size in [*terms.values(), sum(terms.values())]]
+    for name in ("checkpointing none", "checkpointing selective", "mlp_tile 1024", "offload False"):
+        assert said.count(f"\n{name}") == 4, name
+    memory.show_step(Step(QWEN, 1, ring=3))
+    assert "3 rank(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--preset longva"])
+def test_plan_makes_nothing(tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr(train_text.ring, "start", None)
+    words = [*flags.split(), "--plan", "--out", str(tmp_path / "run")]
+    data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
+    assert "longest sequence" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_plan_reads_config_json_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(longva.to_dict(QWEN)))
+    words = ["--preset", "longva", "--weights", str(tmp_path), "--device", "cuda", "--plan"]
+    data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
+    assert "7,615.6 M parameters, bf16, cuda" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ("--plan --weights nowhere", "nowhere"),
+    ("--plan --mlp-tile -1", "--mlp-tile -1 makes no sense"),
+    (f"--plan --weights {runs.TINY / 'longva'}", "sees already"),
+])  # fmt: skip
+def test_mistakes_get_one_sentence(capsys, flags, complaint):
+    with pytest.raises(SystemExit) as refusal:
+        data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", flags.split())
+    said = capsys.readouterr().err
+    assert refusal.value.code == 2 and complaint in said and len(said.strip().splitlines()) == 1, said
