@@ -357,14 +357,14 @@ def measure_picture(cfg: Config, config: longva.LongVAConfig, size: tuple[int, i
     """Visual tokens of a picture of so many pixels; ValueError if it cannot be shown."""
     rows, cols = unires.choose_grids(*size, config.vision.side, config.rule, cfg.grids)
     unpad = None if config.rule == "floor" else size
-    return unires.token_count(rows, cols, config.vision.patches, config.scheme, unpad)
+    return unires.Layout(rows, cols, config.scheme, unpad).tokens(config.vision.patches)
 
 
 class Example(NamedTuple):
-    """A sample as tokens: what is shown, as (pixels_NCYX, layout, keys); ids and labels of its text, or of a pair's."""
+    """A sample as tokens: what is shown, as (pixels_NCYX, layout); ids and labels of its text, or of a pair's."""
 
     number: int
-    shown: list[tuple[Tensor, unires.Layout, list[bytes]]]
+    shown: list[tuple[Tensor, unires.Layout]]
     texts: list[tuple[list[int], list[int]]]
 
 
@@ -376,7 +376,7 @@ def prepare(cfg: Config, config: longva.LongVAConfig, words: tokenizer.Tokenizer
     shown = [present(cfg, config, one) for one in media]
     lengths = [how.tokens(config.vision.patches) for _, how in shown]
     texts = [write(cfg, words, turns, lengths) for turns in dialogues]
-    return Example(i, [(*one, unires.grid_hashes(*one)) for one in shown], texts)
+    return Example(i, shown, texts)
 
 
 def present(cfg: Config, config: longva.LongVAConfig, one: Image | list[Image]) -> tuple[Tensor, unires.Layout]:
@@ -414,17 +414,21 @@ def collate(
     """Join samples, and take of every text and of what is shown in it the share of this rank of the ring.
 
     The length of each placeholder is known by now, so that visual tokens are put in their places at once, wherever a
-    shard begins. Samples that show the same grid share it.
+    shard begins. Both answers of a pair share its pictures.
     """
     texts = [text for example in examples for text in example.texts] or [([words.pad_id], [chat.IGNORE])]
     ids_BS, targets_BS = chat.pad(texts, words.pad_id, 2 * circle.ranks if circle.ranks > 1 else 1)
-    shown = [one for example in examples for _ in example.texts for one in example.shown]
-    parts = unires.UniqueGrids(shown, config.vision.patches, config.scheme)
+    pictures, shown = [], []  # all pictures; for each placeholder, the index of its picture
+    for example in examples:
+        first = len(pictures)
+        pictures += example.shown
+        shown += [*range(first, len(pictures))] * len(example.texts)
+    unique = unires.UniqueGrids(pictures, shown, config.vision.patches, config.scheme)
     idx_T = ring.zigzag_index(ids_BS.shape[1], replace(circle, device=torch.device("cpu")))
     image_BS = ids_BS == chat.IMAGE
     nth_BS = image_BS.flatten().cumsum(0).view_as(ids_BS) - 1  # number of each visual token in the batch
     image_BT = image_BS[:, idx_T]
-    pixels_NCYX, layout, row_I = parts.only(nth_BS[:, idx_T][image_BT], config.vision.side)
+    pixels_NCYX, layout, row_I = unique.subset(nth_BS[:, idx_T][image_BT], config.vision.side)
     place_I = image_BT.flatten().nonzero()[:, 0]
     ids_BT, targets_BT, idx_T, pixels_NCYX, row_I, place_I = (
         unires.upload(x, circle.device)

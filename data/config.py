@@ -20,7 +20,15 @@ from data.tokenizer import read_json
 
 
 def tokens_per_grid(patches: int) -> int:
-    """M, the tokens of a grid of patches x patches once they are pooled 2x2 (Sec. 3.2): 144 of 24 x 24."""
+    """M, the tokens of a grid of patches x patches once they are pooled 2x2 (Sec. 3.2): 144 of 24 x 24.
+
+    Raises ValueError for an odd number of patches along the side.
+    """
+    if patches % 2:
+        raise ValueError(
+            f"a grid of {patches}x{patches} patches cannot be pooled 2x2; "
+            "choose image_size and patch_size so that their quotient is even"
+        )
     return (patches // 2) ** 2
 
 

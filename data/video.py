@@ -51,6 +51,8 @@ FORMATS = "JPEG PNG WEBP GIF BMP".split()  # Pillow would start Ghostscript for 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 36_000_000  # a file of 10 KB can hold a picture of gigabytes; 8K film has 33 million
 MAX_ASPECT = 200  # padding a picture of 1 x 60,000 to a square would need 10 GB
+
+Picture = Image.Image | np.ndarray  # an array is uint8[height, width, 3]
 ORIENTATION = 0x0112  # EXIF's tag: what to do to see the picture as the camera was held
 TURNS = dict(
     enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
@@ -134,6 +136,31 @@ def read_picture(path: str | Path) -> Image.Image:
             picture = Image.fromarray(((np.asarray(picture, np.uint32) + 128) // 257).astype(np.uint8))
         picture = picture.convert("RGB")
         return picture.transpose(Image.Transpose[turn]) if turn else picture
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for a picture too large or too thin to handle, before it is decoded. In pixels."""
+    short, long = sorted((width, height))
+    if short < 1 or short * long > MAX_PIXELS or long > MAX_ASPECT * short:
+        raise ValueError(
+            f"a picture of {width}x{height} pixels cannot be used: at most {MAX_PIXELS // 10**6} megapixels "
+            f"and a long side of at most {MAX_ASPECT} times the short one are expected; shrink or crop it"
+        )
+
+
+def rgb(picture: Picture) -> Image.Image:
+    """Any picture as 8-bit RGB.
+
+    Raises ValueError where check_size does, and for numbers whose range is unknown (mode F, or over 16 bits).
+    """
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    check_size(*image.size)
+    if image.mode[0] in "FI":  # one number per pixel; convert("RGB") would turn all above 255 into white
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() >= 2**16:
+            raise ValueError(f"a picture of mode {image.mode} has no known range; save it as RGB")
+        image = Image.fromarray(((grey.astype(np.int32) + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------------------

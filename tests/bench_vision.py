@@ -171,12 +171,9 @@ def our_model(folder: Path) -> longva.LongVA:
 
 
 def our_loss(model: longva.LongVA, lessons: list[Lesson]) -> float:
-    """Go forward and backward through a step of train_vision: its mean loss. Its loader's digests count as well."""
+    """Go forward and backward through a step of train_vision: its mean loss."""
     examples = [
-        example._replace(
-            shown=[(pixels, layout, unires.grid_hashes(pixels, layout)) for pixels, layout, _ in example.shown]
-        )
-        for example, _ in lessons
+        example._replace(shown=[(pixels, layout) for pixels, layout, _ in example.shown]) for example, _ in lessons
     ]
     part = train_vision.collate(examples, model.config, WORDS, ALONE)
     return train_vision.learn(train_vision.Config(), model, [part], None, ALONE, ALONE)["loss"]

@@ -657,13 +657,12 @@ def vision(kit: Kit) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (rows * side, cols * side, 3), np.uint8)
         began = time.perf_counter()
         pixels, layout = longva.preprocess(Image.fromarray(noise), config)
-        keys = unires.grid_hashes(pixels, layout)
         cpu = time.perf_counter() - began
         tokens = layout.tokens(config.vision.patches)
         ids = [5] * 20 + [longva.chat.IMAGE] * tokens + [6] * 60
         labels = [longva.chat.IGNORE] * (20 + tokens) + [6] * 60
         part = train_vision.collate(
-            [train_vision.Example(0, [(pixels, layout, keys)], [(ids, labels)])], config, words, world
+            [train_vision.Example(0, [(pixels, layout)], [(ids, labels)])], config, words, world
         )
 
         def once(part: train_vision.Part = part) -> None:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import unires
 from tests.shapes import watched
-from unires import Layout, choose_grids, normalise, token_count
+from unires import Layout, choose_grids, normalise
 
 # width, height, canvas (width, height), UniRes tokens, the paper's tokens, AnyRes map (h, w), AnyRes tokens.
 # Computed with the release's functions. None: beyond 49 grids, checked below.
@@ -46,6 +46,10 @@ def noise(width, height, mode="RGB", seed=0):
     return Image.fromarray(small).resize((width, height), Image.BICUBIC).convert(mode)
 
 
+def token_count(rows, cols, patches, scheme="unires", unpad=None):
+    return Layout(rows, cols, scheme, unpad).tokens(patches)
+
+
 def coded(N, side, D=3):
     """Features that say where they are: (grid, patch row, patch column)."""
     x = torch.zeros(N, side * side, D)
@@ -61,7 +65,7 @@ def coded(N, side, D=3):
 
 @pytest.mark.parametrize("width, height, canvas, tokens, paper, shape, anyres_tokens", GOLDEN)
 def test_golden_token_counts(width, height, canvas, tokens, paper, shape, anyres_tokens):
-    rows, cols = unires.canvas_grids(width, height, 336)
+    rows, cols = choose_grids(width, height, 336)
     assert (cols * 336, rows * 336) == canvas
     assert token_count(rows, cols, 24) == Layout(rows, cols).tokens(24) == tokens
     rows, cols = unires.floor_grids(width, height, 336)
@@ -457,6 +461,34 @@ def test_gradients_flow():
     unires.anyres(x, 2, 2, newline, (50, 40)).sum().backward()
     assert newline.grad.tolist() == [6.0] * 3  # 8 rows of patches, one cut off above and below
     assert x.grad[0].eq(1).all() and x.grad.sum() == 3 * (16 + 6 * 8)
+
+
+@pytest.mark.parametrize("scheme", ["unires", "anyres"])
+def test_a_picture_shown_twice_is_encoded_once(scheme):
+    """Token by token: each text shows its own pictures' tokens in order, whatever part of them is wanted."""
+    sizes = [(2, 1), (1, 3), (1, 1)] if scheme == "unires" else [(2, 1), (1, 2), (1, 1)]
+    layouts = [Layout(*size, scheme) for size in sizes]
+    patches, side, newline = 4, 8, torch.zeros(3)
+    features = coded(sum(layout.grids for layout in layouts), patches)  # of all grids; its first number is the grid's
+    pictures, tokens, first = [], [], 0
+    for layout in layouts:
+        numbers = torch.arange(first, first + layout.grids, dtype=torch.uint8)
+        pictures.append((numbers[:, None, None, None].expand(-1, 3, side, side), layout))
+        tokens.append(layout.arrange(features[first : first + layout.grids], newline))
+        first += layout.grids
+    shown = [0, 1, 0, 1, 2]  # the two answers of a pair, then another sample
+    want = torch.cat([tokens[i] for i in shown])
+    unique = unires.UniqueGrids(pictures, shown, patches, scheme)
+    assert len(unique.row) == len(want)
+    for wanted in (torch.arange(len(want)), torch.arange(3, 9), torch.tensor([len(want) - 1, 0])):
+        pixels, arranged, row = unique.subset(wanted, side)
+        numbers = pixels[:, 0, 0, 0].tolist()
+        assert len(numbers) == len(set(numbers)) and (len(numbers) == len(features)) == (len(wanted) == len(want))
+        parts = features[numbers].split([layout.grids for layout in arranged])
+        encoded = torch.cat([layout.arrange(x, newline) for layout, x in zip(arranged, parts, strict=True)])
+        assert torch.equal(encoded[row], want[wanted])
+    pixels, arranged, row = unique.subset(torch.arange(0), side)
+    assert not pixels.any() and len(pixels) == arranged[0].grids and len(row) == 0
 
 
 def test_suffixes_tell_the_truth():
