@@ -12,6 +12,7 @@ Differs   The heatmap runs from white to dark blue instead of the paper's red to
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data import memory as planner
 from data import results, synthetic
+from data.config import LMConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WIDTH = 820  # pixels of the README's column
@@ -293,27 +296,26 @@ def row() -> Figure:
 def training_memory() -> dict[str, dict[str, float]]:
     """GB on each of eight GPUs for a step of 224,000 tokens of Qwen2-7B, as switches are added: row -> term -> GB.
 
-    The formulas are the plain ones of lesson 6; the planner of train_text.py counts more terms, and measured ones.
+    The numbers are those of `train_text.py --plan`; only logits that are made all at once are counted here.
     """
-    T, R, layers = 28_000, 8, 28
-    D, F, V, KV = 3584, 18_944, 152_064, 2 * 4 * 128
-    layer = 2 * D * D + D * KV + 3 * D * F  # numbers in one layer's matrices
-    parameters = layers * layer + 2 * V * D
-    states = 16 * parameters / R  # fp32 master, gradient and two moments
-    gathered = 2 * (2 * V * D + 2 * layer) + 4 * V * D  # bf16 head, embedding and two layers; the head's fp32 gradient
-    saved = 2 * T * (8 * D + KV + 4 * F)  # bf16 inputs of every multiplication in one layer
-    work = saved + 2 * T * (2 * D + 2 * F)  # one layer in its backward: what it saved, and gradients of that
-    logits, part = 6 * T * V, 6 * 2048 * V  # bf16 and fp32
-    hidden = 2 * T * D * layers
-    rows = {
-        "nothing": (states, gathered, layers * saved, logits),
-        "loss in chunks": (states, gathered, layers * saved, part),
-        "+ checkpointing": (states, gathered, hidden + work, part),
-        "+ hidden states to CPU": (states, gathered, work, part),
-        "+ parameters to CPU": (0, gathered, work, part),
+    given = planner.Step(LMConfig())  # the paper's settings: every switch is on
+    steps = {
+        "loss in chunks": replace(given, checkpointing="none", offload_activations=False, offload=False),
+        "+ checkpointing": replace(given, offload_activations=False, offload=False),
+        "+ hidden states to CPU": replace(given, offload=False),
+        "+ parameters to CPU": given,
     }
-    terms = ("parameters, gradients, AdamW", "gathered weights", "activations", "logits")
-    return {name: dict(zip(terms, (size / 1e9 for size in sizes))) for name, sizes in rows.items()}
+    groups = {
+        "parameters, gradients, AdamW": ("shards", "gradients", "AdamW"),
+        "gathered weights": ("gathered", "whole grads", "reduce stream"),
+        "activations": ("activations",),
+    }
+    rows = {}
+    for row, step in steps.items():
+        sizes = planner.step_terms(step)
+        rows[row] = {group: sum(sizes[name] for name in names) / 1e9 for group, names in groups.items()}
+    logits = 8 * given.T * given.lm.vocab_size / 1e9  # bf16; fp32; their gradient in bf16
+    return {"nothing": rows["loss in chunks"] | {"logits": logits}} | rows
 
 
 def memory() -> Figure:
@@ -321,7 +323,7 @@ def memory() -> Figure:
     from matplotlib.patches import Rectangle
 
     figure, ax = sheet(318)
-    rows, left, scale = training_memory(), 205, 2.5  # pixels a GB
+    rows, left, scale = training_memory(), 205, 2.2  # pixels a GB
     colours = dict(zip(rows["nothing"], (BLUE, SKY, YELLOW, ORANGE)))
     for x, (term, colour) in zip((10, 310, 516, 664), colours.items()):
         ax.add_patch(Rectangle((x, 14), 18, 18, color=colour))
