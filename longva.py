@@ -41,8 +41,8 @@ from data import chat, memory, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
 from data.flags import at_least, run, setting
 from data.offload import ActivationOffload
-from data.parameters import fill_from
 from data.sampling import sample
+from data.weights import fill_from
 
 CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens read at once: on a CPU they have a mask; on a GPU it is 32 frames
 LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once: 2048 of Qwen2-7B are 0.6 GB in bf16

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, memory, niah, parameters, runs, synthetic, text, tokenizer, weights
+from data import chat, memory, niah, runs, synthetic, text, tokenizer, weights
 from data.config import train_flop
 from data.flags import at_least, run, setting
 from data.offload import GradientSums
@@ -336,8 +336,8 @@ def main(cfg: Config) -> None:
         block.around, block.mlp.tile = cfg.remat and cfg.around, cfg.mlp_tile
     param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
     ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
-    source = weights.read(cfg.weights) if cfg.weights else parameters.init_weights(model, cfg.seed)
-    parameters.fill_from(model, source, ring.copy_shard)
+    source = weights.read(cfg.weights) if cfg.weights else weights.init_weights(model, cfg.seed)
+    weights.fill_from(model, source, ring.copy_shard)
     size = sum(p.numel() for p in model.parameters())
     ring.print0(world, f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
 

@@ -45,7 +45,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, parameters, runs, synthetic, text, tokenizer, video, weights
+from data import chat, llava, runs, synthetic, text, tokenizer, video, weights
 from data.flags import at_least, run, setting
 from data.offload import GradientSums
 
@@ -238,16 +238,16 @@ def build(cfg: Config, words: tokenizer.Tokenizer) -> nn.Module:
 def initial_weights(cfg: Config, model: nn.Module) -> None:
     """Weights: from the stage before, from the language model and the tower, or new."""
     if cfg.stage == "tower":
-        parameters.fill_from(model, parameters.init_weights(model, cfg.seed), ring.copy_shard)
+        weights.fill_from(model, weights.init_weights(model, cfg.seed), ring.copy_shard)
     elif cfg.stage != "align":
-        parameters.fill_from(model, weights.read(cfg.weights), ring.copy_shard)
+        weights.fill_from(model, weights.read(cfg.weights), ring.copy_shard)
     else:
         new = {name for name, _ in model.named_parameters() if "mm_projector" in name or "image_newline" in name}
-        parameters.fill_from(model, parameters.init_weights(model, cfg.seed), ring.copy_shard, only=new.__contains__)
-        parameters.fill_from(
-            model, parameters.read_tower(cfg.tower), ring.copy_shard, only=lambda n: n.startswith(parameters.TOWER)
+        weights.fill_from(model, weights.init_weights(model, cfg.seed), ring.copy_shard, only=new.__contains__)
+        weights.fill_from(
+            model, weights.read_tower(cfg.tower), ring.copy_shard, only=lambda n: n.startswith(weights.TOWER)
         )
-        parameters.fill_from(
+        weights.fill_from(
             model, weights.read(cfg.weights), ring.copy_shard, only=lambda n: n not in new and "vision_tower" not in n
         )
 

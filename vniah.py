@@ -344,7 +344,7 @@ def encode_film(cfg: Config, panel: Panel, model: longva.LongVA, world: ring.Wor
     source = (
         ["synthetic", cfg.seed + 1000 * panel.trial] if cfg.haystack == "synthetic" else film_cache.digest(cfg.haystack)
     )
-    facts = {"film": source, "frames": N, "protocol": cfg.protocol, "weights": weights.sha(panel.folder)}
+    facts = {"film": source, "frames": N, "protocol": cfg.protocol, "weights": weights.hash_weights(panel.folder)}
     facts |= {"dtype": str(model.lm_head.weight.dtype)}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     file, waiting = cfg.out / "seen" / f"{name}.safetensors", ring.long_timeout_group(world)
@@ -655,7 +655,7 @@ def open_results(cfg: Config, panels: list[Panel], world: ring.World) -> tuple[d
         raise ValueError("--own tests what the training commands of the README left in runs/, where none of it is")
     stamp = {name: value for name, value in asdict(cfg).items() if name not in LOOKS}
     if not cfg.plot_only:
-        stamp |= {"weights": {str(folder): weights.sha(folder) for folder in folders}}
+        stamp |= {"weights": {str(folder): weights.hash_weights(folder) for folder in folders}}
         ring.print0(world, "testing " + ", ".join(os.path.relpath(folder) for folder in folders))
         if world.rank == 0:
             if cfg.out.is_dir() and not list(cfg.out.glob(CELLS.format("*"))):

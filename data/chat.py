@@ -1,18 +1,20 @@
 """Conversations as token ids and labels, with room left for pictures.
 
-What: a prompt for a question (`prompt`), the next question (`follow_up`), which template suits a tokenizer
-(`family`), a training sample with its labels (`example`), a batch (`pad`).
-Each `<image>` in a text becomes as many ids IMAGE as the picture has visual tokens, so that every length is
-known before the model runs; the model then puts the visual tokens in their place.
-Paper: Sec. 3.2 (UniRes samples, in Qwen2's chat format), Fig. 4 and App. B (the templates of V-NIAH).
-Run: imported; `prompt(tokenizer, "What is this?", [144])`.
-Deviations (`example(..., clean=False)` undoes the first three):
-(1) Only what the assistant says is trained; the release also trains <|im_start|> of every turn, and
-<|im_end|> with its newline after the system's and the user's words. (2) One newline follows the picture, as
-in a prompt; the release trains with two and asks with one. (3) Several pictures stay where the text has them;
-the release puts them all in front. (4) A text that spells a control token ("<|im_end|>") stays text.
-(5) Vicuna's and Mistral's questions stand between spaces ("USER: What? ASSISTANT:"), as these models were taught;
-V-NIAH's frames, tokenised on their own, have none ("USER:").
+What      A prompt for a question (`prompt`), the next question (`follow_up`), the template that suits a tokenizer
+          (`default_template`), a training sample with its labels (`example`), a batch (`pad`). Each `<image>` in a
+          text becomes as many ids IMAGE as the picture has visual tokens, so that every length is known before the
+          model runs; the model then puts the visual tokens in their place.
+Paper     Sec. 3.2 (UniRes samples, in Qwen2's chat format), Fig. 4 and App. B (the templates of V-NIAH).
+Run       imported; `prompt(tokenizer, "What is this?", [144])`
+Dimensions  B batch   T tokens
+Differs   `example(..., clean=False)` undoes the first three.
+          1. Only the assistant's words are trained; the release also trains <|im_start|> of every turn, and
+             <|im_end|> with its newline after the system's and the user's words.
+          2. One newline follows the picture, as in a prompt; the release trains with two and asks with one.
+          3. Several pictures stay where the text has them; the release puts them all in front.
+          4. A text that spells a control token ("<|im_end|>") stays text.
+          5. Vicuna's and Mistral's questions stand between spaces ("USER: What? ASSISTANT:"), as these models were
+             trained; V-NIAH's frames, tokenised on their own, have none ("USER:").
 """
 
 import re
@@ -58,10 +60,10 @@ CONTROL = re.compile(r"<\|\w+\|>|</?s>")  # control tokens as the templates writ
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """The template that suits a tokenizer, by its control tokens, so that a folder answers without a flag.
+    """Choose the template by the tokenizer's control tokens, so that a folder needs no flag.
 
-    Vicuna and Mistral have the same ones: "vicuna" is what both get; ask a Mistral with template="mistral".
-    Raises ValueError for a tokenizer with the control tokens of none.
+    Vicuna and Mistral have the same ones: both get "vicuna"; pass template="mistral" for Mistral.
+    Raises ValueError for a tokenizer with the control tokens of no template.
     """
     for control, template in FAMILY.items():
         if control in tokenizer.special:
@@ -76,7 +78,7 @@ def template_ids(tokenizer: Tokenizer, template: str = "qwen_1_5") -> tuple[list
 
 
 def prompt(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), template: str = "qwen_1_5") -> list[int]:
-    """The ids that ask `text`; the answer follows them.
+    """Return the ids of the question `text`; the answer follows them.
 
     image_tokens: visual tokens of each picture, in the order of the placeholders `<image>`. A text without
     placeholders gets them in front, then a newline. The string is cut at placeholders and control tokens and
@@ -87,21 +89,21 @@ def prompt(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int] = (), te
     if image_tokens and PLACEHOLDER not in text:
         text = " ".join([PLACEHOLDER] * len(image_tokens)) + "\n" + text
     check_count(text.count(PLACEHOLDER), image_tokens)
-    return wrap(tokenizer, *spaced(template, pre, text, post), iter(image_tokens))
+    return encode_with_images(tokenizer, *add_spaces(template, pre, text, post), iter(image_tokens))
 
 
 def follow_up(tokenizer: Tokenizer, text: str, template: str = "qwen_1_5") -> list[int]:
-    """The ids that go on with a dialogue behind an answer: its end, and the user's next turn `text`.
+    """Return the ids that continue a dialogue after an answer: its end, and the user's next turn `text`.
 
     The next answer follows them. Raises ValueError as `prompt` does; a follow-up shows no pictures.
     """
     _, post = get_template(tokenizer, template)
     check_count(text.count(PLACEHOLDER), ())
-    return wrap(tokenizer, *spaced(template, NEXT_TURN[template], text, post), iter(()))
+    return encode_with_images(tokenizer, *add_spaces(template, NEXT_TURN[template], text, post), iter(()))
 
 
 def turn(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int], template: str, first: bool) -> list[int]:
-    """The ids of a question that are still to be read: behind the pictures in the first turn, else `follow_up`."""
+    """Return a question's ids that are not in the cache yet: those after the pictures, else `follow_up`'s."""
     if not first:
         return follow_up(tokenizer, text, template)
     ids = prompt(tokenizer, text, image_tokens, template)
@@ -150,7 +152,7 @@ def pad(examples: Sequence[tuple[list[int], list[int]]], pad_id: int, multiple: 
     return ids_BT, targets_BT
 
 
-# ---- the three kinds of samples ----
+# ---- the three kinds of samples ------------------------------------------------------------------
 
 
 def clean_chat(tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]) -> tuple[list[int], list[int]]:
@@ -160,14 +162,16 @@ def clean_chat(tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int
     end = tokenizer.encode("<|im_end|>\n", special=True)
     for role, text in turns:
         if role == "user":
-            said = wrap(tokenizer, "<|im_start|>user\n", to_front(text), "<|im_end|>\n", image_tokens)
-            ids += said
-            labels += [IGNORE] * len(said)
+            text_ids = encode_with_images(
+                tokenizer, "<|im_start|>user\n", image_first(text), "<|im_end|>\n", image_tokens
+            )
+            ids += text_ids
+            labels += [IGNORE] * len(text_ids)
         else:
             header = tokenizer.encode("<|im_start|>assistant\n", special=True)
-            said = tokenizer.encode(text) + end
-            ids += header + said
-            labels += [IGNORE] * len(header) + said
+            text_ids = tokenizer.encode(text) + end
+            ids += header + text_ids
+            labels += [IGNORE] * len(header) + text_ids
     return ids, labels
 
 
@@ -178,16 +182,16 @@ def released_chat(tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[
     words = tokenizer.encode("system") + newline + tokenizer.encode("You are a helpful assistant.")
     ids, labels = [start, *words, *end], [start] + [IGNORE] * len(words) + end
     for role, text in turns:
-        header, said = tokenizer.encode(role) + newline, []
+        header, text_ids = tokenizer.encode(role) + newline, []
         if role == "user" and PLACEHOLDER in text:
-            text = to_front(text)
+            text = image_first(text)
             for _ in range(text.count(PLACEHOLDER)):
                 header += [IMAGE] * next(image_tokens)
             header += newline  # the first of two: the text itself still begins with one
             text = text.replace(PLACEHOLDER, "")
-        said = tokenizer.encode(text)
-        ids += [start, *header, *said, *end]
-        trained = said if role == "assistant" else [IGNORE] * len(said)
+        text_ids = tokenizer.encode(text)
+        ids += [start, *header, *text_ids, *end]
+        trained = text_ids if role == "assistant" else [IGNORE] * len(text_ids)
         labels += [start] + [IGNORE] * len(header) + trained + end
     return ids, labels
 
@@ -196,12 +200,12 @@ def caption(tokenizer: Tokenizer, turns: Sequence, image_tokens: Sequence[int]) 
     """A captioned picture for the projector's stage: no chat tokens, no question."""
     if [role for role, _ in turns] != ["user", "assistant"]:
         raise ValueError(f"template 'plain' needs one question and one caption, found {len(turns)} turn(s)")
-    said = tokenizer.encode(turns[1][1] + "\n")
+    text_ids = tokenizer.encode(turns[1][1] + "\n")
     picture = [IMAGE] * sum(image_tokens)
-    return picture + said, [IGNORE] * len(picture) + said
+    return picture + text_ids, [IGNORE] * len(picture) + text_ids
 
 
-# ---- what they share ----
+# ---- templates, counts, pictures -----------------------------------------------------------------
 
 
 def get_template(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
@@ -217,7 +221,7 @@ def get_template(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
     return pre, post
 
 
-def spaced(template: str, pre: str, text: str, post: str) -> tuple[str, str, str]:
+def add_spaces(template: str, pre: str, text: str, post: str) -> tuple[str, str, str]:
     """Spaces around the user's words in the templates that write them between words of their own."""
     if template in ("vicuna", "mistral"):
         return pre + " ", text, " " + post.lstrip(" ")
@@ -235,14 +239,14 @@ def check_count(placeholders: int, image_tokens: Sequence[int]) -> None:
         raise ValueError(f"each picture needs at least one visual token, found {list(image_tokens)}")
 
 
-def to_front(text: str) -> str:
+def image_first(text: str) -> str:
     """A text with one placeholder, inside or behind, gets it in front with a newline, as in the release."""
     if text.count(PLACEHOLDER) != 1 or text.startswith(PLACEHOLDER):
         return text
     return f"{PLACEHOLDER}\n{text.replace(PLACEHOLDER, '').strip()}"
 
 
-def wrap(tokenizer: Tokenizer, pre: str, text: str, post: str, image_tokens: Iterator[int]) -> list[int]:
+def encode_with_images(tokenizer: Tokenizer, pre: str, text: str, post: str, image_tokens: Iterator[int]) -> list[int]:
     """Ids of pre + text + post, control tokens in pre and post only, the next picture at each placeholder.
 
     Pieces of plain text that touch are tokenised together ("user\n" and the first words), as in one string.

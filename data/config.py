@@ -1,14 +1,15 @@
-"""What a model folder says in JSON: the sizes of decoder and eye, how pictures become tokens, how to answer.
+"""What a model folder says in JSON: sizes of decoder and vision tower, how pictures become tokens, how to answer.
 
 What      LMConfig, ClipConfig and LongVAConfig, under the names of Hugging Face's config.json; `read_config` and its
-          way back, `to_dict`. Loading a model begins here, and a memory plan needs nothing else (data/memory.py).
-          Sampling, `read_sampling` and `stop_ids`, from generation_config.json.
+          inverse `to_dict`; counts of parameters and operations. Loading a model begins here, and a memory plan
+          needs nothing else (data/memory.py). Sampling, `read_sampling` and `stop_ids`: generation_config.json.
 Paper     Sec. 3.1 (Qwen2-7B), Sec. 3.2 (CLIP ViT-L/14-336, UniRes and AnyRes); Fig. 4's baselines.
 Run       imported; `read_config("Qwen2-7B-Instruct").hidden_size`
-Deviates  What is not computed here (RoPE scaling, sliding windows, other eyes and projectors) is refused, in one
+Dimensions  D LM width   F MLP width   K head width   E CLIP width   S tokens of the sequence   M tokens per grid
+Differs   What is not supported (RoPE scaling, sliding windows, other towers and projectors) is refused in one
           sentence, where others would load it and answer wrongly.
-          The released LongVA-DPO asks for LLaVA-NeXT's five canvases and a second pooling, left over from the script
-          that trained it on videos alone. It is read as the LongVA it was made from: 200 canvases, pooled once.
+          The released LongVA-DPO's config names LLaVA-NeXT's five canvases and a second pooling, left over from the
+          script that trained it on videos alone. It is read as the LongVA it was made from: 200 canvases, pooled once.
 """
 
 import math
@@ -65,20 +66,20 @@ class ClipConfig:
             )
 
     @classmethod
-    def from_dict(cls, found: dict) -> "ClipConfig":
+    def from_dict(cls, raw: dict) -> "ClipConfig":
         """Read a config.json, either of the tower or of a whole CLIP (`vision_config` inside).
 
         Raises ValueError for a missing size or for a tower that this file does not compute.
         """
-        found = found.get("vision_config", found)
-        if (act := found.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raw = raw.get("vision_config", raw)
+        if (act := raw.get("hidden_act", "quick_gelu")) != "quick_gelu":
             raise ValueError(f"the vision tower uses the activation {act!r}, but only quick_gelu is built")
-        if (channels := found.get("num_channels", 3)) != 3:
+        if (channels := raw.get("num_channels", 3)) != 3:
             raise ValueError(f"the vision tower reads {channels} colour channels, but pictures have 3 here")
         sizes = [f.name for f in fields(cls) if f.name not in ("layer_norm_eps", "select_layer")]
-        if missing := [name for name in sizes if name not in found]:
+        if missing := [name for name in sizes if name not in raw]:
             raise ValueError(f"the vision config lacks {', '.join(missing)}; is this a CLIP's config.json?")
-        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     @property
     def side(self) -> int:
@@ -97,32 +98,32 @@ class ClipConfig:
 
     @property
     def depth(self) -> int:
-        """How many blocks stand before the chosen hidden state (23)."""
+        """Number of blocks before the chosen hidden state (23)."""
         return self.select_layer % (self.num_hidden_layers + 1)
 
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads")  # fmt: skip
-FAMILIES = {  # model_type -> what it computes; llava_* is the LLaVA of its makers, with the eye inside
+FAMILIES = {  # model_type -> what it computes; llava_*: with a vision tower inside
     "qwen2": "qwen2", "llama": "llama", "mistral": "mistral",
     "llava_qwen": "qwen2", "llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral",
 }  # fmt: skip
 
 
-def refuse_what_is_not_computed(family: str, found: dict) -> None:
-    """Raise ValueError, one sentence, where config.json asks the decoder for more than it does."""
-    scaling = found.get("rope_scaling") or found.get("rope_parameters") or {}
-    if (how := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
-        raise ValueError(f"config.json asks for RoPE scaling ({how}), which this decoder does not have")
-    window = found.get("sliding_window", 4096 if family == "mistral" else None)  # 4096: Hugging Face's default
-    if window and found.get("use_sliding_window", family == "mistral"):
+def check_lm_supported(family: str, raw: dict) -> None:
+    """Raise ValueError, one sentence, where config.json asks for what the decoder does not support."""
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if (rope_type := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+        raise ValueError(f"config.json asks for RoPE scaling ({rope_type}), which this decoder does not have")
+    window = raw.get("sliding_window", 4096 if family == "mistral" else None)  # 4096: Hugging Face's default
+    if window and raw.get("use_sliding_window", family == "mistral"):
         raise ValueError(
             f"config.json asks for a sliding window of {window} tokens, which this decoder does not have, and answers "
             "would differ beyond it; take a model without one (of Mistral, v0.2)"
         )
-    if (act := found.get("hidden_act", "silu")) != "silu":
+    if (act := raw.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"config.json asks for the activation {act!r}, but only silu is built")
-    if found.get("mlp_bias") or (family != "qwen2" and found.get("attention_bias")):
+    if raw.get("mlp_bias") or (family != "qwen2" and raw.get("attention_bias")):
         raise ValueError("config.json asks for biases in attention or MLP; a Llama or Mistral has none here")
 
 
@@ -161,50 +162,50 @@ class LMConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_dict(cls, found: dict) -> "LMConfig":
+    def from_dict(cls, raw: dict) -> "LMConfig":
         """Pick our fields out of a config.json, old style (`rope_theta`) or new (`rope_parameters`).
 
         Raises ValueError for a missing size, another architecture, and what this decoder does not compute.
         """
-        kind = found.get("model_type", "qwen2")
+        kind = raw.get("model_type", "qwen2")
         family = FAMILIES.get(kind)
         if family is None:
             raise ValueError(f"config.json says model_type {kind!r}; only {', '.join(FAMILIES)} are built here")
-        refuse_what_is_not_computed(family, found)
-        found = {name: value for name, value in found.items() if value is not None}
-        found = found.get("rope_parameters", {}) | found
+        check_lm_supported(family, raw)
+        raw = {name: value for name, value in raw.items() if value is not None}
+        raw = raw.get("rope_parameters", {}) | raw
         if family == "llama":  # the first LLaMA had one RoPE base and as many key heads as query heads
-            found = {"rope_theta": 1e4, "num_key_value_heads": found.get("num_attention_heads")} | found
-        if missing := [name for name in (*SIZES, "rope_theta") if name not in found]:
+            raw = {"rope_theta": 1e4, "num_key_value_heads": raw.get("num_attention_heads")} | raw
+        if missing := [name for name in (*SIZES, "rope_theta") if name not in raw]:
             raise ValueError(f"config.json lacks {', '.join(missing)}; is this the folder of a language model?")
-        found = {"attention_bias": family == "qwen2"} | found
-        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+        raw = {"attention_bias": family == "qwen2"} | raw
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
 
 TOWER = "clip-vit-large-patch14-336"  # what ClipConfig's defaults are
 SCHEMES = {"unires": "unires", "spatial_unpad": "anyres"}
 NEXT_CANVASES = {(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)}  # width, height; pixels
-BUILT = {
+SUPPORTED = {
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres",
     "mm_use_im_start_end": False,
 }  # fmt: skip
 
 
-def refuse_other_eyes(found: dict) -> None:
-    """Raise ValueError, one sentence, where config.json asks for another eye, projector or way to cut pictures."""
-    if (merge := found.get("mm_patch_merge_type", "flat")) not in SCHEMES:
+def check_vision_supported(raw: dict) -> None:
+    """Raise ValueError, one sentence, where config.json asks for another tower, projector or way to cut pictures."""
+    if (merge := raw.get("mm_patch_merge_type", "flat")) not in SCHEMES:
         raise ValueError(f"config.json asks for mm_patch_merge_type {merge!r}; only {' and '.join(SCHEMES)} are built")
-    for key, built in BUILT.items():
-        if (asked := found.get(key)) not in (None, built):
+    for key, built in SUPPORTED.items():
+        if (asked := raw.get(key)) not in (None, built):
             raise ValueError(f"config.json asks for {key} {asked!r}, but only {built!r} is built")
-    canvases = found.get("image_grid_pinpoints") or []
+    canvases = raw.get("image_grid_pinpoints") or []
     if merge != "unires" and (other := [c for c in canvases if tuple(c) not in NEXT_CANVASES]):
         raise ValueError(f"config.json has a canvas of {other[0]} pixels; only LLaVA-NeXT's five are built for AnyRes")
-    resampler = found.get("mm_resampler_type")
+    resampler = raw.get("mm_resampler_type")
     if resampler and (merge, resampler) != ("unires", "spatial_pool"):  # LongVA-DPO's, which nothing used
         raise ValueError(f"config.json asks for mm_resampler_type {resampler!r}, which is not built")
-    tower = found.get("mm_vision_tower") or TOWER
-    if TOWER not in tower and not found.get("vision_config"):
+    tower = raw.get("mm_vision_tower") or TOWER
+    if TOWER not in tower and not raw.get("vision_config"):
         raise ValueError(
             f"config.json names the tower {tower!r} without a vision_config; only {TOWER} is known by name"
         )
@@ -212,7 +213,7 @@ def refuse_other_eyes(found: dict) -> None:
 
 @dataclass(frozen=True)
 class LongVAConfig:
-    """A decoder, an eye, and the scheme that turns pictures into tokens (Sec. 3.2)."""
+    """A decoder, a vision tower, and the scheme that turns pictures into tokens (Sec. 3.2)."""
 
     lm: LMConfig = field(default_factory=LMConfig)
     vision: ClipConfig = field(default_factory=ClipConfig)
@@ -220,18 +221,18 @@ class LongVAConfig:
     rule: str = "canvas"  # how many grids a picture gets: a rule of unires.RULES
 
     @classmethod
-    def from_dict(cls, found: dict) -> "LongVAConfig":
+    def from_dict(cls, raw: dict) -> "LongVAConfig":
         """Read the config.json of LongVA, of a LLaVA-NeXT, or ours, which adds `grid_rule` and `vision_config`.
 
-        Raises ValueError as LMConfig's does, and for eyes, projectors and ways to cut pictures not built here.
+        Raises ValueError as LMConfig's does, and for towers, projectors and ways to cut pictures not supported here.
         """
-        refuse_other_eyes(found)
-        eye = found.get("vision_config") or asdict(ClipConfig())
-        if "mm_vision_select_layer" in found:
-            eye = eye | {"select_layer": found["mm_vision_select_layer"]}
-        scheme = SCHEMES[found["mm_patch_merge_type"]]
-        rule = found.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
-        return cls(LMConfig.from_dict(found), ClipConfig.from_dict(eye), scheme, rule)
+        check_vision_supported(raw)
+        vision = raw.get("vision_config") or asdict(ClipConfig())
+        if "mm_vision_select_layer" in raw:
+            vision = vision | {"select_layer": raw["mm_vision_select_layer"]}
+        scheme = SCHEMES[raw["mm_patch_merge_type"]]
+        rule = raw.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
+        return cls(LMConfig.from_dict(raw), ClipConfig.from_dict(vision), scheme, rule)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -277,9 +278,9 @@ def train_flop(lm: LMConfig, S: int) -> float:
 
 
 def read_config(folder: Path | str) -> LMConfig | LongVAConfig:
-    """What model a folder holds, by its config.json: a language model, or one that sees."""
-    found = weights.read_config(folder)
-    return (LongVAConfig if "mm_hidden_size" in found else LMConfig).from_dict(found)
+    """Read a folder's config.json: a language model's, or a LongVA's."""
+    raw = weights.read_config(folder)
+    return (LongVAConfig if "mm_hidden_size" in raw else LMConfig).from_dict(raw)
 
 
 def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
@@ -333,10 +334,10 @@ def read_sampling(folder: Path | str) -> Sampling:
     sampling leaves out is Hugging Face's default: temperature 1, top_p 1 and top_k 50. Raises ValueError.
     """
     file = Path(folder) / GENERATION
-    found = {name: value for name, value in read_json(file).items() if value is not None}
+    raw = {name: value for name, value in read_json(file).items() if value is not None}
     defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
-    wanted = {name: found.get(name, default) for name, default in defaults.items()}
-    if not found.get("do_sample", False):
+    wanted = {name: raw.get(name, default) for name, default in defaults.items()}
+    if not raw.get("do_sample", False):
         wanted = {"repetition_penalty": wanted["repetition_penalty"]}
     try:
         return Sampling(**wanted)

@@ -19,7 +19,7 @@ def digest(film: Path | str) -> str:
     film = Path(film)
     if not film.exists():
         raise ValueError(f"{film}: no such video file or folder of pictures")
-    return weights.sha_of(video.picture_files(film) if film.is_dir() else [film])
+    return weights.hash_files(video.picture_files(film) if film.is_dir() else [film])
 
 
 def read_film(file: Path, device: torch.device) -> tuple[torch.Tensor, list[str]] | None:

@@ -1,8 +1,11 @@
-"""A run's folder, runs/<name>/: what was asked for, what happened at each step, and a picture of it.
+"""A run's folder, runs/<name>/: its settings, what happened at each step, and a plot; the memory of the machine.
 
 What      config.json (the settings), log.jsonl (one line per step), curve.png (the loss). Saved state and the
-          exported model lie beside them, in state/ and model/.
+          exported model lie beside them, in state/ and model/. `free_bytes` and `peak_bytes` of this process.
+Paper     None.
 Run       imported by train_text.py, train_vision.py and vniah.py (cells.jsonl); rank 0 alone writes.
+Dimensions  none
+Differs   The release logs to Weights & Biases; here a log is a file, and a resumed run continues it without a gap.
 """
 
 import fcntl
@@ -24,18 +27,18 @@ PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
 
 
 def trained_or_shipped(run: str, shipped: str) -> Path:
-    """The model that a run left in runs/, or else the shipped one that the same command made."""
+    """Return the model folder that a run left in runs/, else the shipped one that the same command made."""
     own = Path("runs") / run / "model"
     return own if (own / "config.json").is_file() else TINY / shipped
 
 
-LOCKS: dict[Path, TextIO] = {}  # open while this process lives, however it ends: the lock goes with it
+LOCKS: dict[Path, TextIO] = {}  # open while this process lives; the system drops the lock when it ends
 
 
 def lock(folder: Path, patience: float = 3.0) -> None:
-    """Keep other processes out of a run's folder as long as this one lives, where the file system knows locks.
+    """Lock a run's folder as long as this process lives, where the file system supports locks.
 
-    Waits `patience` seconds, for a run that was just killed may not be gone. Raises ValueError after that.
+    Waits `patience` seconds, since a run that was just killed may still be exiting; then raises ValueError.
     """
     if folder.resolve() in LOCKS:
         return
@@ -56,9 +59,9 @@ def lock(folder: Path, patience: float = 3.0) -> None:
 
 
 def open_run(folder: Path, settings: dict) -> None:
-    """Make the folder, keep other processes out of it, and keep the settings in config.json.
+    """Make and lock the folder, and write the settings to config.json.
 
-    Raises ValueError where another run is at work, or one with other settings lives: mixing two would spoil both.
+    Raises ValueError if another process is running there, or if the folder holds a run with other settings.
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file, but a run needs a folder; choose another --out")
@@ -88,7 +91,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def truncate_log(folder: Path, step: int | None = None, name: str = "log.jsonl") -> None:
-    """Forget the lines of step `step` and later: they will be made again. A torn line goes too."""
+    """Remove the lines of step `step` and later, which will be written again, and torn lines."""
     file = folder / name
     if not file.exists():
         return
@@ -97,7 +100,7 @@ def truncate_log(folder: Path, step: int | None = None, name: str = "log.jsonl")
 
 
 def entries(file: Path) -> Iterator[tuple[str, dict]]:
-    """(line, what it says) of a log; one that was torn when its writer was killed is left out."""
+    """Yield (line, its JSON) of a log; a line that was torn when its writer was killed is left out."""
     for line in file.read_text(errors="replace").splitlines():
         try:
             yield line, json.loads(line)
@@ -106,7 +109,7 @@ def entries(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
-    """Append one line for programs to read."""
+    """Append one JSON line."""
     try:
         with open(folder / name, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -115,16 +118,16 @@ def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
 
 
 def finite(step: int, losses: list[float]) -> float:
-    """The loss of a step, the sum of its parts' shares; FloatingPointError, before the update, if one is not finite."""
-    for part, loss in enumerate(losses):
+    """Sum the micro-batches' shares of a step's loss; FloatingPointError, before the update, if one is not finite."""
+    for i, loss in enumerate(losses):
         if not math.isfinite(loss):
-            where = f"step {step}" + (f", part {part} of {len(losses)}" if len(losses) > 1 else "")
+            where = f"step {step}" + (f", micro-batch {i} of {len(losses)}" if len(losses) > 1 else "")
             raise FloatingPointError(f"{where}: the loss is {loss}; stopped before it reached the parameters")
     return sum(losses)
 
 
 def column(folder: Path, key: str) -> list[float]:
-    """The values of one key in log.jsonl, step after step."""
+    """Return the values of one key in log.jsonl, in the order of steps."""
     file = folder / "log.jsonl"
     lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
     return [line[key] for line in lines if key in line]
@@ -152,7 +155,7 @@ def draw_curve(folder: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of every package that takes part in a result."""
+    """Return the version of every package that takes part in a result."""
     found = {}
     for name in ("torch", "numpy", "pillow", "av", "safetensors", "tiktoken", "sentencepiece"):
         try:

@@ -1,12 +1,14 @@
-"""Model weights: a Hugging Face folder as a stream of (name, tensor), and back.
+"""Model weights: a Hugging Face folder as a stream of (name, tensor), a model filled from it, and back.
 
-What: `read_config` and `read` for any folder with config.json and safetensors, in one file or in shards;
-`fill_strictly` into parameters; `write`, the way back; `sha`, to say in a result which weights made it.
-Reading holds one tensor in memory at a time (filling a model peaks at its size and one tensor), writing one shard.
-Paper: Sec. 3.1 starts from Qwen2-7B-Instruct, Sec. 3.2 from CLIP ViT-L/14-336; both are such folders.
-Run: imported; `for name, tensor in read("Qwen2-7B-Instruct"): ...`
-Deviations: loading is strict (every tensor used once, every parameter filled once, shapes equal), where the
-release warns and goes on. Only safetensors and JSON are read: other formats can run code.
+What      `read` streams any folder with config.json and safetensors, in one file or in shards; `read_tower` a
+          CLIP's; `init_weights` makes new weights. `fill_from` fills a model from such a stream, sharded or not.
+          `write` is the way back, `hash_weights` names in a result which weights made it. Reading holds one tensor
+          in memory at a time (filling peaks at the model and one tensor), writing one shard.
+Paper     Sec. 3.1 starts from Qwen2-7B-Instruct, Sec. 3.2 from CLIP ViT-L/14-336 and a new projector.
+Run       imported; `for name, tensor in read("Qwen2-7B-Instruct"): ...`
+Dimensions  none
+Differs   Loading is strict (every tensor used once, every parameter filled once, shapes equal), where the release
+          warns and continues. Only safetensors and JSON are read: other formats can run code.
 """
 
 import hashlib
@@ -22,11 +24,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.tokenizer import read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+UNUSED = ("*rotary_emb.inv_freq", "*position_ids")  # buffers of old files; what they hold is computed here
+TOWER = "model.vision_tower.vision_tower.vision_model."  # LongVA's name for what CLIP's files call vision_model.
+TEXT_HALF = ("text_model.*", "*_projection.weight", "logit_scale")  # the text half of a whole CLIP
 OUR_SHARD = re.compile(r"model-([ab]-)?\d{5}-of-\d{5}\.safetensors")
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
@@ -39,7 +44,7 @@ CONVERT = (  # weights_only: a pickle that would run code is refused; clone: tie
 )
 
 
-# ---- reading ----
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(folder / file, framework="pt") as tensors:
                 inside = tensors.keys()
             if names is not None:
-                same_names(names, inside, f"{folder / file} and its index disagree")
+                check_names(names, inside, f"{folder / file} and its index disagree")
             for name in inside:
                 # Opened anew each time: a file stays in memory, page by page, as long as it is mapped.
                 with safe_open(folder / file, framework="pt") as tensors:
@@ -96,7 +101,14 @@ def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{folder / file} cannot be read ({e}); copy or download it again") from e
 
 
-def same_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
+def read_tower(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """The vision tower of a CLIP folder, under LongVA's names; with or without `vision_model.` in front."""
+    for name, tensor in read(folder):
+        if not any(fnmatchcase(name, pattern) for pattern in TEXT_HALF):
+            yield TOWER + name.removeprefix("vision_model."), tensor
+
+
+def check_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
     """Raise ValueError, with the first five on each side, unless the names are the same."""
     expected, found = set(expected), set(found)
     sides = (("missing", expected - found), ("not expected", found - expected))
@@ -134,7 +146,7 @@ def fill_strictly(
         filled.add(ours)
     if wrong:
         raise ValueError(f"{len(wrong)} tensor(s) do not fit the model of {CONFIG}: {'; '.join(wrong[:5])}")
-    same_names(parameters, filled, f"the weights are not those of the model that {CONFIG} describes")
+    check_names(parameters, filled, f"the weights are not those of the model that {CONFIG} describes")
 
 
 @torch.no_grad()
@@ -143,7 +155,40 @@ def copy(parameter: Tensor, tensor: Tensor) -> None:
     parameter.copy_(tensor)
 
 
-# ---- writing ----
+def fill_from(
+    model: nn.Module,
+    stream: Iterable[tuple[str, Tensor]],
+    fill: Callable | None = None,
+    only: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Fill the parameters that `only` names from a stream, strictly: each once, no tensor left over.
+
+    `fill(parameter, tensor)` copies, and knows about shards where there are any. Raises ValueError naming keys.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if only(name)}
+    tied = [] if "lm_head.weight" in parameters else ["lm_head.weight"]
+    fill_strictly(parameters, ((n, x) for n, x in stream if only(n)), fill, ignore=[*UNUSED, *tied])
+
+
+def init_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """New weights for a model, which may be on the meta device: a stream of (name, tensor). Plain initialisation.
+
+    Maps and embeddings of the language model are normal(0, 0.02), as Qwen2's; those of tower and projector have
+    deviation 1/sqrt(inputs). Norms are one, biases zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        tensor = torch.zeros(p.shape)
+        if "norm" in name and name.endswith("weight"):
+            tensor.fill_(1)
+        elif p.ndim > 1 or name.endswith(("image_newline", "class_embedding")):
+            is_vision = name.startswith(("vision", "visual", "word", "model.vision", "model.mm_", "model.image_"))
+            fan_in = p[0].numel() if p.ndim > 1 else p.numel()
+            tensor.normal_(0, fan_in**-0.5 if is_vision else 0.02, generator=generator)
+        yield name, tensor
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write(
@@ -164,16 +209,16 @@ def write(
     config_text = json.dumps(config, indent=2) + "\n"
     for left_over in folder.glob(".writing-*"):
         left_over.unlink()
-    parts: list[list[str]] = []
+    written: list[list[str]] = []
     total = 0
     for shard in grouped(stream, shard_bytes, dtype):
         # Older readers refuse a file that does not say which framework it comes from.
-        save_file(shard, folder / f".writing-{len(parts)}", metadata={"format": "pt"})
-        parts.append(list(shard))
+        save_file(shard, folder / f".writing-{len(written)}", metadata={"format": "pt"})
+        written.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
-    files = shard_names(folder, len(parts))
-    weight_map = {name: file for file, part in zip(files, parts) for name in part}
-    assert parts and len(weight_map) == sum(map(len, parts)), "no tensor, or a name that comes twice"
+    files = shard_names(folder, len(written))
+    weight_map = {name: file for file, names in zip(files, written) for name in names}
+    assert written and len(weight_map) == sum(map(len, written)), "no tensor, or a name that comes twice"
     for i, file in enumerate(files):
         publish(folder / f".writing-{i}", folder / file)
     if len(files) > 1:
@@ -242,8 +287,8 @@ def copy_tokenizer(src: str | Path, dst: str | Path) -> None:
         shutil.copyfile(Path(src) / file, Path(dst) / file)
 
 
-def sha_of(files: Iterable[Path]) -> str:
-    """The SHA-256, 64 hexadecimal digits, of the digests of files in order."""
+def hash_files(files: Iterable[Path]) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of the files' digests, in order."""
     whole = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
@@ -251,6 +296,6 @@ def sha_of(files: Iterable[Path]) -> str:
     return whole.hexdigest()
 
 
-def sha(folder: str | Path) -> str:
-    """Which weights these are: `sha_of` the folder's weight files."""
-    return sha_of(Path(folder) / file for file in sorted(shards(Path(folder))))
+def hash_weights(folder: str | Path) -> str:
+    """Return `hash_files` of the folder's weight files."""
+    return hash_files(Path(folder) / file for file in sorted(shards(Path(folder))))

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import longva
 from clip import ClipVision
-from data import chat, parameters
+from data import chat, weights
 from data.config import ClipConfig
 
 # parameters of which 512 rows of the gradient are compared
@@ -185,8 +185,8 @@ def our_features(folder: Path, n: int) -> Run:
     """Patch features of the layer before the last, where LLaVA and LongVA read."""
     sizes = json.loads((folder / "config.json").read_text())
     model = ClipVision(ClipConfig.from_dict(sizes)).eval().requires_grad_(False)
-    prefix = parameters.TOWER
-    parameters.fill_from(model, ((name.removeprefix(prefix), x) for name, x in parameters.read_tower(folder)))
+    prefix = weights.TOWER
+    weights.fill_from(model, ((name.removeprefix(prefix), x) for name, x in weights.read_tower(folder)))
     return lambda N: model(some_pixels(model.config, N))
 
 

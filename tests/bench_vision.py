@@ -51,7 +51,7 @@ import longva
 import ring
 import train_vision
 import unires
-from data import chat, llava, parameters, weights
+from data import chat, llava, weights
 from data.config import ClipConfig, LongVAConfig, read_config
 from tests import bench
 
@@ -62,7 +62,7 @@ ERROR, WANTED = 1e-5, 1.3
 LM, TOWER = bench.lm(256, 1376, 4, 4, 1, 64, 32768), bench.tower(48, 192, 8, 2, 84)
 FULL, LIKE_7B = {"lm": LM, "tower": TOWER}, {"lm": LM | {"V": 1536}, "tower": TOWER}
 TOY = {"lm": bench.TOY, "tower": bench.tower(32, 64, 3, 2, 28)}
-EYE = parameters.TOWER
+EYE = weights.TOWER
 LOOKED_AT = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight",
              "model.layers.1.mlp.down_proj.weight", "model.mm_projector.0.weight", "model.mm_projector.2.bias",
              f"{EYE}embeddings.patch_embedding.weight", f"{EYE}encoder.layers.0.self_attn.q_proj.weight"]  # fmt: skip
@@ -165,8 +165,8 @@ def our_model(folder: Path) -> longva.LongVA:
     """LongVA with what `make` wrote."""
     model = longva.LongVA(our_config(folder))
     mlp = {f"model.mm_projector.{name}": x for name, x in load_file(folder / "projector").items()}
-    parts = [*weights.read(folder / "lm"), *parameters.read_tower(folder / "tower"), *mlp.items()]
-    parameters.fill_from(model, iter(parts))
+    parts = [*weights.read(folder / "lm"), *weights.read_tower(folder / "tower"), *mlp.items()]
+    weights.fill_from(model, iter(parts))
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 import data.flags
 import longva
 import train_text
-from data import memory, parameters, runs, synthetic
+from data import memory, runs, synthetic, weights
 from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters
 from data.memory import Step
 
@@ -241,7 +241,7 @@ def command(folder, name, config, S):
     model = folder / f"{name}-model"
     with torch.device("meta"):
         shapes = longva.LM(config)
-    longva.save(model, parameters.init_weights(shapes, 0), config, synthetic.TOKENIZER)
+    longva.save(model, weights.init_weights(shapes, 0), config, synthetic.TOKENIZER)
     flags = {"weights": model, "corpus": folder / "tokens.npy", "out": folder / f"{name}-run", "seq-len": S}
     flags |= {"batch": 1, "steps": 2, "device": "cpu"}
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import longva
-from data import parameters
 from data import weights as w
 from data.config import ClipConfig, LMConfig, to_dict
 
@@ -261,7 +260,7 @@ def test_copy_tokenizer(tmp_path):
 def test_sha_knows_the_weights(tmp_path):
     for name, seed, size in (("x", 1, 100), ("y", 1, 100), ("z", 2, 100)):
         w.write(tmp_path / name, state(seed).items(), {"name": name}, size)
-    x, y, z = (w.sha(tmp_path / name) for name in "xyz")
+    x, y, z = (w.hash_weights(tmp_path / name) for name in "xyz")
     assert x == y != z and re.fullmatch("[0-9a-f]{64}", x)
 
 
@@ -343,8 +342,8 @@ def test_a_clip_folder_of_transformers(tmp_path, whole):
     config = ClipConfig.from_dict(w.read_config(tmp_path))
     assert config == ClipConfig(32, 48, 2, 4, 4, 16)
     ours = longva.ClipVision(config)
-    stream = ((name.removeprefix(parameters.TOWER), tensor) for name, tensor in parameters.read_tower(tmp_path))
-    parameters.fill_from(ours, stream)
+    stream = ((name.removeprefix(w.TOWER), tensor) for name, tensor in w.read_tower(tmp_path))
+    w.fill_from(ours, stream)
     want = {n.split("vision_model.")[-1]: p for n, p in theirs.named_parameters()}
     assert all(torch.equal(p, want[name]) for name, p in ours.named_parameters())
 

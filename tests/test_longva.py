@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longva
 import unires
 from clip import ClipConfig
-from data import chat, flags, parameters, tokenizer, video, weights
+from data import chat, flags, tokenizer, video, weights
 from longva import KVCache, LMConfig, LongVA, LongVAConfig, nll, rope
 from tests.shapes import watched
 from unires import Layout
@@ -80,7 +80,7 @@ def twins(hf, config):
     else:
         theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**rest))
     ours = longva.LM(config)
-    parameters.fill_from(ours, vary(theirs.eval()).named_parameters())
+    weights.fill_from(ours, vary(theirs.eval()).named_parameters())
     return theirs, ours
 
 
@@ -487,8 +487,8 @@ def test_fresh_depends_on_the_seed_alone(make):
     real = make()
     with torch.device("meta"):
         meta = type(real)(real.config)
-    first, second = dict(parameters.init_weights(real, 3)), dict(parameters.init_weights(meta, 3))
-    other = dict(parameters.init_weights(real, 4))
+    first, second = dict(weights.init_weights(real, 3)), dict(weights.init_weights(meta, 3))
+    other = dict(weights.init_weights(real, 4))
     assert first.keys() == second.keys() == dict(real.named_parameters()).keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]) and tensor.shape == real.get_parameter(name).shape, name
@@ -504,7 +504,7 @@ def test_fresh_depends_on_the_seed_alone(make):
 def test_fill_from_is_strict():
     model = longva_model()
     good, name = tensors(model), "model.layers.1.mlp.up_proj.weight"
-    parameters.fill_from(model, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}.items())
+    weights.fill_from(model, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}.items())
     cases = [
         ({k: v for k, v in good.items() if k != name}, f"1 missing: {name}"),
         ({**good, "model.norm.bias": torch.ones(36)}, "1 not expected: model.norm.bias"),
@@ -512,11 +512,11 @@ def test_fill_from_is_strict():
     ]
     for found, message in cases:
         with pytest.raises(ValueError, match=message):
-            parameters.fill_from(model, found.items())
+            weights.fill_from(model, found.items())
     with pytest.raises(ValueError, match=r"1 missing: lm_head.weight"):  # a head that is not tied must be in the file
-        parameters.fill_from(model, [(k, v) for k, v in good.items() if k != "lm_head.weight"])
+        weights.fill_from(model, [(k, v) for k, v in good.items() if k != "lm_head.weight"])
     tied = lm()
-    parameters.fill_from(tied, {**tensors(tied), "lm_head.weight": torch.ones(50, 36)}.items())
+    weights.fill_from(tied, {**tensors(tied), "lm_head.weight": torch.ones(50, 36)}.items())
     assert not (tied.lm_head.weight == 1).all()
 
 
@@ -526,8 +526,8 @@ def test_the_tower_of_a_clip_folder(tmp_path, prefix):
     rest = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1)}
     rest |= {"visual_projection.weight": torch.ones(2, 2), f"{prefix}embeddings.position_ids": torch.arange(17)}
     weights.write(tmp_path, {**{prefix + k: v for k, v in tensors(eye).items()}, **rest}.items(), vars(EYE))
-    parameters.fill_from(model, parameters.read_tower(tmp_path), only=lambda name: name.startswith(parameters.TOWER))
-    want = tensors(longva_model()) | {parameters.TOWER + name: tensor for name, tensor in tensors(eye).items()}
+    weights.fill_from(model, weights.read_tower(tmp_path), only=lambda name: name.startswith(weights.TOWER))
+    want = tensors(longva_model()) | {weights.TOWER + name: tensor for name, tensor in tensors(eye).items()}
     for name, p in model.named_parameters():
         assert torch.equal(p, want[name]), name
 
@@ -721,7 +721,7 @@ def test_suffixes_tell_the_truth(tmp_path):
             pixels, layout = longva.preprocess(Image.fromarray(film[0]), wide.config)
             wide.encode_images(pixels, [layout])
         again = longva.load(saved(tmp_path, model))
-        parameters.fill_from(again, parameters.init_weights(again, 0))
+        weights.fill_from(again, weights.init_weights(again, 0))
     assert not [lie for lie in told if not lie.startswith("test_")], told
 
 

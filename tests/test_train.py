@@ -20,7 +20,7 @@ import longva
 import ring
 import train_text
 import train_vision
-from data import chat, pack, parameters, synthetic, tokenizer
+from data import chat, pack, synthetic, tokenizer, weights
 from data.runs import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -203,11 +203,11 @@ def test_align_changes_the_projector_alone(made):
     at = made[0]
     before, tower, after = weights_of(at / "base"), weights_of(at / "tower"), weights_of(at / "align")
     for name, tensor in after.items():
-        if name.startswith(parameters.TOWER):
-            assert torch.equal(tensor, tower["vision_model." + name.removeprefix(parameters.TOWER)]), name
+        if name.startswith(weights.TOWER):
+            assert torch.equal(tensor, tower["vision_model." + name.removeprefix(weights.TOWER)]), name
         elif "mm_projector" not in name:
             assert torch.equal(tensor, before[name]), name
-    fresh = dict(parameters.init_weights(longva.LongVA(longva.read_config(at / "align/model")), 42))
+    fresh = dict(weights.init_weights(longva.LongVA(longva.read_config(at / "align/model")), 42))
     projector = "model.mm_projector.0.weight"
     assert not torch.equal(after[projector], fresh[projector].bfloat16())
 

@@ -16,7 +16,7 @@ import longva
 import ring
 import unires
 import vniah
-from data import chat, niah, parameters, runs, synthetic, tokenizer, weights
+from data import chat, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from tests import bench_needles, ranks, shapes
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
         "text": longva.LM(lm_config(words)),
         "sees": longva.LongVA(longva.LongVAConfig(lm_config(words), EYE, "unires", "floor")),
     }.items():
-        stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in parameters.init_weights(model, 0))
+        stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in weights.init_weights(model, 0))
         weights.copy_tokenizer(synthetic.TOKENIZER, at / name)
         weights.write(at / name, stream, longva.to_dict(model.config))
     return at
@@ -301,7 +301,7 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     found = results(shipped)
     hidden, _ = vniah.pick_needles(shipped, vniah.Panel("", None, None, 2))
     assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
-    assert found["settings"]["weights"] == {str(shipped.weights): weights.sha(shipped.weights)}
+    assert found["settings"]["weights"] == {str(shipped.weights): weights.hash_weights(shipped.weights)}
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
     panel = found["panels"]["longva"]
     assert len(set(panel["haystack"])) > 20 and len(panel["haystack"]) == 40
