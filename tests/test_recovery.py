@@ -255,7 +255,8 @@ def test_a_loss_that_is_no_number(tmp_path):
     job = Job(tmp_path / "run", "--steps", 9, "--lr", 1e30, "--grad-accumulation", 2, "--save-every", 1)
     assert set(job.codes()) <= {2, 143}
     found = re.fullmatch(
-        r"step (\d+), micro-batch 0 of 2: the loss is nan; stopped before it reached the parameters", job.complaints()[0]
+        r"step (\d+), micro-batch 0 of 2: the loss is nan; stopped before it reached the parameters",
+        job.complaints()[0],
     )
     assert found and set(job.complaints()) == {found[0]} and "Traceback" not in job.said(), job.said()
     assert max(state.saved_steps(tmp_path / "run/state")) == int(found[1]) > 0
