@@ -229,16 +229,11 @@ def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int
 # ------------------------------------------------------------------------------------------------ modules
 
 
-def direct(compute: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """Compute, keeping for backward whatever backward wants."""
-    return compute(*x)
-
-
-def again(compute: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """Compute, keeping the inputs alone; backward computes again from them what it wants."""
-    if not torch.is_grad_enabled():
-        return compute(*x)
-    return checkpoint(compute, *x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn at random
+def recompute(on: bool, f: Callable, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """f(*x); where `on`, by activation checkpointing: only x is saved, and backward computes f(*x) again."""
+    if not on or not torch.is_grad_enabled():
+        return f(*x)
+    return checkpoint(f, *x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn at random
 
 
 class RMSNorm(nn.Module):
@@ -265,7 +260,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
 
-    def ask(self, x_BTD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_BTD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two turned by position: (q_BTHK, k_BTGK, v_BTGK)."""
         q_BTHK = rotate(self.q_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_T1K, sin_T1K)
         k_BTGK = rotate(self.k_proj(x_BTD).unflatten(-1, (-1, self.K)), cos_T1K, sin_T1K)
@@ -291,30 +286,36 @@ class MLP(nn.Module):
         """As `swiglu`, whose inner tensors then exist for one tile at a time, in backward too: x_BTD."""
         if not self.tile or x_BTD.shape[1] <= self.tile:
             return self.swiglu(x_BTD)
-        return torch.cat([again(self.swiglu, x_BUD) for x_BUD in x_BTD.split(self.tile, dim=1)], dim=1)
+        return torch.cat([recompute(True, self.swiglu, x_BUD) for x_BUD in x_BTD.split(self.tile, dim=1)], dim=1)
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each normalised before and added after."""
+    """One layer of Qwen2: attention, then MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
         self.self_attn, self.mlp = Attention(config, layer), MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.around = False  # compute again in backward what stands before and after attention, but not attention
 
-    def forward(self, x_BTD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor, attend: Attend) -> Tensor:
-        """The residual stream after this layer, x_BTD."""
-        call = again if self.around else direct
-        q_BTHK, k_BTGK, v_BTGK = call(lambda x: self.self_attn.ask(self.input_layernorm(x), cos_T1K, sin_T1K), x_BTD)
+    def forward(
+        self, x_BTD: Tensor, cos_T1K: Tensor, sin_T1K: Tensor, attend: Attend, selective: bool = False
+    ) -> Tensor:
+        """The residual stream x_BTD after this layer.
+
+        `selective` checkpointing saves attention's inputs and output, the dearest to compute, and recomputes the rest.
+        """
+
+        def before_attention(x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.self_attn.qkv(self.input_layernorm(x_BTD), cos_T1K, sin_T1K)
+
+        def after_attention(x_BTD: Tensor, o_BTHK: Tensor) -> Tensor:
+            x_BTD = x_BTD + self.self_attn.o_proj(o_BTHK.flatten(-2))
+            return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+        q_BTHK, k_BTGK, v_BTGK = recompute(selective, before_attention, x_BTD)
         o_BTHK = attend(self.self_attn.layer, q_BTHK, k_BTGK, v_BTGK)
-        return call(self.after, x_BTD, o_BTHK)
-
-    def after(self, x_BTD: Tensor, o_BTHK: Tensor) -> Tensor:
-        """Add what attention found, then the MLP's part."""
-        x_BTD = x_BTD + self.self_attn.o_proj(o_BTHK.flatten(-2))
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return recompute(selective, after_attention, x_BTD, o_BTHK)
 
 
 class Decoder(nn.Module):
@@ -326,18 +327,18 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.remat = False  # keep one hidden state per layer and compute the rest again in backward
-        self.offload = False  # keep in CPU memory what is kept for backward
+        self.checkpointing = "none"  # "full": one hidden state per layer is saved; "selective": see Block.forward
+        self.offload_activations = False  # what is saved for backward waits in CPU memory
 
     def forward(self, x_BTD: Tensor, pos_T: Tensor, attend: Attend = causal_attend) -> Tensor:
         """Hidden states h_BTD; `pos_T` is each token's place in the whole sequence, wherever it is held."""
         turn = rope(pos_T, self.config.head_width, self.config.rope_theta)
         cos_T1K, sin_T1K = (angle_TK[:, None].to(x_BTD.dtype) for angle_TK in turn)
-        call = again if self.remat else direct
-        offload = ActivationOffload(x_BTD.device) if self.offload else None
+        full, selective = self.checkpointing == "full", self.checkpointing == "selective"
+        offload = ActivationOffload(x_BTD.device) if self.offload_activations else None
         for layer in self.layers:
             with offload.layer() if offload else nullcontext():  # positions come by closure: they are not offloaded
-                x_BTD = call(lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend), x_BTD)
+                x_BTD = recompute(full, lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend, selective), x_BTD)
         return self.norm(x_BTD)
 
 

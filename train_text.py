@@ -65,9 +65,10 @@ class Config:
     precision: Literal["fp32", "bf16"] = setting(
         "bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.1)"
     )
-    remat: bool = setting(True, "keep one hidden state per layer, compute the rest again (Sec. 3.1)")
-    around: bool = setting(False, "with remat: keep attention's answers too, so that the ring runs once forward (ours)")
-    offload_activations: bool = setting(True, "with remat: what is kept goes to CPU memory (release: train.py)")
+    checkpointing: Literal["none", "full", "selective"] = setting(
+        "full", "activations recomputed in backward; selective: all but attention, so the ring runs once (Sec. 3.1)"
+    )
+    offload_activations: bool = setting(True, "with checkpointing: saved activations go to CPU memory (release)")
     mlp_tile: int = setting(0, "tokens of a rank that the MLP takes at once, 0: all (ours)")
     offload: bool = setting(True, "parameters and optimizer in CPU memory (Sec. 3.1)")
     separate_documents: bool = setting(False, "packed documents do not see each other (Sec. 3.1: they do)")
@@ -90,9 +91,8 @@ class Config:
 
 
 TINY = {  # two CPU cores, one to six minutes each; see README.md for the losses and scores to expect
-    "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32", "remat": False, "offload": False,
-    "offload_activations": False,
-    "save_every": 50, "cooldown": 0.2,
+    "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32",
+    "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "steps": 160, "rope_theta": 1e6, "lr": 7e-4, "warmup": 20, "cooldown": 0.4}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "lr": 1e-3}
@@ -331,9 +331,10 @@ def main(cfg: Config) -> None:
     config = replace(config, rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
-    model.model.remat, model.model.offload = cfg.remat and not cfg.around, cfg.remat and cfg.offload_activations
+    model.model.checkpointing = cfg.checkpointing
+    model.model.offload_activations = cfg.offload_activations and cfg.checkpointing != "none"
     for block in model.model.layers:
-        block.around, block.mlp.tile = cfg.remat and cfg.around, cfg.mlp_tile
+        block.mlp.tile = cfg.mlp_tile
     param_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
     ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
     source = weights.read(cfg.weights) if cfg.weights else weights.init_weights(model, cfg.seed)

@@ -88,7 +88,9 @@ class Config:
     precision: Literal["fp32", "bf16"] = setting(
         "bf16", "of activations; parameters and their sums stay fp32 (Sec. 3.2)"
     )
-    remat: bool = setting(True, "keep one hidden state per layer, compute the rest again (release: finetune.sh)")
+    checkpointing: Literal["none", "full"] = setting(
+        "full", "activations recomputed in backward (release: finetune.sh)"
+    )
     offload: bool = setting(False, "parameters and optimizer in CPU memory (release: zero3.json)")
     save_every: int = setting(500, "steps between saved states (ours)")
     seed: int = setting(42, "of new weights and of the order of data (release: finetune.sh)")
@@ -124,7 +126,7 @@ TINY = {
     "labels": "clean",
     "max_len": 256,
     "precision": "fp32",
-    "remat": False,
+    "checkpointing": "none",
     "save_every": 50,
 }
 PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes a stage on two CPU cores
@@ -270,7 +272,7 @@ def assemble(cfg: Config, words: tokenizer.Tokenizer, world: ring.World) -> tupl
     trained(cfg, model)  # FSDP2 must know what is frozen; the optimizer is told below of what it made
     units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
     if cfg.stage != "tower":
-        model.model.remat = model.tower.recompute = cfg.remat
+        model.model.checkpointing, model.tower.recompute = cfg.checkpointing, cfg.checkpointing == "full"
     ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
     initial_weights(cfg, model)
     groups = trained(cfg, model)

@@ -235,7 +235,7 @@ def learnt(loss: Tensor, model: torch.nn.Module) -> Found:
 def our_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
     """Forward and backward of a training step, without the optimizer."""
     model = longva.load(folder).requires_grad_()
-    model.model.remat = remat
+    model.model.checkpointing = "full" if remat else "none"
 
     def step(T: int) -> Found:
         ids_1T, targets_1T = some_lesson(model.config.vocab_size, T, eighths)

@@ -481,14 +481,14 @@ class Ideas:
 
     kernel: str
     offload_activations: bool = True
-    around: bool = False
+    selective: bool = False
     tile: int = 0
 
     def __str__(self) -> str:
         names = [
             self.kernel,
-            "hidden states on the CPU" if self.offload_activations else "",
-            "attention kept" if self.around else "",
+            "activation offload" if self.offload_activations else "",
+            "selective checkpointing" if self.selective else "",
         ]
         return ", ".join(filter(None, [*names, f"MLP by {self.tile}" if self.tile else ""]))
 
@@ -540,9 +540,10 @@ class Training:
     def measure(self, T: int, ideas: Ideas, warm: int) -> None:
         """Rows about one part, after `warm` others."""
         kit, self.ideas = self.kit, ideas
-        self.model.model.remat, self.model.model.offload = not ideas.around, ideas.offload_activations
+        self.model.model.checkpointing = "selective" if ideas.selective else "full"
+        self.model.model.offload_activations = ideas.offload_activations
         for block in self.model.model.layers:
-            block.around, block.mlp.tile = ideas.around, ideas.tile
+            block.mlp.tile = ideas.tile
         self.ids = torch.randint(self.config.vocab_size, (1, T + 1), device=kit.device)
         for _ in range(warm):
             self.part()
@@ -553,7 +554,7 @@ class Training:
         name = f"{self.config.num_hidden_layers} layers {place}, {T:,} tokens, {ideas}"
         kit.row(name, f"{T / seconds:,.0f} tokens/s")
         mfu = train_flop(self.config, T) * T / seconds / PEAK
-        if not self.offload and ideas.around:
+        if not self.offload and ideas.selective:
             kit.speed("  MFU", 100 * mfu, 45 if ideas.kernel == "cudnn" else 35, "%", least=True)
         else:
             kit.row("  MFU", f"{100 * mfu:.1f} %")
@@ -603,7 +604,7 @@ class Training:
 
 def planned_step(config: LMConfig, T: int, ideas: Ideas, offload: bool) -> memory.Step:
     """The planner's account of it."""
-    checkpointing = "selective" if ideas.around else "full"
+    checkpointing = "selective" if ideas.selective else "full"
     sizes = {"ranks": 1, "seq_len": T, "grad_accumulation": 2, "checkpointing": checkpointing, "mlp_tile": ideas.tile}
     return memory.Step(config, offload=offload, offload_activations=ideas.offload_activations, **sizes)
 
@@ -648,7 +649,7 @@ def vision(kit: Kit) -> None:
     world = ring.World(0, 1, kit.device)
     with torch.device("meta"):
         model = longva.LongVA(config)
-    model.model.remat = model.tower.recompute = True
+    model.model.checkpointing, model.tower.recompute = "full", True
     ring.shard_parameters(model, [*model.model.layers, *model.tower.encoder.layers], world, False, torch.bfloat16)
     randomise(model, kit.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

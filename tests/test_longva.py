@@ -121,15 +121,15 @@ def test_bfloat16_is_no_worse_than_transformers(hf):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("name", ["three for one, wide heads, tied", "one key head for seven"])
-def test_loss_and_all_gradients_equal_transformers(hf, name, remat):
+def test_loss_and_all_gradients_equal_transformers(hf, name, checkpointing):
     theirs, ours = twins(hf, config_of(name))
     ids, targets = some_ids(ours.config), some_ids(ours.config, seed=1)
     targets[0, :4] = chat.IGNORE
     want = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum")
     want.backward()
-    ours.model.remat = remat
+    ours.model.checkpointing = checkpointing
     lost, count = ours(ids, torch.arange(11), targets)
     assert_close(lost.sum(), want, atol=1e-4, rtol=1e-6)
     assert count.tolist() == [7, 11]
@@ -170,14 +170,14 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-MEMORY = [{"remat": True}, {"around": True}, {"tile": 3}, {"remat": True, "tile": 4, "offload": True},
-          {"around": True, "tile": 2, "offload": True}, {"tile": 5, "around": True, "remat": True}]  # fmt: skip
+FULL, SELECTIVE = {"checkpointing": "full"}, {"checkpointing": "selective"}
+MEMORY = [FULL, SELECTIVE, {"tile": 3}, FULL | {"tile": 4, "offload": True}, SELECTIVE | {"tile": 2, "offload": True}]
 
 
-def with_memory(model, remat=False, around=False, tile=0, offload=False):
-    model.model.remat, model.model.offload = remat, offload
+def with_memory(model, checkpointing="none", tile=0, offload=False):
+    model.model.checkpointing, model.model.offload_activations = checkpointing, offload
     for block in model.model.layers:
-        block.around, block.mlp.tile = around, tile
+        block.mlp.tile = tile
     return model
 
 
@@ -220,11 +220,11 @@ def test_what_is_kept_for_backward():
     """One hidden state per layer; or, around attention, its answers too, and attention is asked once, not twice."""
     plain, once, wide = what_is_kept()
     assert once == 4 and wide == 256 * 200
-    layered, twice, _ = what_is_kept(remat=True)
+    layered, twice, _ = what_is_kept(**FULL)
     assert twice == 8 and layered < plain / 5
-    around, once, _ = what_is_kept(around=True)
+    around, once, _ = what_is_kept(**SELECTIVE)
     assert once == 4 and layered < around < plain / 2
-    _, _, narrow = what_is_kept(remat=True, tile=8)
+    _, _, narrow = what_is_kept(**FULL, tile=8)
     assert narrow < 256 * 200 / 2
 
 
@@ -708,7 +708,7 @@ def test_suffixes_tell_the_truth(tmp_path):
     film = [np.full((30, 44, 3), i, np.uint8) for i in range(5)]
     with watched(ROOT) as told:
         args = seeing_batch(model)
-        model.model.remat = True
+        model.model.checkpointing = "full"
         model(*args)[0].sum().backward()
         nll(*loss_case(), chunk=4)[0].sum().backward()
         with torch.no_grad():

@@ -21,13 +21,11 @@ FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def lm(layers=L, remat=False, around=False):
+def lm(layers=L, checkpointing="none"):
     torch.manual_seed(0)
     sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F_, "num_hidden_layers": layers}
     model = longva.LM(LMConfig(**sizes, num_attention_heads=H, num_key_value_heads=G, head_dim=K))
-    model.model.remat = remat
-    for block in model.model.layers:
-        block.around = around
+    model.model.checkpointing = checkpointing
     return model
 
 
@@ -51,7 +49,7 @@ class Seen(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("how", [{}, {"remat": True}, {"around": True}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"checkpointing": "full"}, {"checkpointing": "selective"}], ids=str)
 def test_no_tensor_of_a_step_is_as_large_as_the_logits(how):
     model = lm(**how)
     with Seen() as seen:
@@ -93,17 +91,19 @@ ASKED = 2 * H * K + 2 * G * K + H  # q, k, v, the answer and its log-sum-exp
 
 @pytest.mark.parametrize("how, bound", [
     ({}, ASKED + 6 * D + 4 * F_ + 2),  # two norms: before, between, after, and a scale; four of the MLP
-    ({"around": True}, ASKED + D),
-    ({"remat": True}, D),  # one hidden state
+    ({"checkpointing": "selective"}, ASKED + D),
+    ({"checkpointing": "full"}, D),  # one hidden state
 ], ids=str)  # fmt: skip
 def test_what_a_layer_keeps_of_a_token(how, bound):
     assert D <= per_token_and_layer(**how) <= bound
 
 
 @pytest.mark.parametrize("attend", [longva.causal_attend, ring.zigzag_attend(ALONE)], ids=["one process", "ring"])
-@pytest.mark.parametrize("how, again", [({}, 0), ({"around": True}, 0), ({"remat": True}, L)], ids=str)
+@pytest.mark.parametrize(
+    "how, again", [({}, 0), ({"checkpointing": "selective"}, 0), ({"checkpointing": "full"}, L)], ids=str
+)
 def test_attention_runs_once_forward(how, again, attend):
-    """Around attention nothing of it is computed again; with remat, all of it."""
+    """Selective checkpointing computes nothing of attention again; full checkpointing, all of it."""
     model = lm(**how)
     with Seen() as there:
         lost = forward(model, 64, attend)
