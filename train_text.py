@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -318,8 +317,7 @@ def evaluate(cfg: Config, model: longva.LM, windows: list, hidden: list, circle:
 def main(cfg: Config) -> None:
     """Train, save, export; resumes where a killed run of the same settings stopped."""
     if cfg.plan:
-        way = "none" if not cfg.remat else "selective" if cfg.around else "full"
-        memory.show_step(memory.Step.of(language_model(cfg), SimpleNamespace(**vars(cfg), checkpointing=way)))
+        memory.show_step(memory.Step.of(language_model(cfg), cfg))
         return
     # 1 processes
     world = ring.start(cfg.device)

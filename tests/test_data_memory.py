@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,10 +172,10 @@ WIDE = text_lm(hidden_size=1024, intermediate_size=256, num_hidden_layers=2)
 HEADS = text_lm(hidden_size=512, intermediate_size=512, num_attention_heads=16, head_dim=32, num_hidden_layers=2)
 STEPS = {  # ranks, language model, tokens, flags
     "all kept": (1, text_lm(), 1536, ()),
-    "recomputed": (1, text_lm(), 1536, ("--remat", "--grad-accumulation", "2")),
-    "tiles": (1, WIDE, 3072, ("--remat", "--mlp-tile", "256")),
-    "two ranks, recomputed around attention": (2, text_lm(), 3072, ("--remat", "--around")),
-    "two ranks, tiles": (2, HEADS, 2560, ("--remat", "--mlp-tile", "256", "--offload")),
+    "recomputed": (1, text_lm(), 1536, ("--checkpointing", "full", "--grad-accumulation", "2")),
+    "tiles": (1, WIDE, 3072, ("--checkpointing", "full", "--mlp-tile", "256")),
+    "two ranks, recomputed around attention": (2, text_lm(), 3072, ("--checkpointing", "selective")),
+    "two ranks, tiles": (2, HEADS, 2560, ("--checkpointing", "full", "--mlp-tile", "256", "--offload")),
     "two ranks, all kept, bf16": (2, text_lm(hidden_size=32, num_hidden_layers=2), 8192, ("--precision", "bf16")),
 }
 TRAIN = """
@@ -260,8 +259,7 @@ def steps(tmp_path_factory):
 
 def step_of(config, ranks, *flags):
     cfg = data.flags.parse(train_text.Config, train_text.PRESETS, "tiny", ["--device", "cpu", *flags])
-    way = "none" if not cfg.remat else "selective" if cfg.around else "full"
-    return replace(Step.of(config, SimpleNamespace(**vars(cfg), checkpointing=way)), ranks=ranks)
+    return replace(Step.of(config, cfg), ranks=ranks)
 
 
 @pytest.mark.ranks
