@@ -1,24 +1,23 @@
 """Pictures from files, and videos as a stream of pictures: a file that FFmpeg opens, or a folder of pictures.
 
-What it is. `frames(path)` yields (seconds, picture) one at a time, so an hour of film needs no more memory
-than a minute. Pictures are chosen by time stamp: the frame on screen at t = 0, 1/fps, 2/fps, ..., or at
-`count` times spread evenly over the film. How many will come is known before the first one does, each of
-many ranks can ask for its share alone, and `ahead` decodes in a thread while the model works on what came:
+What      `frames(path)` yields (seconds, picture) one at a time, so an hour of film needs no more memory than a minute.
+          Pictures are chosen by time stamp: the frame on screen at t = 0, 1/fps, 2/fps, ..., or at `count` times spread
+          evenly over the film. The number of frames is known before the first one comes, each of many ranks can take
+          its share alone, and `prefetch` decodes in a thread while the model computes:
 
-    film = frames("film.mp4", count=256, keep=lambda n: n // 64 % ranks == rank)
-    for seconds, picture in tqdm(prefetch(film, room=16), total=len(film)): ...
+              film = frames("film.mp4", count=256, keep=lambda n: n // 64 % ranks == rank)
+              for seconds, picture in tqdm(prefetch(film, room=16), total=len(film)): ...
 
-Paper. Sec. 3.2 treats a video as a sequence of grids, one per frame. The visual needle test (Sec. 4, Fig. 4)
-takes its haystack at 1 frame per second; the video benchmarks take N uniform frames.
-
-Run. `python -c "from data.video import duration; print(duration('film.mp4'))"`
-
-Deviations. The release ignores the rotation in a camera's EXIF, so that photographs from a phone lie on
-their side; here they stand upright. The release counts frames (every round(rate)-th one, through decord):
-that drifts at 29.97 frames per second and is wrong where the rate varies. Time stamps are right for both, and
-give the same frames at a constant whole rate. A film that ends early is never passed off as whole: `count`
-refuses it, since uniform means over all of it; `fps` keeps what came and warns once. As in the release,
-pixels are taken to be square.
+Paper     Sec. 3.2 treats a video as a sequence of grids, one per frame. The visual needle test (Sec. 4, Fig. 4) takes
+          its haystack at 1 frame per second; the video benchmarks take N uniform frames.
+Run       python -c "from data.video import frames; print(len(frames('film.mp4')))"
+Dimensions  none
+Differs   The release ignores the rotation in a camera's EXIF, so that photographs from a phone lie on their side; here
+          they stand upright. The release counts frames (every round(rate)-th one, through decord): that drifts at 29.97
+          frames per second and is wrong where the rate varies. Time stamps are right for both, and give the same frames
+          at a constant whole rate. A film that ends early is never taken for a whole one: `count` refuses it, since
+          uniform means over all of it; `fps` keeps what came and warns once. As in the release, pixels are taken to be
+          square. Animated WebP is not supported.
 """
 
 import contextlib
@@ -38,14 +37,14 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-SLACK = 0.001  # seconds: Matroska rounds time stamps to milliseconds
-JUMP = 1.0  # seconds: a seek starts the decoder anew, so it must skip more than this to be worth it
-TAIL = 1.0  # seconds that may miss at the end (headers round, decoders drop a frame) before a film is cut
-STILL = 3600.0  # seconds that one frame may stay on screen; damaged time stamps would have it stay for days
+STAMP_SLACK_SECONDS = 0.001  # Matroska rounds time stamps to milliseconds
+MIN_SEEK_SECONDS = 1.0  # a seek restarts the decoder, so it is worth it only beyond this
+MISSING_TAIL_SECONDS = 1.0  # may be missing at the end (headers round, decoders drop a frame)
+MAX_STILL_SECONDS = 3600.0  # for one frame; damaged time stamps can make it days
 # Containers that hold their own pictures. Playlists (concat, HLS, DASH) name other files and hosts: left out.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,mxf,nut,ivf,rm,wtv"
 # What PyAV raises on damaged files, apart from its own FFmpegError.
-ODD = (ValueError, IndexError, AttributeError, OverflowError, MemoryError, OSError)
+DECODE_ERRORS = (ValueError, IndexError, AttributeError, OverflowError, MemoryError, OSError)
 
 FORMATS = "JPEG PNG WEBP GIF BMP".split()  # Pillow would start Ghostscript for an EPS that is named .jpg
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -53,14 +52,13 @@ MAX_PIXELS = 36_000_000  # a file of 10 KB can hold a picture of gigabytes; 8K f
 MAX_ASPECT = 200  # padding a picture of 1 x 60,000 to a square would need 10 GB
 
 Picture = Image.Image | np.ndarray  # an array is uint8[height, width, 3]
-ORIENTATION = 0x0112  # EXIF's tag: what to do to see the picture as the camera was held
-TURNS = dict(
+ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
+ROTATIONS = dict(
     enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
 )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def picture_files(folder: str | Path) -> list[Path]:
@@ -76,8 +74,8 @@ def picture_files(folder: str | Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _blame(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow raises on a bad file into one sentence that names it."""
+def picture_errors(path: Path) -> Iterator[None]:
+    """Turn Pillow's exceptions on a bad file into one ValueError that names the file."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -88,7 +86,7 @@ def _open_picture(path: Path) -> Image.Image:
     """Read a picture's header and check it; nothing is decoded before its size is known to be sane."""
     if not path.is_file():
         raise ValueError(f"{path}: no such picture file")
-    with _blame(path):
+    with picture_errors(path):
         picture = Image.open(path, formats=FORMATS)
         small, large = sorted(picture.size)
         if small * large > MAX_PIXELS or large > MAX_ASPECT * small:
@@ -97,10 +95,10 @@ def _open_picture(path: Path) -> Image.Image:
     return picture
 
 
-def _turn(picture: Image.Image) -> str | None:
-    """What EXIF says is to be done to a picture; None where it says nothing, or nothing that can be read."""
+def _rotation(picture: Image.Image) -> str | None:
+    """Return the transposition that EXIF asks for; None where it says nothing readable."""
     try:  # not ImageOps.exif_transpose: it also rewrites the EXIF and fails where any other tag is odd
-        return TURNS.get(picture.getexif().get(ORIENTATION))
+        return ROTATIONS.get(picture.getexif().get(ORIENTATION))
     except (SyntaxError, struct.error, ValueError):
         return None
 
@@ -108,15 +106,15 @@ def _turn(picture: Image.Image) -> str | None:
 def picture_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of a picture as read_picture will return it, by its header alone; ValueError as there.
 
-    A PNG's EXIF is not looked for.
+    A PNG's EXIF is not read.
     """
     path = Path(path)
     picture = _open_picture(path)
-    with _blame(path), picture:
+    with picture_errors(path), picture:
         if picture.format == "PNG":  # whose EXIF may come behind the pixels, and hardly ever turns it
             return picture.size
         sideways = "TRANSPOSE ROTATE_90 ROTATE_270 TRANSVERSE".split()
-        return picture.size[::-1] if _turn(picture) in sideways else picture.size
+        return picture.size[::-1] if _rotation(picture) in sideways else picture.size
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -128,8 +126,8 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     picture = _open_picture(path)
-    with _blame(path), picture:
-        turn = _turn(picture)
+    with picture_errors(path), picture:
+        turn = _rotation(picture)
         picture.load()
         picture.info.pop("transparency", None)  # else Pillow warns of what it drops
         if picture.mode.startswith("I"):
@@ -163,18 +161,17 @@ def rgb(picture: Picture) -> Image.Image:
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Video files
+# ---- video files ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a pass over the packets of a film tells, without decoding any."""
+    """Time stamps of a film, from one pass over its packets without decoding."""
 
     stamps: list[float]  # when each frame comes on screen: seconds on the container's own clock, sorted
     keys: list[float]  # those of them where decoding can start
     seconds: float  # from the first frame to the end of the last
-    cut: bool  # the packets end before the header says, or become unreadable
+    cut: bool  # the packets end earlier than the header says, or become unreadable
 
 
 def _reason(error: Exception) -> str:
@@ -193,7 +190,7 @@ def _open(path: Path) -> tuple[Any, Any]:
     rules = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     try:  # the absolute path, so that no "name:" in it is taken for a protocol
         container = av.open(str(path.resolve()), options=rules, metadata_errors="replace")
-    except (av.error.FFmpegError, *ODD) as error:
+    except (av.error.FFmpegError, *DECODE_ERRORS) as error:
         kinds = "MP4, MKV, WebM, AVI, MPEG-TS, GIF or the like"
         raise ValueError(f"{path}: not a video that FFmpeg can open ({_reason(error)}); expected {kinds}") from error
     cover = av.stream.Disposition.attached_pic
@@ -229,20 +226,22 @@ def _scan(path: Path) -> Index:
                 if packet.stream_index == ours and not packet.is_discard:
                     stamps.append(begin)
                     keys += [begin] if packet.is_keyframe else []
-        except (av.error.FFmpegError, *ODD):
-            whole = False  # what was read stays valid; the caller is told through `cut`
+        except (av.error.FFmpegError, *DECODE_ERRORS):
+            whole = False  # what was read stays valid; `cut` tells the caller
         if not stamps:
             raise ValueError(f"{path}: the video stream holds no frame with a time stamp")
-        if stream.duration:  # the header's word, in seconds
+        if stream.duration:  # the length in the header, in seconds
             promised, first, last = float(stream.duration * stream.time_base), *spans[ours]
         else:
             promised = (container.duration or 0) / av.time_base  # of the longest stream, counted from time 0
             first, last = min(0.0, *(s[0] for s in spans.values())), max(s[1] for s in spans.values())
     stamps.sort()  # packets come in decoding order
     end = max(spans[ours][1], stamps[-1] + (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1))
-    if (still := float(np.diff([*stamps, end]).max())) > STILL:
+    if (still := float(np.diff([*stamps, end]).max())) > MAX_STILL_SECONDS:
         raise ValueError(f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file")
-    return Index(stamps, sorted({stamps[0], *keys}), end - stamps[0], not whole or last - first < promised - TAIL)
+    return Index(
+        stamps, sorted({stamps[0], *keys}), end - stamps[0], not whole or last - first < promised - MISSING_TAIL_SECONDS
+    )
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
@@ -254,8 +253,8 @@ def _decoded(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
             ticks = frame.dts if frame.pts is None else frame.pts
             if ticks is not None:
                 yield float(ticks * stream.time_base), frame
-    except (av.error.FFmpegError, *ODD):
-        return  # whether anything that was asked for is missing, `_on_screen` finds out
+    except (av.error.FFmpegError, *DECODE_ERRORS):
+        return  # `decode_at` notices if a requested frame is missing
 
 
 def _jump(container: Any, stream: Any, seconds: float) -> Iterator[tuple[float, Any]]:
@@ -267,7 +266,7 @@ def _jump(container: Any, stream: Any, seconds: float) -> Iterator[tuple[float, 
             container.seek(max(0, round((seconds - min(back, seconds)) / stream.time_base)), stream=stream)
         following = _decoded(container, stream)
         first = next(following, None)
-        if first and first[0] <= seconds + SLACK:
+        if first and first[0] <= seconds + STAMP_SLACK_SECONDS:
             break
     return itertools.chain([first] if first else [], following)
 
@@ -276,7 +275,7 @@ def _upright(path: Path, t: float, frame: Any) -> Image.Image:
     """Convert a decoded frame to RGB and turn it the way the camera was held."""
     try:
         rgb = frame.to_ndarray(format="rgb24")
-    except ODD as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"{path}: the frame at {t:.1f} s cannot be made RGB ({_reason(error)})") from error
     return Image.fromarray(np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90)))
 
@@ -288,25 +287,25 @@ def _refuse_cut(path: Path, seconds: float) -> NoReturn:
     )
 
 
-def _on_screen(path: Path, index: Index, times: list[float], resize: Callable, strict: bool) -> Iterator:
+def decode_at(path: Path, index: Index, times: list[float], resize: Callable, strict: bool) -> Iterator:
     """Yield (t, picture) for the frame on screen at each of the rising `times`, holding one decoded frame."""
     container, stream = _open(path)
     start, end = index.stamps[0], index.seconds if index.cut else None
     with container:
         following, here, frame = _decoded(container, stream), start, None
         for t in times:
-            wanted = index.stamps[bisect_right(index.stamps, start + t + SLACK) - 1]
-            key = index.keys[bisect_right(index.keys, wanted + SLACK) - 1]
-            if key - here > JUMP:
+            wanted = index.stamps[bisect_right(index.stamps, start + t + STAMP_SLACK_SECONDS) - 1]
+            key = index.keys[bisect_right(index.keys, wanted + STAMP_SLACK_SECONDS) - 1]
+            if key - here > MIN_SEEK_SECONDS:
                 following = _jump(container, stream, wanted)
-            while frame is None or here < wanted - SLACK / 10:
+            while frame is None or here < wanted - STAMP_SLACK_SECONDS / 10:
                 arrived = next(following, None)
                 if arrived is None:
                     break
                 here, frame = arrived
             if frame is None:
                 raise ValueError(f"{path}: no frame could be decoded (damaged, or a codec that FFmpeg lacks)")
-            if wanted - here > TAIL:
+            if wanted - here > MISSING_TAIL_SECONDS:
                 end = here - start
                 break
             yield t, resize(_upright(path, t, frame))
@@ -316,36 +315,10 @@ def _on_screen(path: Path, index: Index, times: list[float], resize: Callable, s
         warnings.warn(f"{path}: the film is cut or damaged after {end:.1f} s; using what came", stacklevel=2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Animated WebP, which FFmpeg cannot decode
+# ---- frames of either ----------------------------------------------------------------------------
 
 
-def _scan_webp(path: Path) -> Index:
-    """Find when each picture of an animated WebP begins; Pillow knows only by decoding them."""
-    stamps, seconds = [], 0.0
-    with _open_picture(path) as film, _blame(path):
-        for n in range(film.n_frames):
-            film.seek(n)
-            film.load()
-            stamps.append(seconds)
-            seconds += film.info.get("duration", 0) / 1000
-    return Index(stamps, [0.0], seconds, False)
-
-
-def _on_screen_webp(path: Path, index: Index, times: list[float], resize: Callable) -> Iterator:
-    with _open_picture(path) as film:
-        for t in times:
-            with _blame(path):
-                film.seek(bisect_right(index.stamps, t + SLACK) - 1)
-                picture = film.convert("RGB")
-            yield t, resize(picture)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Frames of either
-
-
-def _evenly(path: Path, total: int, count: int | None, repeat: bool = False) -> list[int]:
+def uniform_indices(path: Path, total: int, count: int | None, repeat: bool = False) -> list[int]:
     """Choose `count` of `total` indices as the release does (rounded down); all of them without a count."""
     if count is not None and count > total and not repeat:
         raise ValueError(f"{path}: has {total} frames, but {count} were asked for; ask for at most {total} (--frames)")
@@ -353,9 +326,9 @@ def _evenly(path: Path, total: int, count: int | None, repeat: bool = False) -> 
 
 
 class Frames:
-    """An iterator of (seconds, picture) that knows before the first how many to expect.
+    """An iterator of (seconds, picture) whose length is known before the first.
 
-    `len` counts those that it yields itself, `total` also those that `keep` left to others.
+    `len` counts those that it yields, `total` also those that `keep` left to other ranks.
     """
 
     def __init__(self, total: int, expected: int, stream: Iterator[tuple[float, Any]]):
@@ -379,13 +352,13 @@ def frames(
     keep: Callable[[int], bool] | None = None,
     repeat: bool = False,
 ) -> Frames:
-    """Stream a video as (seconds from its start, upright RGB picture); `len` of it says how many will come.
+    """Stream a video as (seconds from its start, upright RGB picture); its `len` is the number of frames.
 
     Without `count`, one frame per 1/fps seconds; with it, `count` frames spread evenly from first to last.
     In a folder each picture is a frame that lasts 1/fps seconds. `resize` is applied to each picture on
-    arrival and its result is yielded instead, so that whoever collects frames never holds them at full size.
-    `keep` is asked for each frame's number, 0, 1, 2, ...: frames it says no to are neither counted by `len`
-    nor yielded, converted or resized, nor decoded where a key frame lets the decoder jump over them.
+    arrival and its result is yielded instead, so that no list of frames holds them at full size.
+    `keep(number)` is called for each frame's number, 0, 1, 2, ...: where it is false the frame is neither counted
+    by `len` nor yielded, converted or resized, nor decoded where a key frame lets the decoder jump over them.
     With `repeat` a video of fewer frames than `count` shows some of them again.
 
     Raises ValueError, naming the file, when it is no video, has no picture or fewer frames than `count`: in
@@ -399,31 +372,28 @@ def frames(
         raise ValueError(f"{path}: cannot take {count} frames; ask for at least 1")
     if path.is_dir():
         files = picture_files(path)
-        chosen = _evenly(path, len(files), count, repeat)
+        chosen = uniform_indices(path, len(files), count, repeat)
         ours = [i for n, i in enumerate(chosen) if keep(n)]
         return Frames(len(chosen), len(ours), ((i / fps, resize(read_picture(files[i]))) for i in ours))
 
-    webp = path.suffix.lower() == ".webp"
-    index = _scan_webp(path) if webp else _scan(path)
+    index = _scan(path)
     if count is None:
-        times = [k / fps for k in range(max(1, math.ceil((index.seconds - SLACK) * fps)))]
+        times = [k / fps for k in range(max(1, math.ceil((index.seconds - STAMP_SLACK_SECONDS) * fps)))]
         if fps > 4 and len(times) > 4 * len(index.stamps):
-            rate = len(index.stamps) / max(index.seconds, SLACK)
+            rate = len(index.stamps) / max(index.seconds, STAMP_SLACK_SECONDS)
             raise ValueError(f"{path}: shows {rate:.3g} frames per second, but {fps:g} were asked for; lower --fps")
     else:
-        _evenly(path, len(index.stamps), count, repeat)
+        uniform_indices(path, len(index.stamps), count, repeat)
         times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], count).tolist()
         if index.cut:
             _refuse_cut(path, index.seconds)
     ours = [t for n, t in enumerate(times) if keep(n)]
-    if webp:
-        return Frames(len(times), len(ours), _on_screen_webp(path, index, ours, resize))
-    return Frames(len(times), len(ours), _on_screen(path, index, ours, resize, strict=count is not None))
+    return Frames(len(times), len(ours), decode_at(path, index, ours, resize, strict=count is not None))
 
 
 def release_rate(path: str | Path) -> float:
     """The rate near 1 per second that takes every n-th frame of a film, as the release does: n = round(frames/s)."""
-    stamps = (_scan_webp(Path(path)) if Path(path).suffix.lower() == ".webp" else _scan(Path(path))).stamps
+    stamps = _scan(Path(path)).stamps
     rate = (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 1.0
     return rate / max(1, round(rate)) * (1 - 1e-6)  # a hair late, so that rounding never shows the frame before
 
@@ -433,7 +403,7 @@ def duration(path: str | Path, fps: float = 1.0) -> float:
     path = Path(path)
     if path.is_dir():
         return len(picture_files(path)) / fps
-    return (_scan_webp if path.suffix.lower() == ".webp" else _scan)(path).seconds
+    return _scan(path).seconds
 
 
 def prefetch(items: Iterable, room: int) -> Iterator:
