@@ -215,7 +215,7 @@ def unires() -> Figure:
     from matplotlib.patches import Rectangle
 
     figure, ax = sheet(470)
-    picture = synthetic.photograph(np.random.default_rng(3), 2, 2, [("star", "yellow", 4), ("tree", "green", 7)])
+    picture = synthetic.compose_picture(np.random.default_rng(3), 2, 2, [("star", "yellow", 4), ("tree", "green", 7)])
     for left, name, note in (
         (12, "UniRes: grid after grid", "4 grids, each pooled to 144: 576 tokens"),
         (

@@ -1,14 +1,14 @@
 """A small world made from a seed: its words, its stories, its pictures, its film and its needles.
 
-What      Everything that the tiny models are trained and tested on. Nothing is downloaded, and nothing repeats
-          between training and test: each stream of random numbers is seeded with (purpose, seed, number), so that
-          a sample is a function of these three and of nothing else.
-Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and
-          needles of V-NIAH (Sec. 4).
+What      Everything that the tiny models are trained and tested on. Nothing is downloaded, and nothing repeats between
+          training and test: each stream of random numbers is seeded with (purpose, seed, number), so that a sample is
+          a function of these three alone.
+Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and needles of
+          V-NIAH (Sec. 4).
 Run       python -m data.synthetic        writes data/tiny/tokenizer again
-Key       Y X pixels   C colour channels
-Deviates  The loss is taken only where the text so far determines the next token (a fact told before is asked for
-          again); the words between are drawn at random, and no model could learn them.
+Dimensions  B batch   T tokens   Y X pixels   C colour channels
+Differs   The loss is taken only where the text so far determines the next token (a fact stated before is asked for);
+          the words between are drawn at random, and no model could learn them.
 """
 
 import re
@@ -28,12 +28,12 @@ from data.chat import IGNORE
 TOKENIZER = Path(__file__).parent / "tiny" / "tokenizer"
 SIDE = 32  # pixels of a grid's side; 336 in the real model
 
-# ------------------------------------------------------------------------------------------------- words
+# ---- words ---------------------------------------------------------------------------------------
 
-THINGS = (  # what pictures show and stories tell of
+THINGS = (  # in pictures and stories
     "star moon heart cross ring square triangle diamond arrow house tree fish flag key cup bell"
 ).split()
-NOUNS = (  # what only stories tell of
+NOUNS = (  # in stories only
     "apple boat bridge candle chair clock cloud crown door drum fan feather fire flower fork gate glove hammer "
     "hat horn knife lamp leaf lock mirror nail needle pearl pen pipe plate rope saddle shell shoe spoon table tent"
 ).split()
@@ -81,27 +81,27 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.write_qwen2(folder, vocab, merges)
 
 
-# ------------------------------------------------------------------------------------------------ stories
+# ---- stories -------------------------------------------------------------------------------------
 CITIES = [niah.CITY, *niah.DISTRACTORS]
 
-# A text is a list of pieces (text, learn): `learn` marks what the text before determines. Pieces are cut
-# where tokens are cut, so that the marks survive tokenising.
+# A text is a list of pieces (text, learn): `learn` marks what the text before determines. Pieces end
+# where tokens end, so that the marks survive tokenising.
 
 Pieces = list[tuple[str, bool]]
 
 
-def sentence(rng: np.random.Generator) -> str:
-    """One sentence of which nothing follows."""
+def filler_sentence(rng: np.random.Generator) -> str:
+    """Return a filler sentence."""
     words = {"mood": MOODS, "person": PEOPLE, "moves": MOVES, "place": PLACES}
     chosen = {name: some[rng.integers(len(some))] for name, some in words.items()}
     return SENTENCES[rng.integers(len(SENTENCES))].format(**chosen)
 
 
-def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+def pair_lookup(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Nouns with a word or a digit each, round after round in a new order: " star king moon red moon red star king".
 
-    What belongs to a noun can be known from the second round on. Of all texts this is the one that teaches a model
-    from nothing to look things up: every second token is a question, and within a round no answer comes twice.
+    From the second round on the text determines what belongs to a noun. This text teaches in-context lookup from
+    scratch: every second token is a question, and within a round no answer comes twice.
     """
     nouns = rng.permutation(THINGS + NOUNS[:20])[: min(most, tokens // 6)]
     words = NOUNS[20:] + OTHERS
@@ -115,8 +115,8 @@ def pairs(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
-def chatter(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """The same facts told and asked over and over, in every form: each time but the first, the digit can be known."""
+def repeated_facts(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """The same facts stated and asked repeatedly, in every form: each time but the first, the text has the digit."""
     facts = max(2, min(most, tokens // 16))
     nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
     pieces: Pieces = []
@@ -131,15 +131,15 @@ def chatter(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
-def notes(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """What there is, in loose words, then told in sentences: " star7 red a red star with the number 7."
+def captions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """Objects as loose words, then the same as sentences: " star7 red a red star with the number 7."
 
-    The same sentences caption pictures: what the projector must put in the words' place (Sec. 3.2).
+    The same sentences caption pictures: what visual tokens must say in the words' place (Sec. 3.2).
     """
     pieces: Pieces = []
     length = 0
     while length < tokens:
-        shown = cast(rng, int(rng.integers(1, min(most, 4) + 1)))
+        shown = draw_objects(rng, int(rng.integers(1, min(most, 4) + 1)))
         for thing, colour, number in shown:
             words = [" " + thing, " " + colour] + [str(number)] * (number is not None)
             pieces.append(("".join(words[i] for i in rng.permutation(len(words))), False))
@@ -150,26 +150,26 @@ def notes(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
-def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """Facts strewn among sentences, some told twice, then a conversation that asks for some of them, each once."""
+def facts_then_questions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """Facts among filler sentences, some stated twice, then a conversation that asks for some of them, each once."""
     facts = max(1, min(most, tokens // 16, 48))
     questions = max(1, min(facts, 24, (tokens - 11 * facts) // 16))
     nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
-    told: list[tuple[int, bool]] = [(i, False) for i in range(facts)]
+    stated: list[tuple[int, bool]] = [(i, False) for i in range(facts)]
     for i in range(facts):
         if rng.random() < 0.5:
-            told.insert(int(rng.integers(told.index((i, False)) + 1, len(told) + 1)), (i, True))
-    sentences = max(0, tokens - 16 * questions - 8 * len(told) - 10) // 8
-    gaps = rng.multinomial(sentences, np.ones(len(told) + 1) / (len(told) + 1))
+            stated.insert(int(rng.integers(stated.index((i, False)) + 1, len(stated) + 1)), (i, True))
+    sentences = max(0, tokens - 16 * questions - 8 * len(stated) - 10) // 8
+    gaps = rng.multinomial(sentences, np.ones(len(stated) + 1) / (len(stated) + 1))
     pieces: Pieces = [("<|im_start|>user\n", False)]
-    for gap, (i, again) in zip(gaps, told):
+    for gap, (i, is_repeat) in zip(gaps, stated):
         before, after = FACTS[rng.integers(len(FACTS))].format(thing=nouns[i], number="#").split("#")
         pieces += [
-            ("".join(sentence(rng) for _ in range(gap)) + before, False),
-            (str(digits[i]), again),
+            ("".join(filler_sentence(rng) for _ in range(gap)) + before, False),
+            (str(digits[i]), is_repeat),
             (after, False),
         ]
-    pieces += [("".join(sentence(rng) for _ in range(gaps[-1])) + "\n", False)]
+    pieces += [("".join(filler_sentence(rng) for _ in range(gaps[-1])) + "\n", False)]
     for turn, i in enumerate(rng.permutation(facts)[:questions]):
         ask = ASK_NUMBER.format(thing=nouns[i]) + "<|im_end|>\n<|im_start|>assistant\n"
         pieces += [("<|im_start|>user\n" if turn else "", False), (ask, False)]
@@ -177,8 +177,8 @@ def album(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
-def book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """A story book with a magic number for one to six cities, then the question of the text needle test (App. A)."""
+def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """A story with a magic number for one to six cities, then the question of the text needle test (App. A)."""
     digits = int(rng.integers(1, 4))
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
@@ -195,19 +195,23 @@ def book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
 
 def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
     """`lines` in random places among about `tokens` tokens of sentences."""
-    story = lines + [sentence(rng) for _ in range(max(0, tokens // 8))]
+    story = lines + [filler_sentence(rng) for _ in range(max(0, tokens // 8))]
     return "".join(story[i] for i in rng.permutation(len(story)))
 
 
-def shares(part: int, tokens: int) -> dict[Callable, float]:
-    """How often each kind of text comes: the shortest first, and pairs alone until looking up has been learned."""
+def curriculum(part: int, tokens: int) -> dict[Callable, float]:
+    """Probabilities of the kinds of text: the shortest first, and pair_lookup alone until lookup is learned."""
     if tokens <= 64:
-        return {pairs: 1.0} if part < 400 else {pairs: 0.15, chatter: 0.65, notes: 0.2}
-    return {chatter: 0.1, notes: 0.1, album: 0.3, book: 0.5} if tokens <= 512 else {album: 0.5, book: 0.5}
+        return {pair_lookup: 1.0} if part < 400 else {pair_lookup: 0.15, repeated_facts: 0.65, captions: 0.2}
+    return (
+        {repeated_facts: 0.1, captions: 0.1, facts_then_questions: 0.3, magic_number_book: 0.5}
+        if tokens <= 512
+        else {facts_then_questions: 0.5, magic_number_book: 0.5}
+    )
 
 
 def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a text; what cannot be known has label -100."""
+    """Return (ids, labels) of a text; what the text does not determine has label -100."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learn in pieces:
@@ -218,26 +222,26 @@ def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], li
 
 
 def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; what cannot be known has target -100.
+    """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; targets are -100 where undetermined.
 
-    Nothing is cut off in front: a question whose answer is gone teaches a model to guess, and even one such question
-    in ten delays the day on which it begins to look things up.
+    Nothing is cut off in front: a question whose answer is gone teaches a model to guess, and even 10 % of
+    unanswerable questions delays the emergence of in-context lookup.
     """
     rng = np.random.default_rng([0x7E7, seed, part])
     ids_BT = torch.full((rows, tokens), words.pad_id)
     targets_BT = torch.full((rows, tokens), IGNORE)
     for row in range(rows):
-        kinds = shares(part, tokens)
+        kinds = curriculum(part, tokens)
         kind = list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))]
         most = (
-            (min(3 + part // 56, 12) if kind is pairs else 3)
+            (min(3 + part // 56, 12) if kind is pair_lookup else 3)
             if tokens <= 64
             else int(3 * (tokens / 24) ** rng.random())
         )
         room = tokens + 1
         while True:
             ids, labels = tokenised(words, kind(rng, room, most))
-            if kind in (pairs, chatter, notes) or len(ids) <= tokens + 1:
+            if kind in (pair_lookup, repeated_facts, captions) or len(ids) <= tokens + 1:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]
@@ -246,7 +250,7 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     return ids_BT, targets_BT
 
 
-# ----------------------------------------------------------------------------------------------- pictures
+# ---- pictures ------------------------------------------------------------------------------------
 
 FINE = 8  # things are drawn this many times larger, then reduced: smooth edges
 DIGITS = (  # five by seven dots each, rows from the top, as five-bit numbers
@@ -301,11 +305,9 @@ def outline(thing: str, pixels: int) -> np.ndarray:
         ellipse(0, 0.25, 0.5, 0.75), ellipse(0.16, 0.41, 0.34, 0.59, 0), box(0.45, 0.42, 1, 0.58)
         box(0.7, 0.5, 0.78, 0.8), box(0.9, 0.5, 1, 0.8)
     elif thing == "cup":
-        (
-            ellipse(0.5, 0.2, 1, 0.75),
-            ellipse(0.62, 0.32, 0.88, 0.63, 0),
-            polygon([(0, 0.1), (0.75, 0.1), (0.62, 1), (0.13, 1)]),
-        )
+        ellipse(0.5, 0.2, 1, 0.75)
+        ellipse(0.62, 0.32, 0.88, 0.63, 0)
+        polygon([(0, 0.1), (0.75, 0.1), (0.62, 1), (0.13, 1)])
     elif thing == "bell":
         ellipse(0.4, 0.78, 0.6, 1)
     return np.asarray(canvas.reduce(FINE), dtype=np.float32) / 255
@@ -318,8 +320,8 @@ def digit_mask(digit: int) -> np.ndarray:
     return np.kron(np.array(dots, dtype=np.float32), np.ones((2, 2), dtype=np.float32))
 
 
-def landscape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A muted background: colours melting into each other, two or three a grid at most, and grain, float32[Y, X, C]."""
+def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A muted background: two or three colours a grid at most, interpolated, and noise, float32[Y, X, C]."""
     rows, cols = height // SIDE, width // SIDE
     knots = int(rng.integers(2, 2 * rows + 2)), int(rng.integers(2, 2 * cols + 2))
     coarse = rng.uniform(20, 135, (*knots, 3)).astype(np.float32)
@@ -337,11 +339,11 @@ def paste(canvas_YXC: np.ndarray, mask_YX: np.ndarray, top: int, left: int, colo
     part += mask_YX[..., None] * (np.array(colour, dtype=np.float32) - part)
 
 
-def put(
+def draw_object(
     rng: np.random.Generator, canvas_YXC: np.ndarray, row: int, col: int, thing: str, colour: str, number: int | None
 ) -> None:
-    """Show a thing, and a number beside it, somewhere in grid (row, col) of a picture."""
-    half = SIDE // 2
+    """Draw a thing, and a number beside it, at a random place of grid (row, col), in place."""
+    half = SIDE // 2  # pixels
     pixels = int(rng.integers(14, 17))
     top = row * SIDE + half * int(rng.integers(2))
     left = col * SIDE
@@ -358,16 +360,18 @@ def to_image(canvas_YXC: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(canvas_YXC, 0, 255).astype(np.uint8))
 
 
-def photograph(rng: np.random.Generator, rows: int, cols: int, shown: list[tuple[str, str, int | None]]) -> Image.Image:
-    """A picture of rows x cols grids on one landscape, with each (thing, colour, number) in a grid of its own."""
-    canvas_YXC = landscape(rng, rows * SIDE, cols * SIDE)
+def compose_picture(
+    rng: np.random.Generator, rows: int, cols: int, shown: list[tuple[str, str, int | None]]
+) -> Image.Image:
+    """A picture of rows x cols grids on one background, with each (thing, colour, number) in a grid of its own."""
+    canvas_YXC = draw_background(rng, rows * SIDE, cols * SIDE)
     places = sorted(rng.permutation(rows * cols)[: len(shown)])
     for place, (thing, colour, number) in zip(places, shown):
-        put(rng, canvas_YXC, *divmod(int(place), cols), thing, colour, number)
+        draw_object(rng, canvas_YXC, *divmod(int(place), cols), thing, colour, number)
     return to_image(canvas_YXC)
 
 
-def cast(rng: np.random.Generator, count: int, bare: float = 0.2) -> list[tuple[str, str, int | None]]:
+def draw_objects(rng: np.random.Generator, count: int, bare: float = 0.2) -> list[tuple[str, str, int | None]]:
     """Up to 16 different things, each with a colour and, unless it is left bare, a number."""
     things = rng.permutation(THINGS)[:count]
     colours = rng.choice(list(COLOURS), len(things))
@@ -375,20 +379,20 @@ def cast(rng: np.random.Generator, count: int, bare: float = 0.2) -> list[tuple[
     return list(zip(map(str, things), map(str, colours), numbers))
 
 
-# --------------------------------------------------------------------------------------- film and needles
+# ---- film and needles ----------------------------------------------------------------------------
 
 
 def film(seed: int) -> Iterator[Image.Image]:
-    """An endless film of scenes: landscapes that drift and change, and now and then a thing, never a number."""
+    """An endless film of scenes: backgrounds that change into each other, and now and then a thing, never a number."""
     rng = np.random.default_rng([0xF11, seed])
     while True:
         length = int(rng.integers(4, 25))
-        start_YXC, end_YXC = (landscape(rng, SIDE, SIDE) for _ in range(2))
-        visitor = cast(rng, 1, bare=1.0)[0] if rng.random() < 0.5 else None
+        start_YXC, end_YXC = (draw_background(rng, SIDE, SIDE) for _ in range(2))
+        moving_object = draw_objects(rng, 1, bare=1.0)[0] if rng.random() < 0.5 else None
         for t in range(length):
             frame_YXC = start_YXC + (end_YXC - start_YXC) * (t / length)
-            if visitor and rng.random() < 0.3:
-                put(rng, frame_YXC, 0, 0, *visitor)
+            if moving_object and rng.random() < 0.3:
+                draw_object(rng, frame_YXC, 0, 0, *moving_object)
             yield to_image(frame_YXC)
 
 
@@ -403,7 +407,7 @@ def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[niah
 
     def sign(i: int, thing: str) -> niah.Needle:
         number, colour = int(digits[i % 10]), str(rng.choice(list(COLOURS)))
-        picture = photograph(rng, 1, 1, [(thing, colour, number)])
+        picture = compose_picture(rng, 1, 1, [(thing, colour, number)])
         return niah.Needle(f"{i:02}-{thing}-{number}", picture, ASK_NUMBER.format(thing=thing), str(number))
 
     others, asked = things[:distractors], things[distractors:]
@@ -415,10 +419,10 @@ def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[niah
 def story(seed: int, tokens: int) -> str:
     """At least `tokens` tokens of sentences, the haystack of the text needle test."""
     rng = np.random.default_rng([0x570, seed])
-    return "".join(sentence(rng) for _ in range(tokens // 7 + 1))
+    return "".join(filler_sentence(rng) for _ in range(tokens // 7 + 1))
 
 
-# ------------------------------------------------------------------------------------------ training pictures
+# ---- training pictures ---------------------------------------------------------------------------
 
 
 def grids_of(rng: np.random.Generator, most: int) -> tuple[int, int]:
@@ -430,7 +434,7 @@ def grids_of(rng: np.random.Generator, most: int) -> tuple[int, int]:
 
 
 def describe(thing: str, colour: str, number: int | None) -> str:
-    """What a caption says of a thing in a picture."""
+    """Return a thing's caption."""
     return (
         BARE.format(thing=thing, colour=colour)
         if number is None
@@ -447,14 +451,14 @@ def captioned_grids(seed: int, step: int, count: int) -> tuple[list[Image.Image]
     colours, numbers = rng.permutation(list(COLOURS))[:2], [None, *map(int, rng.permutation(10)[:4])]
     every = [(thing, str(colour), number) for thing in THINGS for colour in colours for number in numbers]
     shown = [every[i] for i in rng.permutation(len(every))[:count]]
-    return [photograph(rng, 1, 1, [one]) for one in shown], [describe(*one) for one in shown]
+    return [compose_picture(rng, 1, 1, [one]) for one in shown], [describe(*one) for one in shown]
 
 
 def captioned(seed: int, index: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
     """A picture of one grid and a caption that tells what it shows, for the projector."""
     rng = np.random.default_rng([0xCA9, seed, index])
-    shown = cast(rng, 1)
-    return [photograph(rng, 1, 1, shown)], [("user", "<image>"), ("assistant", describe(*shown[0]))]
+    shown = draw_objects(rng, 1)
+    return [compose_picture(rng, 1, 1, shown)], [("user", "<image>"), ("assistant", describe(*shown[0]))]
 
 
 def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
@@ -464,22 +468,22 @@ def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], l
     """
     rng = np.random.default_rng([0x5F7, seed, index])
     rows, cols = grids_of(rng, most)
-    shown = cast(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
+    shown = draw_objects(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
     numbered = {thing for thing, _, number in shown if number is not None}
-    again = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
+    repeatable = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
     free = min(rows * cols - len(shown), rows * cols // 6)
-    again = set(map(str, rng.permutation(again)[: rng.integers(free + 1)]))
-    twice = [(thing, str(rng.choice(list(COLOURS))), None) for thing in sorted(again)]
+    repeated = set(map(str, rng.permutation(repeatable)[: rng.integers(free + 1)]))
+    without_number = [(thing, str(rng.choice(list(COLOURS))), None) for thing in sorted(repeated)]
     turns = []
     for i in rng.permutation(len(shown)):
         thing, colour, number = shown[i]
-        if number is None or (thing not in again and rng.random() < 0.15):
+        if number is None or (thing not in repeated and rng.random() < 0.15):
             turns += [("user", ASK_COLOUR.format(thing=thing)), ("assistant", colour)]
         else:
             turns += [("user", ASK_NUMBER.format(thing=thing)), ("assistant", str(number))]
     turns[0] = ("user", "<image>\n" + turns[0][1])
-    mixed = [*shown, *twice]
-    return [photograph(rng, rows, cols, [mixed[i] for i in rng.permutation(len(mixed))])], turns
+    mixed = [*shown, *without_number]
+    return [compose_picture(rng, rows, cols, [mixed[i] for i in rng.permutation(len(mixed))])], turns
 
 
 def preference(seed: int, index: int, frames: int) -> tuple[list, list[list[tuple[str, str]]]]:
@@ -490,10 +494,10 @@ def preference(seed: int, index: int, frames: int) -> tuple[list, list[list[tupl
     dialogue with the preferred answer, with the rejected one]).
     """
     rng = np.random.default_rng([0xD90, seed, index])
-    shown = cast(rng, frames, bare=0.5)
+    shown = draw_objects(rng, frames, bare=0.5)
     thing, colour, number = shown[0]
     answers = [colour, str(int(rng.integers(10)))] if number is None else [str(number), colour]
-    film = [photograph(rng, 1, 1, shown[i : i + 1]) for i in rng.permutation(frames)]
+    film = [compose_picture(rng, 1, 1, shown[i : i + 1]) for i in rng.permutation(frames)]
     return [film], [[("user", "<image>\n" + ASK_NUMBER.format(thing=thing)), ("assistant", said)] for said in answers]
 
 

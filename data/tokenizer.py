@@ -1,12 +1,13 @@
 """Text to token ids and back, for every language model of the paper.
 
-What: Qwen2's byte-level BPE (and Llama 3's, which differs in one pattern) through tiktoken; Llama's and
-Mistral's `tokenizer.model` through sentencepiece; and a small BPE trainer for the tiny model's vocabulary.
-Paper: Sec. 3.1 (Qwen2-7B-Instruct as the language model), Fig. 4 (the baselines, which need sentencepiece).
-Run: imported; `load_tokenizer("Qwen2-7B-Instruct").encode("a needle")`.
-Deviations: (1) Text is parsed for control tokens only where asked (`special=True`); Hugging Face always does,
-so that a caption with "<|im_end|>" in it ends the turn. (2) A word of more than 50,000 characters may be cut:
-tiktoken's regex engine overflows its stack on a million spaces.
+What      Qwen2's byte-level BPE (and Llama 3's, which differs in one pattern) through tiktoken; Llama's and Mistral's
+          `tokenizer.model` through sentencepiece; a small BPE trainer for the tiny model's vocabulary.
+Paper     Sec. 3.1 (Qwen2-7B-Instruct as the language model), Fig. 4 (the baselines, which need sentencepiece).
+Run       imported; `load_tokenizer("Qwen2-7B-Instruct").encode("a needle")`
+Dimensions  none
+Differs   Text is parsed for control tokens only with `special=True`; Hugging Face always does, so that a caption with
+          "<|im_end|>" in it ends the turn. A word of more than 50,000 characters may be cut: tiktoken's regex engine
+          overflows its stack on a million spaces.
 """
 
 import codecs
@@ -29,7 +30,7 @@ QWEN2_WORDS = (
 )
 LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
-# What a control token means, whatever the family calls it: the first name that the vocabulary has.
+# The names of a control token in different families: the first one that the vocabulary has.
 PAD = ("<|endoftext|>", "<|end_of_text|>", "<pad>", "<unk>")
 BOS = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # Qwen2 has none: its config names <|endoftext|>
 STOP = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
@@ -38,7 +39,7 @@ CUT = 100_000  # characters given to tiktoken at once
 BORDER = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")  # always a border of two words, in both patterns
 
 
-# ---- bytes as visible characters: how GPT-2's file format writes a token ----
+# ---- bytes as visible characters: GPT-2 files write a token this way -----------------------------
 
 
 def byte_characters() -> list[str]:
@@ -52,12 +53,12 @@ CHARACTER = byte_characters()
 BYTE = {c: b for b, c in enumerate(CHARACTER)}
 
 
-def visible(token: bytes) -> str:
+def gpt2_spelling(token: bytes) -> str:
     """A token as vocab.json writes it: b" star" is a G with a dot above, then "star"."""
     return "".join(CHARACTER[b] for b in token)
 
 
-# ---- the tokenizer ----
+# ---- the tokenizer -------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -82,7 +83,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids; special: control tokens in `text` become their ids (else they are ordinary text).
 
-        No id is added in front or behind: BOS and turns are the template's business (data/chat.py).
+        No id is added in front or behind: the chat template adds BOS and turns (data/chat.py).
         """
         if not special:
             return self.ordinary(text)
@@ -121,7 +122,7 @@ def portions(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-# ---- byte-level BPE: Qwen2, Llama 3, the tiny model ----
+# ---- byte-level BPE: Qwen2, Llama 3, the tiny model ----------------------------------------------
 
 
 def byte_level(vocab: dict[str, int], special: dict[str, int], words: str = QWEN2_WORDS, nfc: bool = True) -> Tokenizer:
@@ -155,7 +156,7 @@ def check_vocabulary(vocab: dict[str, int], merges: Iterable[Sequence[str]], sou
         last = i
 
 
-# ---- sentencepiece: Llama 2, Vicuna, Mistral ----
+# ---- sentencepiece: Llama 2, Vicuna, Mistral -----------------------------------------------------
 
 
 def sentence_pieces(file: Path, special: dict[str, int]) -> Tokenizer:
@@ -190,7 +191,7 @@ class SentencePieces(Tokenizer):
             first = False
 
 
-# ---- a folder ----
+# ---- a folder ------------------------------------------------------------------------------------
 
 
 def read_json(file: Path) -> dict:
@@ -274,7 +275,7 @@ def read_whole(whole: dict, source: Path) -> tuple[dict[str, int], str, bool]:
     return model["vocab"], found[0], normal == "NFC"
 
 
-# ---- training: the tiny model's vocabulary ----
+# ---- training: the tiny model's vocabulary -------------------------------------------------------
 
 
 def train_bpe(words: dict[str, int] | Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -297,14 +298,14 @@ def train_bpe(words: dict[str, int] | Iterable[str]) -> tuple[dict[str, int], li
         merges.append(best)
         tokens.append(best[0] + best[1])
         spelt = {word: merge(parts, best) for word, parts in spelt.items()}
-    vocab = {visible(token): i for i, token in enumerate(tokens)}
+    vocab = {gpt2_spelling(token): i for i, token in enumerate(tokens)}
     check = byte_level(vocab, {})
     if broken := [w for w in counts if len(check.encode(w)) != 1]:
         raise ValueError(
             f"{len(broken)} word(s) cannot be one token, first {broken[0]!r}: a word is an optional space "
             "and letters, or one digit, or an optional space and punctuation, or white space"
         )
-    return vocab, [(visible(left), visible(right)) for left, right in merges]
+    return vocab, [(gpt2_spelling(left), gpt2_spelling(right)) for left, right in merges]
 
 
 def merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:

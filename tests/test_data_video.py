@@ -272,7 +272,13 @@ def test_damage_inside(tmp_path, monkeypatch):
     real = video._decoded
     monkeypatch.setattr(video, "_decoded", lambda c, s: (x for x in real(c, s) if x[0] < 3.05))
     with pytest.warns(UserWarning, match=r"after 3\.0 s"):
-        assert seen(path) == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 30)]  # a frame may stay on for MISSING_TAIL_SECONDS
+        assert seen(path) == [
+            (0, 0),
+            (1, 10),
+            (2, 20),
+            (3, 30),
+            (4, 30),
+        ]  # a frame may stay on for MISSING_TAIL_SECONDS
     with pytest.raises(ValueError, match=r"after 3\.0 s"):
         list(frames(path, count=6))
     monkeypatch.setattr(video, "_decoded", lambda c, s: iter(()))

@@ -67,7 +67,7 @@ def write_needles(folder, answers=("7", "12", "red", "3")):
     """Needles whose questions and answers differ in length."""
     rng, made = np.random.default_rng(0), []
     for i, answer in enumerate(answers):
-        picture = synthetic.photograph(rng, 1, 1, synthetic.cast(rng, 1))
+        picture = synthetic.compose_picture(rng, 1, 1, synthetic.draw_objects(rng, 1))
         made.append(niah.Needle(f"n{i}", picture, "\n" * (i % 2) + "Which number?" + " star" * (i // 2), answer))
     niah.write_needles(folder, made)
     return made
