@@ -123,7 +123,7 @@ SHOWN = ("loss", "norm", "tokens_per_s", "mfu", "gb")  # in the bar, of a line o
 NEXT = {
     "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
     "tiny-extended": "python train_text.py --preset tiny-control",
-    "tiny-control": "python train_vision.py --stage tower",
+    "tiny-control": "python -m data.tiny.make tower",
 }
 TINY_LM = longva.LMConfig(  # 0.8 million parameters; V is set by the tokenizer
     hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

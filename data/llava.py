@@ -1,15 +1,18 @@
-"""LLaVA's records (a conversation about pictures, as JSON) as training samples, read when they are wanted.
+"""LLaVA's records (a conversation about pictures, as JSON) as training samples, read lazily.
 
-What      `open_records` goes through a file once and remembers where each record begins and how long its sample will
-          be; `pick` says which records a step takes; `sample` reads one's pictures and films.
+What      `open_records` indexes a file once: where each record begins, and how long its sample will be.
+          `batch_indices` says which records a step takes, `read_sample` reads a record's pictures and videos,
+          `json_dataset` and `synthetic_dataset` give both as a Dataset, `tokenize_and_trim` makes ids and labels.
 Paper     Sec. 3.2 and App. C: LLaVA-1.6's data; LLaVA-1.5's captions for the projector; Sec. 5.2: pairs for DPO.
           {"id", "image": "path" or a list of paths (left out: text only; "images", "video", "videos" likewise),
            "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": ...}]}
           {"id", "video", "prompt", "chosen", "rejected"}                                           a pair for DPO
           A video is a file, or a folder of its frames; its placeholder is <video> or <image>.
 Run       imported by train_vision.py
-Deviates  A record that cannot be used is skipped, counted and reported, and too many stop the run; the release trains
+Dimensions  none
+Differs   A record that cannot be used is skipped, counted and reported, and too many stop the run; the release trains
           on the record after it instead, and says nothing.
+          A sample that is too long loses questions from its end; the release cuts tokens off.
           Steps are cut from an endless series, one shuffled epoch behind the other; the release drops the end of an
           epoch. Like the release's, a step's records are of like length, but visual tokens count as well.
 """
@@ -21,38 +24,40 @@ import re
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from data import video
+from data import chat, synthetic, video
 from data.chat import PLACEHOLDER
 from data.text import shuffled
+from data.tokenizer import Tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant"}
-FILM = "<video>"  # a video's placeholder
-MARK = re.compile(f"{PLACEHOLDER}|{FILM}")
-LONGEST = 64 * 2**20  # characters of a record: no list of conversations has a longer one
-BLOCK = 4 * 2**20  # bytes read at once
-IN_HAND = 1024  # records that are looked at together
-GROUP = 32  # steps whose records are sorted by length together
+VIDEO_PLACEHOLDER = "<video>"  # a video's placeholder
+PLACEHOLDERS = re.compile(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
+MAX_RECORD_CHARACTERS = 64 * 2**20  # characters of a record: no list of conversations has a longer one
+BLOCK_BYTES = 4 * 2**20  # bytes read at once
+RECORDS_AT_ONCE = 1024  # records that are looked at together
+STEPS_PER_GROUP = 32  # steps whose records are sorted by length together
 
 Turns = list[tuple[str, str]]  # ("user" or "assistant", text)
-Shown = list[Image.Image | list[Image.Image]]  # pictures, and films as their frames
+Media = list[Image.Image | list[Image.Image]]  # pictures, and videos as lists of frames
 
 
-# ---------------------------------------------------------------------------------------- a file of records
+# ---- a file of records -----------------------------------------------------------------------------
 
 
 class Records:
-    """The records of a file that can be used, each read from the disk when it is asked for.
+    """The usable records of a file, each read from disk when it is indexed.
 
-    `tokens`, int64 per record: how long its sample will be, about. `numbers`: its place in the file. `bad`: (place in
-    the file, id, why) of those that this rank found unusable.
+    `tokens`, int64 per record: about how long its sample will be. `numbers`: its index in the file. `bad`: (index in
+    the file, id, reason) of those that this rank found unusable.
     """
 
     def __init__(self, path: Path, spans: array, tokens: np.ndarray, bad: list[tuple[int, object, str]]):
@@ -64,74 +69,74 @@ class Records:
         return len(self.spans)
 
     def __getitem__(self, i: int) -> dict:
-        return fetch(self.path, *self.spans[i].tolist())
+        return read_record(self.path, *self.spans[i].tolist())
 
 
 def open_records(
     path: str | Path,
     measure: Callable[[dict], int] = lambda record: 1,
     max_skip_fraction: float = 0.0,
-    mine: tuple[int, int] = (0, 1),
-    share: Callable[[np.ndarray], np.ndarray] = lambda tokens: tokens,
+    rank: int = 0,
+    ranks: int = 1,
+    all_reduce: Callable[[np.ndarray], np.ndarray] = lambda tokens: tokens,
 ) -> Records:
-    """Go through a JSON list, or a file with one record per line (JSONL), once; it is never held as a whole.
+    """Index a JSON list, or a file with one record per line (JSONL), in one pass; memory never holds the whole file.
 
     `measure(record)`: how many tokens the sample has, at least 1; a ValueError says why it cannot be used. It runs in
-    threads, as it opens pictures. Ranks divide that work: `mine` is (rank, ranks), and `share` adds int64[records] up
-    over ranks. Raises ValueError that names the file, and the first five of the records that cannot be used if they
-    are more than a share of `max_skip_fraction`.
+    threads, as it opens pictures. Ranks divide that work, and `all_reduce` sums int64[records] over them. Raises
+    ValueError that names the file, and the first five unusable records if more than `max_skip_fraction` are unusable.
     """
-    path, (rank, ranks) = Path(path), mine
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected LLaVA-style JSON or JSONL")
     spans, tokens, bad = array("q"), [], []
     try:
         with ThreadPoolExecutor(16) as pool, open(path, "rb") as file:
-            records = scan(file)
-            while some := list(islice(records, IN_HAND)):
-                ours = [record for i, (*_, record) in enumerate(some, len(tokens)) if i % ranks == rank]
-                weights = pool.map(lambda one: weigh(one, measure), ours)
-                for start, stop, record in some:
-                    weight = next(weights) if len(tokens) % ranks == rank else 0
-                    if isinstance(weight, str):
-                        bad.append((len(tokens), record.get("id") if isinstance(record, dict) else None, weight))
+            records = iter_records(file)
+            while chunk := list(islice(records, RECORDS_AT_ONCE)):
+                ours = [record for i, (*_, record) in enumerate(chunk, len(tokens)) if i % ranks == rank]
+                measured = pool.map(lambda record: measure_or_error(record, measure), ours)
+                for start, stop, record in chunk:
+                    length = next(measured) if len(tokens) % ranks == rank else 0  # 0: another rank measures it
+                    if isinstance(length, str):
+                        bad.append((len(tokens), record.get("id") if isinstance(record, dict) else None, length))
                     spans.extend((start, stop))
-                    tokens.append(0 if isinstance(weight, str) else weight)
+                    tokens.append(0 if isinstance(length, str) else length)
     except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a LLaVA file, a JSON list or a record per line ({e})") from e
     if not tokens:
         raise ValueError(f"{path} holds no record; expected a list of conversations")
-    tokens = share(np.array(tokens))
-    if (lost := int((tokens == 0).sum())) > max_skip_fraction * len(tokens):
-        found = [(i, fetch(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
-        first = "; ".join(f"record {i} (id {name(r)}) {weigh(r, measure)}" for i, r in found)  # others' as well as ours
+    tokens = all_reduce(np.array(tokens))
+    if (unusable := int((tokens == 0).sum())) > max_skip_fraction * len(tokens):
+        found = [(i, read_record(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
+        named = "; ".join(f"record {i} (id {record_id(r)}) {measure_or_error(r, measure)}" for i, r in found)
         allowed = f", more than --max-skip-fraction {max_skip_fraction:g} allows" if max_skip_fraction else ""
-        raise ValueError(f"{path}: {lost:,} of {len(tokens):,} records are bad{allowed}: {first}")
+        raise ValueError(f"{path}: {unusable:,} of {len(tokens):,} records are bad{allowed}: {named}")
     return Records(path, spans, tokens, bad)
 
 
-def fetch(path: Path, start: int, stop: int) -> object:
-    """One record of a file, by its first byte and the one behind its last."""
+def read_record(path: Path, start: int, stop: int) -> object:
+    """Read the record in bytes `start` to `stop` of a file."""
     with open(path, "rb") as file:
         file.seek(start)
         return parse(file.read(stop - start))
 
 
-def weigh(record: object, measure: Callable[[dict], int]) -> int | str:
-    """The tokens of a record's sample, or why it cannot be used."""
+def measure_or_error(record: object, measure: Callable[[dict], int]) -> int | str:
+    """Return the tokens of a record's sample, or the reason why it cannot be used."""
     try:
-        understand(record)
+        validate(record)
         return measure(record)
     except ValueError as e:
         return str(e)
 
 
-def scan(file: BinaryIO) -> Iterator[tuple[int, int, object]]:
-    """(first byte, byte behind the last, content) of each record; a line that is no JSON stays bytes."""
+def iter_records(file: BinaryIO) -> Iterator[tuple[int, int, object]]:
+    """Yield (first byte, byte after the last, content) of each record; a line that is not JSON stays bytes."""
     while (head := file.read(1)).isspace():
         pass
     if head == b"[":
-        yield from listed(file, file.tell())
+        yield from iter_json_list(file, file.tell())
         return
     stop = file.seek(0)
     for line in file:
@@ -141,15 +146,15 @@ def scan(file: BinaryIO) -> Iterator[tuple[int, int, object]]:
 
 
 def parse(line: bytes) -> object:
-    """A line of JSONL; one that is no JSON stays as it is, to be reported with its number."""
+    """Parse a line of JSONL; one that is not JSON is returned as it is, to be reported with its index."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         return line
 
 
-def listed(file: BinaryIO, byte: int) -> Iterator[tuple[int, int, object]]:
-    """The members of a JSON list whose first one begins at or behind `byte`; a few megabytes are held at a time."""
+def iter_json_list(file: BinaryIO, byte: int) -> Iterator[tuple[int, int, object]]:
+    """Yield the members of a JSON list that begins before `byte`, with a few megabytes in memory at a time."""
     decode, read, text, at = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode, "", 0
     while True:
         begun = re.compile(r"[ \t\r\n,]*").match(text, at).end()
@@ -159,8 +164,8 @@ def listed(file: BinaryIO, byte: int) -> Iterator[tuple[int, int, object]]:
         try:
             record, end = read(text, at)
         except json.JSONDecodeError:
-            more = file.read(BLOCK)  # the record goes on there, or the file is cut
-            if not more or len(text) - at > LONGEST:
+            more = file.read(BLOCK_BYTES)  # the record goes on there, or the file is cut
+            if not more or len(text) - at > MAX_RECORD_CHARACTERS:
                 raise
             text, at = text[at:] + decode(more), 0
             continue
@@ -169,58 +174,59 @@ def listed(file: BinaryIO, byte: int) -> Iterator[tuple[int, int, object]]:
         byte, at = byte + size, end
 
 
-# ----------------------------------------------------------------------------------------------- one record
+# ---- one record ------------------------------------------------------------------------------------
 
 
-def name(record: object) -> str:
-    """How errors call a record."""
+def record_id(record: object) -> str:
+    """Return a record's id for error messages."""
     return repr(record.get("id")) if isinstance(record, dict) else "unknown"
 
 
-def understand(record: object) -> tuple[list[tuple[str, str]], list[Turns]]:
-    """(what is shown, as ("image" or "video", path) in the order of placeholders, dialogues about it) of a record.
+def validate(record: object) -> tuple[list[tuple[str, str]], list[Turns]]:
+    """Return a record's media, as ("image" or "video", path) in the order of placeholders, and its dialogues.
 
-    One dialogue, or the preferred and the rejected one of a pair; placeholders are all PLACEHOLDER by now. Raises
-    ValueError that says what is wrong with the record, in words that follow its name.
+    One dialogue, or the chosen and the rejected one of a pair; every placeholder becomes PLACEHOLDER. Raises
+    ValueError that says what is wrong with the record, in words that follow its id.
     """
     if not isinstance(record, dict):
         raise ValueError("is no JSON object")
     if "chosen" in record or "rejected" in record:
-        return understand_pair(record)
+        return validate_pair(record)
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("has no list of turns 'conversations'")
-    if strange := [turn.get("from") for turn in turns if turn.get("from") not in tuple(ROLES)]:
-        raise ValueError(f"has a turn from {strange[0]!r}, expected 'human' or 'gpt'")
+    if unknown := [turn.get("from") for turn in turns if turn.get("from") not in tuple(ROLES)]:
+        raise ValueError(f"has a turn from {unknown[0]!r}, expected 'human' or 'gpt'")
     if not all(isinstance(turn.get("value"), str) for turn in turns):
         raise ValueError("has a turn whose 'value' is no text")
     if "gpt" not in [turn["from"] for turn in turns[1:]]:
         raise ValueError("has no answer from 'gpt' after a question")
     pictures, films = paths(record, "image"), paths(record, "video")
-    marks = [mark for turn in turns if turn["from"] == "human" for mark in MARK.findall(turn["value"])]
-    if len(marks) != len(pictures) + len(films) or (FILM in marks and marks.count(FILM) != len(films)):
-        placeholders = f"{len(marks)} {PLACEHOLDER}" + (f" or {FILM}" if FILM in marks or films else "")
+    marks = [mark for turn in turns if turn["from"] == "human" for mark in PLACEHOLDERS.findall(turn["value"])]
+    video_marks = marks.count(VIDEO_PLACEHOLDER)
+    if len(marks) != len(pictures) + len(films) or video_marks not in (0, len(films)):
+        placeholders = f"{len(marks)} {PLACEHOLDER}" + (f" or {VIDEO_PLACEHOLDER}" if video_marks or films else "")
         raise ValueError(f"has {placeholders} for {len(pictures) + len(films)} picture(s)")
-    waiting = {PLACEHOLDER: iter(pictures + ([] if FILM in marks else films)), FILM: iter(films)}
-    shown = [next(waiting[mark]) for mark in marks]
-    said = [(ROLES[turn["from"]], turn["value"]) for turn in turns]
-    return shown, [[(role, MARK.sub(PLACEHOLDER, text) if role == "user" else text) for role, text in said]]
+    waiting = {PLACEHOLDER: iter(pictures + ([] if video_marks else films)), VIDEO_PLACEHOLDER: iter(films)}
+    media = [next(waiting[mark]) for mark in marks]
+    texts = [(ROLES[turn["from"]], turn["value"]) for turn in turns]
+    return media, [[(role, PLACEHOLDERS.sub(PLACEHOLDER, text) if role == "user" else text) for role, text in texts]]
 
 
-def understand_pair(record: dict) -> tuple[list[tuple[str, str]], list[Turns]]:
-    """As `understand`, for {"prompt", "chosen", "rejected"}: what is shown comes before the question (release)."""
-    if strange := [key for key in ("prompt", "chosen", "rejected") if not isinstance(record.get(key), str)]:
-        raise ValueError(f"has a {strange[0]!r} that is no text")
+def validate_pair(record: dict) -> tuple[list[tuple[str, str]], list[Turns]]:
+    """Do as `validate` for {"prompt", "chosen", "rejected"}: media come before the question (release)."""
+    if unknown := [key for key in ("prompt", "chosen", "rejected") if not isinstance(record.get(key), str)]:
+        raise ValueError(f"has a {unknown[0]!r} that is no text")
     if record["chosen"] == record["rejected"]:
         raise ValueError("prefers an answer to itself: 'chosen' and 'rejected' are equal")
-    shown = paths(record, "image") + paths(record, "video")
-    asked = MARK.sub("", record["prompt"]).strip()
-    asked = " ".join([PLACEHOLDER] * len(shown)) + "\n" + asked if shown else asked
-    return shown, [[("user", asked), ("assistant", record[key])] for key in ("chosen", "rejected")]
+    media = paths(record, "image") + paths(record, "video")
+    question = PLACEHOLDERS.sub("", record["prompt"]).strip()
+    question = " ".join([PLACEHOLDER] * len(media)) + "\n" + question if media else question
+    return media, [[("user", question), ("assistant", record[key])] for key in ("chosen", "rejected")]
 
 
 def paths(record: dict, kind: str) -> list[tuple[str, str]]:
-    """The pictures, or the videos, of a record: a path or a list of paths under "image" or "images"."""
+    """Return the pictures, or the videos, of a record: a path or a list of paths under "image" or "images"."""
     found = []
     for key in (kind, kind + "s"):
         value = record.get(key)
@@ -232,7 +238,7 @@ def paths(record: dict, kind: str) -> list[tuple[str, str]]:
 
 
 def locate(path: str, folder: str | Path | None) -> str:
-    """Where a picture or video lies; ValueError if it is outside `folder`, by "..", an absolute path or a link."""
+    """Return the file of a path; ValueError if it is outside `folder`, by "..", an absolute path or a link."""
     if folder is None or not Path(folder).is_dir():
         raise ValueError(f"shows {path}, but {folder} is no folder; give --images, where paths start")
     root = os.path.realpath(folder)
@@ -243,12 +249,12 @@ def locate(path: str, folder: str | Path | None) -> str:
 
 
 def sizes(record: dict, folder: str | Path | None) -> list[tuple[int, int] | None]:
-    """(width, height) of each picture that a record shows, by their headers alone, and None for each video.
+    """Return (width, height) of each picture of a record, from its header alone, and None for each video.
 
-    Raises ValueError, as `sample` does, if there is no such file.
+    Raises ValueError, as `read_sample` does, if there is no such file.
     """
     found = []
-    for kind, path in understand(record)[0]:
+    for kind, path in validate(record)[0]:
         file = locate(path, folder)
         if kind == "video" and not os.path.exists(file):
             raise ValueError(f"shows {path}: there is no such video")
@@ -259,45 +265,145 @@ def sizes(record: dict, folder: str | Path | None) -> list[tuple[int, int] | Non
     return found
 
 
-def sample(record: dict, folder: str | Path | None, frames: int = 10) -> tuple[Shown, list[Turns]]:
-    """(what is shown, dialogues) of a record, as `understand`, with pictures read, of a video so many frames.
+def read_sample(record: dict, folder: str | Path | None, frames: int = 10) -> tuple[Media, list[Turns]]:
+    """Return (media, dialogues) of a record: as `validate`, with pictures read, and `frames` frames of each video.
 
     folder: where paths start; text-only records need none. Raises ValueError that says what is wrong, in words that
-    follow the record's name, if something is missing, unreadable, or outside `folder`.
+    follow the record's id, if something is missing, unreadable, or outside `folder`.
     """
-    shown, (media, dialogues) = [], understand(record)
-    for kind, path in media:
+    media, (paths_of_media, dialogues) = [], validate(record)
+    for kind, path in paths_of_media:
         file = locate(path, folder)
         try:
-            read = video.read_picture(file) if kind == "image" else film(file, frames)
+            medium = video.read_picture(file) if kind == "image" else read_video(file, frames)
         except ValueError as e:
             raise ValueError(f"shows {path}: {e}") from e
-        shown.append(read)
-    return shown, dialogues
+        media.append(medium)
+    return media, dialogues
 
 
-def film(file: str, count: int) -> list[Image.Image]:
-    """So many frames of a video, evenly spread; a shorter one's come again, as in the release."""
+def read_video(file: str, count: int) -> list[Image.Image]:
+    """Read `count` frames of a video, evenly spread; a shorter video repeats frames, as in the release."""
     return [picture for _, picture in video.frames(file, count=count, repeat=True)]
 
 
-# ------------------------------------------------------------------------------------------- what a step takes
+# ---- which records a step takes --------------------------------------------------------------------
 
 
-def pick(tokens: np.ndarray, seed: int, step: int, batch: int) -> list[int]:
-    """The numbers of a step's `batch` records, of like length; a pure function of its arguments.
+def batch_indices(tokens: np.ndarray, seed: int, step: int, batch: int) -> list[int]:
+    """Return the indices of a step's `batch` records, of like length; a pure function of its arguments.
 
-    Every record comes once per epoch. Of each GROUP steps, or as many as an epoch has, the records are sorted by
-    `tokens`, shortest first, cut into batches, and these shuffled.
+    Every record comes once per epoch. The records of STEPS_PER_GROUP steps, or of as many as an epoch has, are sorted
+    by `tokens`, shortest first, cut into batches, and these are shuffled.
     """
-    steps = min(GROUP, max(1, len(tokens) // batch))
-    return group(tokens.tobytes(), seed, step // steps, steps, batch)[step % steps]
+    steps = min(STEPS_PER_GROUP, max(1, len(tokens) // batch))
+    return length_groups(tokens.tobytes(), seed, step // steps, steps, batch)[step % steps]
 
 
 @lru_cache(1)
-def group(tokens: bytes, seed: int, number: int, steps: int, batch: int) -> list[list[int]]:
-    """The batches of some steps."""
+def length_groups(tokens: bytes, seed: int, number: int, steps: int, batch: int) -> list[list[int]]:
+    """Return the batches of the `number`-th group of steps."""
     lengths = np.frombuffer(tokens, dtype=np.int64)
     drawn = sorted(shuffled(len(lengths), seed, number * steps * batch, steps * batch), key=lambda i: lengths[i])
     order = np.random.default_rng([seed, number]).permutation(steps)
     return [drawn[k * batch : (k + 1) * batch] for k in order]
+
+
+# ---- data sets -------------------------------------------------------------------------------------
+
+
+SYNTHETIC_PAIRS = 512  # of synthetic answers for DPO; captions and conversations have no end
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples by index. `size` is None for an endless stream."""
+
+    size: int | None
+    batch_indices: Callable[[int], list[int]]  # step -> the indices of its samples, over all ranks
+    get: Callable[[int], tuple[Media, list[Turns]]]  # index -> (media, dialogues); ValueError if it cannot be used
+    describe: Callable[[int], dict] = lambda i: {"sample": i}  # index -> how reports name the sample
+    rejected: list[dict] = field(default_factory=list)  # records that this rank found unusable at the start
+    unreadable: set[int] = field(default_factory=set)  # samples that failed once and must not be used later
+
+
+def json_dataset(records: Records, folder: Path | None, frames: int, seed: int, batch: int) -> Dataset:
+    """Return the records of a file as samples; `frames` of each video."""
+    return Dataset(
+        len(records),
+        lambda step: batch_indices(records.tokens, seed, step, batch),
+        lambda i: read_sample(records[i], folder, frames),
+        lambda i: {"record": records.numbers[i].item(), "id": records[i].get("id")},
+        [{"record": i, "id": name, "why": why} for i, name, why in records.bad],
+    )
+
+
+def synthetic_dataset(stage: str, seed: int, batch: int, frames: int, max_grids: int, growth_steps: float) -> Dataset:
+    """Return samples drawn from the seed: captions (align), conversations (sft), or pairs of answers (dpo).
+
+    growth_steps: over so many steps the conversations' pictures grow from 3 grids to `max_grids`; 0: at once.
+    """
+
+    def endless(step: int) -> list[int]:
+        return [*range(step * batch, (step + 1) * batch)]
+
+    def conversation(i: int) -> tuple[Media, list[Turns]]:
+        progress = min(1.0, i // batch / growth_steps) if growth_steps else 1.0
+        least = min(3, max_grids)
+        grids = round(least * (max_grids / least) ** progress)
+        pictures, turns = synthetic.conversation(seed, i, grids)
+        return pictures, [turns]
+
+    def caption(i: int) -> tuple[Media, list[Turns]]:
+        pictures, turns = synthetic.captioned(seed, i)
+        return pictures, [turns]
+
+    if stage == "dpo":
+        pairs = SYNTHETIC_PAIRS
+        return Dataset(
+            pairs,
+            lambda step: shuffled(pairs, seed, step * batch, batch),
+            lambda i: synthetic.preference(seed, i, frames),
+        )
+    return Dataset(None, endless, caption if stage == "align" else conversation)
+
+
+class Example(NamedTuple):
+    """One sample as tokens: its pictures as (pixels_NCYX, layout); (ids, labels) of each dialogue."""
+
+    sample_id: int
+    images: list[tuple]
+    texts: list[tuple[list[int], list[int]]]
+
+
+def tokenize_and_trim(
+    tokenizer: Tokenizer, turns: Turns, image_tokens: list[int], template: str, clean: bool, max_len: int
+) -> tuple[list[int], list[int]]:
+    """Return (ids, labels) of a dialogue of at most `max_len` tokens, dropping questions from its end if need be.
+
+    A picture or a turn is never cut. template, clean: as in `chat.example`. Raises ValueError if what cannot be
+    dropped is too long.
+    """
+    while len((example := chat.example(tokenizer, turns, image_tokens, template, clean))[0]) > max_len:
+        last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=0)
+        if PLACEHOLDER in turns[last][1] or "assistant" not in [role for role, _ in turns[1:last]]:
+            raise ValueError(
+                f"with {sum(image_tokens)} visual tokens does not fit --max-len {max_len}; raise it or lower --grids"
+            )
+        turns = turns[:last]
+    return example
+
+
+def load_examples(
+    dataset: Dataset, indices: list[int], prepare: Callable[[int, Media, list[Turns]], Example]
+) -> list[Example | dict]:
+    """Read and prepare some samples; in place of one that cannot be used stands a dict that says why."""
+    found: list[Example | dict] = []
+    for i in indices:
+        try:
+            if i in dataset.unreadable:
+                raise ValueError("could not be read when the reference was computed, so it has nothing to compare with")
+            found.append(prepare(i, *dataset.get(i)))
+        except (ValueError, OSError) as e:
+            found.append({**dataset.describe(i), "why": str(e)})
+    return found

@@ -5,7 +5,7 @@ What      Everything that the tiny models are trained and tested on. Nothing is 
           a function of these three alone.
 Paper     Stands in for SlimPajama (Sec. 3.1), for the LLaVA-1.6 pictures (Sec. 3.2), and for the film and needles of
           V-NIAH (Sec. 4).
-Run       python -m data.synthetic        writes data/tiny/tokenizer again
+Run       imported; python -m data.tiny.make tokenizer writes the tokenizer
 Dimensions  B batch   T tokens   Y X pixels   C colour channels
 Differs   The loss is taken only where the text so far determines the next token (a fact stated before is asked for);
           the words between are drawn at random, and no model could learn them.
@@ -499,12 +499,3 @@ def preference(seed: int, index: int, frames: int) -> tuple[list, list[list[tupl
     answers = [colour, str(int(rng.integers(10)))] if number is None else [str(number), colour]
     film = [compose_picture(rng, 1, 1, shown[i : i + 1]) for i in rng.permutation(frames)]
     return [film], [[("user", "<image>\n" + ASK_NUMBER.format(thing=thing)), ("assistant", said)] for said in answers]
-
-
-def main() -> None:
-    """Write the tokenizer again."""
-    write_tokenizer(TOKENIZER)
-
-
-if __name__ == "__main__":
-    main()

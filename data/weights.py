@@ -182,7 +182,8 @@ def init_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
         if "norm" in name and name.endswith("weight"):
             tensor.fill_(1)
         elif p.ndim > 1 or name.endswith(("image_newline", "class_embedding")):
-            is_vision = name.startswith(("vision", "visual", "word", "model.vision", "model.mm_", "model.image_"))
+            vision = ("vision", "visual", "text_embedding", "model.vision", "model.mm_", "model.image_")
+            is_vision = name.startswith(vision)
             fan_in = p[0].numel() if p.ndim > 1 else p.numel()
             tensor.normal_(0, fan_in**-0.5 if is_vision else 0.02, generator=generator)
         yield name, tensor

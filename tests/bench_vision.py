@@ -4,10 +4,10 @@ What      64 samples made like LLaVA's, in steps of 8: a picture of 2 to 12 grid
           sample's, and a conversation; one in eight is text alone. Forward, backward and AdamW, with the same weights.
           Theirs: CLIPVisionModel with all hidden states, a projector, Qwen2ForCausalLM with `labels`, sdpa; random
           steps, padded and masked; each picture seen where it occurs, with the base grid that the release encodes and
-          drops. Ours: `llava.pick`, `collate`, `learn`. Four lines take from theirs, one after another, what ours does
+          drops. Ours: `llava.batch_indices`, `collate`, `train_step`. Four lines take from theirs, one after another, what ours does
           not do; each tells what that is worth here:
           base grid     one more for each picture, the more the fewer grids it has
-          llava.pick    steps of like length: less padding
+          llava.batch_indices    steps of like length: less padding
           once          a picture that comes again in a step is seen once
           where asked   no logits of places without a target: visual tokens, questions, padding
           What is left are the last layer of the tower, the mask, and overhead. "nothing to gain" has none of the four:
@@ -33,7 +33,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +56,6 @@ from tests import bench
 
 SAMPLES, STEP, GRIDS, SEED = 64, 8, 12, 0
 ALONE = ring.World(0, 1, torch.device("cpu"))
-WORDS = SimpleNamespace(pad_id=0)  # all that `collate` asks of a tokenizer
 ERROR, WANTED = 1e-5, 1.3
 LM, TOWER = bench.lm(256, 1376, 4, 4, 1, 64, 32768), bench.tower(48, 192, 8, 2, 84)
 FULL, LIKE_7B = {"lm": LM, "tower": TOWER}, {"lm": LM | {"V": 1536}, "tower": TOWER}
@@ -74,7 +72,7 @@ LOOKED_AT = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self
 class Lesson(NamedTuple):
     """A sample for both sides: as train_vision prepares it, and the base grid of each picture, pixels_1CYX."""
 
-    example: train_vision.Example
+    example: llava.Example
     base: list[Tensor]
 
 
@@ -103,7 +101,7 @@ def some_lessons(config: LongVAConfig) -> list[Lesson]:
     for i in range(SAMPLES):
         shown = [] if i % 8 == 7 else [pictures[rng.integers(len(pictures))]]
         text = some_talk(rng, V, sum(layout.tokens(config.vision.patches) for _, layout, _ in shown))
-        example = train_vision.Example(i, [(pixels, layout, []) for pixels, layout, _ in shown], [text])
+        example = llava.Example(i, [(pixels, layout, []) for pixels, layout, _ in shown], [text])
         lessons.append(Lesson(example, [base for *_, base in shown]))
     return lessons
 
@@ -116,17 +114,17 @@ def even_lessons(config: LongVAConfig) -> list[Lesson]:
         picture = Image.fromarray(rng.integers(0, 256, (3 * side, 2 * side, 3), dtype=np.uint8))
         shown = longva.preprocess(picture, config, GRIDS)
         ids = [*rng.integers(1, V, 4), *[chat.IMAGE] * shown[1].tokens(config.vision.patches), *rng.integers(1, V, 40)]
-        example = train_vision.Example(i, [(*shown, [])], [(ids, rng.integers(1, V, len(ids)).tolist())])
+        example = llava.Example(i, [(*shown, [])], [(ids, rng.integers(1, V, len(ids)).tolist())])
         lessons.append(Lesson(example, [unires.base_grid(picture, side)]))
     return lessons
 
 
 def batches(lessons: list[Lesson], grouped: bool, words: bool = False) -> list[list[Lesson]]:
-    """An epoch's steps: as llava.pick groups them, by length or by the length of words alone, or in random order."""
+    """An epoch's steps: as llava.batch_indices groups them, by length or by the length of words alone, or in random order."""
     steps, ids = len(lessons) // STEP, [lesson.example.texts[0][0] for lesson in lessons]
     lengths = np.array([len(row) - words * row.count(chat.IMAGE) for row in ids])
     if grouped:
-        numbers = [llava.pick(lengths, SEED, step, STEP) for step in range(steps)]
+        numbers = [llava.batch_indices(lengths, SEED, step, STEP) for step in range(steps)]
     else:
         numbers = np.random.default_rng(SEED).permutation(len(lessons)).reshape(steps, STEP)
     return [[lessons[i] for i in some] for some in numbers]
@@ -173,10 +171,11 @@ def our_model(folder: Path) -> longva.LongVA:
 def our_loss(model: longva.LongVA, lessons: list[Lesson]) -> float:
     """Go forward and backward through a step of train_vision: its mean loss."""
     examples = [
-        example._replace(shown=[(pixels, layout) for pixels, layout, _ in example.shown]) for example, _ in lessons
+        example._replace(images=[(pixels, layout) for pixels, layout, _ in example.images]) for example, _ in lessons
     ]
-    part = train_vision.collate(examples, model.config, WORDS, ALONE)
-    return train_vision.learn(train_vision.Config(), model, [part], None, ALONE, ALONE)["loss"]
+    batch = train_vision.collate(examples, model.config, 0, ALONE)
+    objective = train_vision.Objective(train_vision.next_token_loss, train_vision.count_targets, ("loss",))
+    return train_vision.train_step(model, [batch], objective, False, ALONE)["loss"]
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class Plain(nn.Module):
 
     def encode_images(self, lessons: list[Lesson]) -> list[list[Tensor]]:
         """Visual tokens x_TD of each picture of each sample; all grids of a step go through the tower at once."""
-        shown = [(pixels, base) for example, bases in lessons for (pixels, *_), base in zip(example.shown, bases)]
+        shown = [(pixels, base) for example, bases in lessons for (pixels, *_), base in zip(example.images, bases)]
         keys = [id(pixels) if self.how.shared else i for i, (pixels, _) in enumerate(shown)]
         once = dict(zip(keys, shown))
         if not once:
@@ -296,7 +295,7 @@ def gradients(folder: Path) -> float:
 LADDER = {
     "theirs": How(),
     "  no base grid": How(base=False),
-    "  and llava.pick": How(base=False, grouped=True),
+    "  and llava.batch_indices": How(base=False, grouped=True),
     "  and pictures once": How(base=False, grouped=True, shared=True),
     "  and head where asked": How(base=False, grouped=True, shared=True, sparse=True),
 }
@@ -335,17 +334,17 @@ def say_samples(config: LongVAConfig) -> None:
     """Print what the samples are, and how much of them is padding."""
     lessons = some_lessons(config)
     lengths = [len(lesson.example.texts[0][0]) for lesson in lessons]
-    grids = [layout.grids for lesson in lessons for _, layout, _ in lesson.example.shown]
+    grids = [layout.grids for lesson in lessons for _, layout, _ in lesson.example.images]
     kinds = {grouped: batches(lessons, grouped) for grouped in (False, True)}
     again = [
-        1 - len({id(x) for lesson in step for x, *_ in lesson.example.shown}) / max(1, sum(len(s.base) for s in step))
+        1 - len({id(x) for lesson in step for x, *_ in lesson.example.images}) / max(1, sum(len(s.base) for s in step))
         for step in kinds[True]
     ]
     print(f"{len(lessons)} samples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all, "
           f"{targets(lessons):,} of them targets; {len(grids)} pictures of {min(grids)} to {max(grids)} grids, "
           f"{sum(grids)} in all; {np.mean(again):.0%} of a step's pictures come again")  # fmt: skip
     print(f"padding: {padding(kinds[False]):.1%} of all ids in random order, {padding(batches(lessons, True, True)):.1%} "
-          f"grouped by words alone, {padding(kinds[True]):.1%} by llava.pick")  # fmt: skip
+          f"grouped by words alone, {padding(kinds[True]):.1%} by llava.batch_indices")  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -653,7 +652,7 @@ def vision(kit: Kit) -> None:
     ring.shard_parameters(model, [*model.model.layers, *model.tower.encoder.layers], world, False, torch.bfloat16)
     randomise(model, kit.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    words, side = SimpleNamespace(pad_id=0), config.vision.side
+    side = config.vision.side
     for rows, cols in [(1, 1), (1, 2)] if kit.dry else [(1, 2), (2, 3), (4, 6), (7, 7)]:
         noise = np.random.default_rng(0).integers(0, 256, (rows * side, cols * side, 3), np.uint8)
         began = time.perf_counter()
@@ -662,12 +661,11 @@ def vision(kit: Kit) -> None:
         tokens = layout.tokens(config.vision.patches)
         ids = [5] * 20 + [longva.chat.IMAGE] * tokens + [6] * 60
         labels = [longva.chat.IGNORE] * (20 + tokens) + [6] * 60
-        part = train_vision.collate(
-            [train_vision.Example(0, [(pixels, layout)], [(ids, labels)])], config, words, world
-        )
+        example = train_vision.Example(0, [(pixels, layout)], [(ids, labels)])
+        batch = train_vision.collate([example], config, 0, world)
 
-        def once(part: train_vision.Part = part) -> None:
-            model(*part.arguments)[0].sum().div(60).backward()
+        def once(batch: train_vision.MicroBatch = batch) -> None:
+            model(*batch.model_inputs)[0].sum().div(60).backward()
             ring.clip_gradients(model, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -787,7 +785,7 @@ def commands(kit: Kit) -> None:
         jobs = {
             "python vniah.py": ["vniah.py", *small, "--out", str(out / "needles"), *device],
             f"{steps} steps of train_text.py": [*text, "--out", str(out / "text")],
-            f"{steps} steps of train_vision.py": ["train_vision.py", "--stage", "tower", "--steps", str(steps), "--out", str(out / "tower"), *device],
+            f"{steps} steps of data/tiny/make.py": ["-m", "data.tiny.make", "tower", "--steps", str(steps), "--out", str(out / "tower"), *device],
         }  # fmt: skip
         began = time.perf_counter()
         running = {name: start(words, out / f"{n}.txt") for n, (name, words) in enumerate(jobs.items())}

@@ -104,9 +104,7 @@ def test_a_gradient_that_errs_is_seen(monkeypatch, tmp_path):
 
 def test_padding_is_the_share_of_ids_that_are_none():
     def step(*lengths):
-        return [
-            bench_vision.Lesson(bench_vision.train_vision.Example(0, [], [([1] * n, [1] * n)]), []) for n in lengths
-        ]
+        return [bench_vision.Lesson(bench_vision.llava.Example(0, [], [([1] * n, [1] * n)]), []) for n in lengths]
 
     assert bench_vision.padding([step(3, 3), step(5, 5)]) == 0
     assert bench_vision.padding([step(1, 3), step(4, 4)]) == pytest.approx(2 / 14)

@@ -74,13 +74,13 @@ ODD = [  # whatever a cut may fall into
 @pytest.mark.parametrize("between", [",", " ,\r\n\t", ", "])
 def test_spans_are_exact_wherever_blocks_cut(tmp_path, monkeypatch, block, plain, between):
     """Escapes, brackets in strings and characters of several bytes across block borders; spans in bytes."""
-    monkeypatch.setattr(llava, "BLOCK", block)
+    monkeypatch.setattr(llava, "BLOCK_BYTES", block)
     written = [json.dumps(r, ensure_ascii=plain).encode() for r in ODD]
     content = b" \n[ " + between.encode().join(written) + b"\n ]\n"
     file = tmp_path / "r.json"
     file.write_bytes(content)
     with open(file, "rb") as opened:
-        found = list(llava.scan(opened))
+        found = list(llava.iter_records(opened))
     assert [record for *_, record in found] == ODD
     assert [content[start:stop] for start, stop, _ in found] == written
 
@@ -91,7 +91,7 @@ def test_spans_of_lines(tmp_path, end):
     (tmp_path / "r.jsonl").write_bytes(((end or "\n").join(written) + end).encode())
     content = (tmp_path / "r.jsonl").read_bytes()
     with open(tmp_path / "r.jsonl", "rb") as opened:
-        found = list(llava.scan(opened))
+        found = list(llava.iter_records(opened))
     assert [record for *_, record in found] == ODD
     assert [json.loads(content[start:stop]) for start, stop, _ in found] == ODD
 
@@ -99,8 +99,8 @@ def test_spans_of_lines(tmp_path, end):
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_large_file_is_never_held(tmp_path, monkeypatch, lines):
     """Four times the records need no more memory, of which a fraction of the file's size is enough."""
-    monkeypatch.setattr(llava, "BLOCK", 2**16)
-    monkeypatch.setattr(llava, "IN_HAND", 64)
+    monkeypatch.setattr(llava, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(llava, "RECORDS_AT_ONCE", 64)
     said = [{"from": "human", "value": "What? " * 50}, {"from": "gpt", "value": "\u00e4" * 300}]
     peaks, file = [], tmp_path / "r.json"
     for count in (750, 3_000):
@@ -220,9 +220,9 @@ def test_ranks_divide_the_work(tmp_path):
         return lambda record: asked[rank].append(record) or 1 + len(record["conversations"])
 
     for rank in range(2):  # first what each has, then what each makes of the sum
-        llava.open_records(file, measure(rank), 1.0, (rank, 2), lambda mine: halves.append(mine) or mine)
+        llava.open_records(file, measure(rank), 1.0, rank, 2, lambda mine: halves.append(mine) or mine)
     assert asked == [GOOD[::2], GOOD[1::2]]
-    both = [llava.open_records(file, measure(rank), 1.0, (rank, 2), lambda mine: sum(halves)) for rank in range(2)]
+    both = [llava.open_records(file, measure(rank), 1.0, rank, 2, lambda mine: sum(halves)) for rank in range(2)]
     alone = llava.open_records(file, measure(0), 1.0)
     for records in both:
         assert np.array_equal(records.spans, alone.spans) and np.array_equal(records.tokens, alone.tokens)
@@ -231,26 +231,26 @@ def test_ranks_divide_the_work(tmp_path):
         with pytest.raises(
             ValueError, match=r"2 of 6 .*: record 4 \(id 'none'\) has .*; record 5 \(id 'nor here'\) has"
         ):
-            llava.open_records(file, measure(rank), 0.0, (rank, 2), lambda mine: sum(halves))
+            llava.open_records(file, measure(rank), 0.0, rank, 2, lambda mine: sum(halves))
 
 
 # ---- samples ----
 
 
 def test_a_sample_is_pictures_and_turns(images):
-    pictures, (said,) = llava.sample(SHOWN, images)
+    pictures, (said,) = llava.read_sample(SHOWN, images)
     assert [(p.mode, p.size, p.getpixel((0, 0))) for p in pictures] == [("RGB", (5, 3), (255, 0, 0))]
     assert said == [("user", "<image>\nWhat is this?"), ("assistant", "A <image> star.")]
-    pictures, (said,) = llava.sample(SEVERAL, str(images))
+    pictures, (said,) = llava.read_sample(SEVERAL, str(images))
     assert [p.size for p in pictures] == [(5, 3), (2, 4)]
     assert [role for role, _ in said] == ["assistant", "user", "assistant", "user", "assistant"]
-    assert llava.sample(TEXT_ONLY, None) == ([], [[("user", "Hello"), ("assistant", "Hi\u2028there")]])
+    assert llava.read_sample(TEXT_ONLY, None) == ([], [[("user", "Hello"), ("assistant", "Hi\u2028there")]])
 
 
 def test_every_checked_record_becomes_a_chat(images):
     words = load_tokenizer(synthetic.TOKENIZER)
     for record in GOOD:
-        pictures, (said,) = llava.sample(record, images)
+        pictures, (said,) = llava.read_sample(record, images)
         ids, labels = chat.example(words, said, [2] * len(pictures))
         assert ids.count(chat.IMAGE) == 2 * len(pictures) and set(labels) != {chat.IGNORE}
 
@@ -261,7 +261,7 @@ def test_videos_are_files_or_folders_of_frames(images, mark):
     film(images / "a.mp4", regular(12))
     for path in ("film", "a.mp4"):
         record = turns(("human", f"{mark}\nWhat?"), ("gpt", "hi"), video=path)
-        (frames,), (said,) = llava.sample(record, images, frames=4)
+        (frames,), (said,) = llava.read_sample(record, images, frames=4)
         assert len(frames) == 4 and said == [("user", "<image>\nWhat?"), ("assistant", "hi")]
         assert llava.sizes(record, images) == [None]
         if path == "film":
@@ -273,24 +273,24 @@ def test_pictures_and_videos_come_in_the_text_s_order(images):
         ("human", "<image> then <video>"), ("gpt", "hi"), ("human", "<video> <image>?"), ("gpt", "<video>"),
         images=["coco/1.png", "2.jpg"], videos=["film", "film"],
     )  # fmt: skip
-    shown, (said,) = llava.understand(record)
+    shown, (said,) = llava.validate(record)
     assert shown == [("image", "coco/1.png"), ("video", "film"), ("video", "film"), ("image", "2.jpg")]
     assert [text for _, text in said] == ["<image> then <image>", "hi", "<image> <image>?", "<video>"]
     assert llava.sizes(record, images) == [(5, 3), None, None, (2, 4)]
-    read, _ = llava.sample(record, images, frames=2)
+    read, _ = llava.read_sample(record, images, frames=2)
     assert [len(one) if isinstance(one, list) else one.size for one in read] == [(5, 3), 2, 2, (2, 4)]
     alike = turns(("human", "<image><image><image>"), ("gpt", "hi"), image=["1", "2"], video="3")
-    assert llava.understand(alike)[0] == [("image", "1"), ("image", "2"), ("video", "3")]
+    assert llava.validate(alike)[0] == [("image", "1"), ("image", "2"), ("video", "3")]
 
 
 @pytest.mark.parametrize("prompt", ["<video>\n What? ", "What?", "<image>\nWhat?", "What?\n<video>"])
 def test_a_pair_is_one_question_and_two_answers(images, prompt):
     """The film stands once in front of the question, wherever and however often the prompt names it (release)."""
-    (frames,), dialogues = llava.sample({**PAIR, "prompt": prompt}, images, frames=10)
+    (frames,), dialogues = llava.read_sample({**PAIR, "prompt": prompt}, images, frames=10)
     assert len(frames) == 10
     assert dialogues == [[("user", "<image>\nWhat?"), ("assistant", said)] for said in ("A star.", "A moon.")]
     text_only = {key: value for key, value in PAIR.items() if key != "video"}
-    assert llava.sample(text_only, None)[0] == [] and llava.understand(text_only)[1][0][0] == ("user", "What?")
+    assert llava.read_sample(text_only, None)[0] == [] and llava.validate(text_only)[1][0][0] == ("user", "What?")
 
 
 def test_pictures_stay_inside_the_folder(images):
@@ -308,13 +308,13 @@ def test_pictures_stay_inside_the_folder(images):
     ]
     for path in out:
         for record in ({**SHOWN, "image": path}, {**PAIR, "video": path}):
-            for read in (llava.sample, llava.sizes):
+            for read in (llava.read_sample, llava.sizes):
                 with pytest.raises(ValueError, match=r"^shows .* is not inside .*images; expected a path in it"):
                     read(record, images)
     os.symlink(images, images.parent / "other name")
     for path in ("coco/1.png", "coco/../coco/1.png", str(images / "coco" / "1.png")):
         record = {**SHOWN, "image": path}
-        assert llava.sample(record, images.parent / "other name")[0][0].size == (5, 3)
+        assert llava.read_sample(record, images.parent / "other name")[0][0].size == (5, 3)
         assert llava.sizes(record, images.parent / "other name") == [(5, 3)]
 
 
@@ -323,12 +323,12 @@ def test_missing_and_broken_pictures_are_named(images):
     os.mkfifo(images / "pipe.png")  # would block for ever if it were opened
     for path, complaint, at_once in (
         ("none.png", "no such picture", True),
-        ("cut.png", "cannot be read", False),  # its header is whole: only `sample` can tell
+        ("cut.png", "cannot be read", False),  # its header is whole: only `read_sample` can tell
         ("coco", "no such", True),
         ("pipe.png", "no such", True),
     ):
         with pytest.raises(ValueError, match=rf"^shows {path}: .*{complaint}"):
-            llava.sample({**SHOWN, "image": path}, images)
+            llava.read_sample({**SHOWN, "image": path}, images)
         if at_once:
             with pytest.raises(ValueError, match=rf"^shows {path}: .*{complaint}"):
                 llava.sizes({**SHOWN, "image": path}, images)
@@ -336,17 +336,17 @@ def test_missing_and_broken_pictures_are_named(images):
     (images / "empty").mkdir()
     for path, complaint in (("none.mp4", ""), ("no.mp4", ""), ("empty", "no picture in this folder")):
         with pytest.raises(ValueError, match=rf"^shows {path}: .*{path}.*{complaint}"):
-            llava.sample({**PAIR, "video": path}, images)
+            llava.read_sample({**PAIR, "video": path}, images)
     with pytest.raises(ValueError, match=r"^shows none\.mp4: there is no such video"):
         llava.sizes({**PAIR, "video": "none.mp4"}, images)
-    (film,), _ = llava.sample(PAIR, images, frames=13)  # of 12 frames one comes again, as in the release
+    (film,), _ = llava.read_sample(PAIR, images, frames=13)  # of 12 frames one comes again, as in the release
     assert len(film) == 13 and len({frame.tobytes() for frame in film}) == 12
 
 
 @pytest.mark.parametrize("folder", [None, "nowhere"])
 def test_a_missing_folder_is_named(folder):
     with pytest.raises(ValueError, match=rf"^shows coco/1\.png, but {folder} is no folder; give --images"):
-        llava.sample(SHOWN, folder)
+        llava.read_sample(SHOWN, folder)
 
 
 # ---- order ----
@@ -354,21 +354,21 @@ def test_a_missing_folder_is_named(folder):
 
 def test_every_record_once_per_epoch():
     tokens = np.arange(10) + 1
-    drawn = [r for step in range(12) for r in llava.pick(tokens, 5, step, 5)]
+    drawn = [r for step in range(12) for r in llava.batch_indices(tokens, 5, step, 5)]
     epochs = [drawn[i : i + 10] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == [*range(10)] for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
-    assert drawn != [r for step in range(12) for r in llava.pick(tokens, 6, step, 5)]
+    assert drawn != [r for step in range(12) for r in llava.batch_indices(tokens, 6, step, 5)]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 25])
 def test_a_step_can_be_made_alone(batch):
     """Nothing but the number of the step is needed, in the first epoch and in later ones, and no record is lost."""
     tokens = np.array([5, 1, 1, 9, 2, 2, 8, 3, 30, 1])
-    straight = [llava.pick(tokens, 5, step, batch) for step in range(60)]
+    straight = [llava.batch_indices(tokens, 5, step, batch) for step in range(60)]
     for step in (59, 11, 2):
         text.permutation.cache_clear()
-        llava.group.cache_clear()
-        assert llava.pick(tokens, 5, step, batch) == straight[step]
+        llava.length_groups.cache_clear()
+        assert llava.batch_indices(tokens, 5, step, batch) == straight[step]
     drawn = [r for records_of_step in straight for r in records_of_step]
     assert [drawn.count(r) for r in range(10)] == [6 * batch] * 10  # whole epochs, for each batch
     assert all(len(numbers) == batch for numbers in straight)
@@ -391,7 +391,7 @@ def test_a_step_s_records_are_of_like_length(ranks):
                     real, whole = real + part.sum(), whole + len(part) * part.max()
         return 1 - real / whole
 
-    like = padding(llava.pick(tokens, 1, step, 32) for step in range(200))
+    like = padding(llava.batch_indices(tokens, 1, step, 32) for step in range(200))
     anyhow = padding(text.shuffled(len(tokens), 1, step * 32, 32) for step in range(200))
     print(f"padding over {ranks} ranks: {like:.1%}, in random order {anyhow:.1%}")
     assert like < 0.1 and anyhow > 0.3
@@ -399,9 +399,9 @@ def test_a_step_s_records_are_of_like_length(ranks):
 
 def test_steps_of_a_group_come_in_no_order_of_length():
     tokens = np.arange(3200) + 1
-    first = [tokens[llava.pick(tokens, 1, step, 32)].mean() for step in range(32)]
+    first = [tokens[llava.batch_indices(tokens, 1, step, 32)].mean() for step in range(32)]
     assert sorted(first) != first and abs(np.corrcoef(first, range(32))[0, 1]) < 0.5
-    assert max(np.ptp(tokens[llava.pick(tokens, 1, step, 32)]) for step in range(32)) < 3200 / 8
+    assert max(np.ptp(tokens[llava.batch_indices(tokens, 1, step, 32)]) for step in range(32)) < 3200 / 8
 
 
 def test_the_training_script_reads_it(tmp_path, images):
@@ -415,9 +415,11 @@ def test_the_training_script_reads_it(tmp_path, images):
     file = write(tmp_path / "r.json", GOOD)
     cfg = train_vision.Config(stage="sft", data=str(file), images=images, batch=2, seed=1)
     config = longva.read_config(TINY / "longva")
-    source = train_vision.open_source(cfg, config, ring.World(0, 1, torch.device("cpu")))
-    assert source.size == len(GOOD) and not source.bad
-    seen = [said for step in (2, 3) for i in source.pick(step) for said in source.sample(i)[1]]  # the second epoch
-    assert sorted(seen) == sorted(said for record in GOOD for said in llava.sample(record, images)[1])
+    source = train_vision.open_dataset(cfg, config, ring.World(0, 1, torch.device("cpu")))
+    assert source.size == len(GOOD) and not source.rejected
+    seen = [
+        said for step in (2, 3) for i in source.batch_indices(step) for said in source.get(i)[1]
+    ]  # the second epoch
+    assert sorted(seen) == sorted(said for record in GOOD for said in llava.read_sample(record, images)[1])
     with pytest.raises(ValueError, match=r"4 of 4 .* no 'chosen' and 'rejected' answer"):
-        train_vision.open_source(train_vision.replace(cfg, stage="dpo"), config, ring.World(0, 1, torch.device("cpu")))
+        train_vision.open_dataset(train_vision.replace(cfg, stage="dpo"), config, ring.World(0, 1, torch.device("cpu")))

@@ -22,6 +22,7 @@ import train_text
 import train_vision
 from data import chat, pack, synthetic, tokenizer, weights
 from data.runs import TINY
+from data.tiny import make
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--device cpu --seq-len 64 --batch 4 --curriculum-steps 0".split()
@@ -93,7 +94,7 @@ def made(tmp_path_factory):
     twice = [*base, "--grad-accumulation", 2]
     assert here("train_text.py", *twice, "--out", at / "twice") == 0
     run("train_text.py", *twice, "--ring", 2, "--out", at / "twice-rings", ranks=4)
-    assert here("train_vision.py", "--stage", "tower", "--steps", 2, "--batch", 8, "--out", at / "tower") == 0
+    make.make_tower(at / "tower", 2, 8, "cpu")
     align = ["--stage", "align", "--weights", at / "base/model", "--tower", at / "tower/model", "--batch", 4]
     assert here("train_vision.py", *align, "--steps", 2, "--out", at / "align") == 0
     sft = ["--stage", "sft", "--weights", at / "align/model", "--batch", 4, "--steps", 5, "--save-every", 1]

@@ -14,7 +14,7 @@ from PIL import Image
 import longva
 import ring
 import train_vision as tv
-from data import chat, flags, synthetic, tokenizer
+from data import chat, flags, llava, synthetic, tokenizer
 from data.runs import TINY
 from tests import ranks
 from tests.test_train import ROOT, here, kill_and_resume, losses, run, weights_of
@@ -67,17 +67,48 @@ def broken(why="is broken"):
     raise ValueError(why)
 
 
-def learn(cfg, world, samples, before=None):
+def dataset_of(samples, get=None):
+    """A data set of these samples; one that is a string is broken, and this is why."""
+    get = get or (lambda i: broken(samples[i]) if isinstance(samples[i], str) else samples[i])
+    return llava.Dataset(len(samples), None, get)
+
+
+def loader_of(cfg, config, dataset, group=ALONE):
+    template = "plain" if cfg.stage == "align" else "qwen_1_5"
+    return tv.Loader(
+        dataset, config, WORDS, group, cfg.grids, template, cfg.labels == "clean", cfg.max_len, cfg.micro_batch_size
+    )
+
+
+def prepared(cfg, config, samples):
+    """Examples of samples, which must be usable."""
+    loader = loader_of(cfg, config, dataset_of(samples))
+    return [loader.prepare(i, *sample) for i, sample in enumerate(samples)]
+
+
+def next_token():
+    return tv.Objective(tv.next_token_loss, tv.count_targets, ("loss",))
+
+
+def preference(reference, beta, group):
+    return tv.Objective(
+        lambda batch, nll_B: tv.dpo_loss(batch, nll_B, reference, beta, group),
+        lambda batch: torch.tensor(len(batch.sample_ids)),
+        tv.DPO_METRICS,
+    )
+
+
+def learn(cfg, world, samples, reference=None):
     """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
-    circles = circle, number, many = ring.split_groups(world, cfg.ring)
-    model, _ = tv.assemble(replace(cfg, batch=len(samples)), WORDS, world)
-    numbers = [*range(len(samples))]
-    source = tv.Source(len(samples), None, lambda i: broken(samples[i]) if isinstance(samples[i], str) else samples[i])
-    parts, faults = tv.make_parts(cfg, model, WORDS, source, circle)(numbers[number::many])
-    told = tv.learn(cfg, model, parts, before, world, circle)
+    group, ring_rank, num_rings = ring.split_groups(world, cfg.ring)
+    model, _ = tv.build_sharded_model(replace(cfg, batch=len(samples)), world)
+    loader = loader_of(cfg, model.config, dataset_of(samples), group)
+    batches, skipped = loader.collate([*range(len(samples))][ring_rank::num_rings])
+    objective = next_token() if reference is None else preference(reference, cfg.beta, group)
+    told = tv.train_step(model, batches, objective, cfg.offload, world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
-    return told, whole, faults, tv.census(replace(cfg, batch=len(samples)), parts, world, circles)
+    return told, whole, skipped, tv.count_skipped(batches, len(samples) // num_rings, group, world)
 
 
 def same(many, one):
@@ -89,6 +120,11 @@ def same(many, one):
     largest = max(g.norm() for g in one[1].values())
     for name, g in one[1].items():
         assert (many[1][name] - g).norm() < 2e-4 * g.norm() + 1e-6 * largest, name
+
+
+def synthetic_pairs(cfg):
+    """The miniature's samples of a stage."""
+    return llava.synthetic_dataset(cfg.stage, cfg.seed, cfg.batch, cfg.frames, cfg.grids, 0)
 
 
 # ---- ranks ----
@@ -125,18 +161,21 @@ def reference_on(world, folder, *_):
     """What is thought of a pair before training, of each once, the broken one apart; read again by a later run."""
     cfg = settings("dpo", weights=TINY / "longva", batch=4)
     known = torch.cat([torch.zeros(1, 2), slowly(cfg)[0].detach().double()])
-    source = tv.Source(5, None, lambda i: PAIRS[i - 1] if i else broken())
+    dataset = dataset_of(["is broken", *PAIRS])
     for size, at_once in ((1, 1), (2, None)):
         cfg = replace(cfg, ring=size, micro_batch_size=at_once, out=folder / f"reference-{size}")
         cfg.out.mkdir(exist_ok=True)
-        circles = circle, number, many = ring.split_groups(world, size)
-        model, _ = tv.assemble(cfg, WORDS, world)
-        parts = tv.make_parts(cfg, model, WORDS, source, circle)
-        found = tv.reference(cfg, model, world, circles, (source, parts), 0)
+        file = cfg.out / "reference.safetensors"
+        group, ring_rank, num_rings = ring.split_groups(world, size)
+        model, _ = tv.build_sharded_model(cfg, world)
+        loader = loader_of(cfg, model.config, dataset, group)
+        found = tv.reference_logps(file, 0, model, loader, cfg.batch, ring_rank, num_rings, world)
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
         ring.all_reduce_sum(torch.zeros(1), world)  # rank 0 has written
-        assert torch.equal(found, tv.reference(cfg, None, world, circles, (source, None), 3))
-        told = tv.learn(cfg, model, parts([1, 2, 3, 4][number::many])[0], found, world, circle)
+        again = tv.reference_logps(file, 3, None, loader, cfg.batch, ring_rank, num_rings, world)
+        assert torch.equal(found, again) and dataset.unreadable == {0}
+        batches, _ = loader.collate([1, 2, 3, 4][ring_rank::num_rings])
+        told = tv.train_step(model, batches, preference(found, cfg.beta, group), cfg.offload, world)
         assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
 
 
@@ -195,9 +234,8 @@ def shares(scheme, samples):
     """What each rank of a ring of two is given of one batch."""
     cfg = settings(weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
     config = longva.read_config(cfg.weights)
-    source = tv.Source(len(samples), None, samples.__getitem__)
-    examples = [tv.prepare(cfg, config, WORDS, source, i) for i in range(len(samples))]
-    return [tv.collate(examples, config, WORDS, ring.World(rank, 2, ALONE.device)).arguments for rank in range(2)]
+    examples, pad_id = prepared(cfg, config, samples), WORDS.pad_id
+    return [tv.collate(examples, config, pad_id, ring.World(rank, 2, ALONE.device)).model_inputs for rank in range(2)]
 
 
 def test_shards_cut_pictures_and_grids():
@@ -230,10 +268,11 @@ def seen(model):
 ])  # fmt: skip
 def test_both_answers_of_a_pair_share_its_film(stage, samples, grids):
     cfg = settings(stage, weights=TINY / "longva", max_len=2048)
-    model, _ = tv.assemble(cfg, WORDS, ALONE)
-    calls, source = seen(model), tv.Source(len(samples), None, samples.__getitem__)
-    (part,), _ = tv.make_parts(replace(cfg, micro_batch_size=None), model, WORDS, source, ALONE)([*range(len(samples))])
-    model(*part.arguments)
+    model, _ = tv.build_sharded_model(cfg, ALONE)
+    calls = seen(model)
+    loader = loader_of(replace(cfg, micro_batch_size=None), model.config, dataset_of(samples))
+    (batch,), _ = loader.collate([*range(len(samples))])
+    model(*batch.model_inputs)
     assert calls == [grids]
 
 
@@ -241,27 +280,24 @@ def test_repeated_grids_give_what_separate_ones_give():
     """Tokens put in their places by number are those that the model makes picture by picture."""
     for scheme in ("unires", "anyres"):
         cfg = settings(weights=TINY / ("anyres" if scheme == "anyres" else "longva"), max_len=2048)
-        model, _ = tv.assemble(cfg, WORDS, ALONE)
-        source = tv.Source(len(MIXED), None, MIXED.__getitem__)
-        examples = [tv.prepare(cfg, model.config, WORDS, source, i) for i in range(len(MIXED))]
-        part = tv.collate(examples, model.config, WORDS, ALONE)
-        nll_B, _ = model(*part.arguments)
+        model, _ = tv.build_sharded_model(cfg, ALONE)
+        examples = prepared(cfg, model.config, MIXED)
+        nll_B, _ = model(*tv.collate(examples, model.config, WORDS.pad_id, ALONE).model_inputs)
         for example, nll in zip(examples, nll_B):
             ids, targets = chat.pad(example.texts, WORDS.pad_id)
-            pixels = torch.cat([pixels for pixels, *_ in example.shown] or [torch.zeros(0, 3, 32, 32)])
-            layout = [how for _, how in example.shown]
+            pixels = torch.cat([pixels for pixels, *_ in example.images] or [torch.zeros(0, 3, 32, 32)])
+            layout = [how for _, how in example.images]
             plainly, _ = model(ids, torch.arange(ids.shape[1]), targets, pixels, layout)
             torch.testing.assert_close(plainly[0], nll, rtol=1e-4, atol=1e-4)
 
 
 def test_align_builds_no_graph_in_what_is_frozen():
     cfg = settings("align", weights=TINY / "extended", tower=TINY / "tower")
-    model, groups = tv.assemble(cfg, WORDS, ALONE)
+    model, groups = tv.build_sharded_model(cfg, ALONE)
     made = []
     model.tower.register_forward_hook(lambda module, arguments, z_NPE: made.append(z_NPE))
-    source = tv.synthetic_source(cfg)
-    parts, _ = tv.make_parts(cfg, model, WORDS, source, ALONE)([0, 1, 2])
-    tv.learn(cfg, model, parts, None, ALONE, ALONE)
+    batches, _ = loader_of(cfg, model.config, synthetic_pairs(cfg)).collate([0, 1, 2])
+    tv.train_step(model, batches, next_token(), cfg.offload, ALONE)
     assert [z_NPE.grad_fn for z_NPE in made] == [None] and not made[0].requires_grad
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
     assert learned == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
@@ -309,19 +345,25 @@ def test_labels_of_a_conversation(labels):
     """By hand; the label of a token is the target of the one before it."""
     cfg = settings(weights=TINY / "longva", labels=labels)
     ids, wanted = GOLDEN[labels]
-    assert tv.write(cfg, WORDS, [("user", f"<image>\n{NUMBER}"), ("assistant", "7")], [4]) == (ids, wanted)
-    source = tv.Source(1, None, lambda i: ask(film(0)[:1]))
+    turns = [("user", f"<image>\n{NUMBER}"), ("assistant", "7")]
+    clean = labels == "clean"
+    assert llava.tokenize_and_trim(WORDS, turns, [4], "qwen_1_5", clean, cfg.max_len) == (ids, wanted)
     config = longva.read_config(cfg.weights)
-    ids_BT, _, targets_BT, *_ = tv.collate([tv.prepare(cfg, config, WORDS, source, 0)], config, WORDS, ALONE).arguments
+    examples = prepared(cfg, config, [ask(film(0)[:1])])
+    ids_BT, _, targets_BT, *_ = tv.collate(examples, config, WORDS.pad_id, ALONE).model_inputs
     assert ids_BT.tolist() == [ids] and targets_BT.tolist() == [[*wanted[1:], X]]
 
 
 def test_labels_of_a_caption():
-    for labels in GOLDEN:
-        cfg = settings("align", labels=labels)
+    for clean in (True, False):
         said = [291, 564, 592, 13, LINE]  # " a red star." and a newline
         turns = [("user", "<image>\nTell me."), ("assistant", " a red star.")]
-        assert tv.write(cfg, WORDS, turns, [3]) == ([IM, IM, IM, *said], [X, X, X, *said])
+        made = llava.tokenize_and_trim(WORDS, turns, [3], "plain", clean, 256)
+        assert made == ([IM, IM, IM, *said], [X, X, X, *said])
+
+
+def trim(turns, max_len):
+    return llava.tokenize_and_trim(WORDS, turns, [4], "qwen_1_5", True, max_len)
 
 
 def test_questions_go_before_pictures_are_cut():
@@ -329,14 +371,13 @@ def test_questions_go_before_pictures_are_cut():
     whole = {n: chat.example(WORDS, turns[:n], [4]) for n in (2, 4, 6)}
     for n in (6, 4, 2):
         for spare in (0, 1):
-            cfg = settings(weights=TINY / "longva", max_len=len(whole[n][0]) + spare)
-            assert tv.write(cfg, WORDS, turns, [4]) == whole[n]
-    cfg = settings(weights=TINY / "longva", max_len=len(whole[2][0]) - 1)
+            assert trim(turns, len(whole[n][0]) + spare) == whole[n]
+    fits = len(whole[2][0])
     late = [*MORE, ("user", f"<image>\n{NUMBER}"), ("assistant", "7")]
     for said in (turns, turns[:2], [("assistant", "Hi"), *turns], late):
-        with pytest.raises(ValueError, match=f"with 4 visual tokens does not fit --max-len {cfg.max_len}; raise it"):
-            tv.write(cfg, WORDS, said, [4])
-    assert tv.write(replace(cfg, max_len=len(whole[2][0])), WORDS, [*turns[:4], ("user", "Bye")], [4]) == whole[2]
+        with pytest.raises(ValueError, match=f"with 4 visual tokens does not fit --max-len {fits - 1}; raise it"):
+            trim(said, fits - 1)
+    assert trim([*turns[:4], ("user", "Bye")], fits) == whole[2]
 
 
 # ---- broken samples ----
@@ -407,10 +448,10 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
 
 def slowly(cfg):
     """(logp_P2 of the pairs' answers, from all logits, the model)."""
-    model, _ = tv.assemble(cfg, WORDS, ALONE)
+    model, _ = tv.build_sharded_model(cfg, ALONE)
     logp = []
     for shown, dialogues in PAIRS:
-        cut = [tv.present(cfg, model.config, one) for one in shown]
+        cut = [tv.preprocess(one, model.config, cfg.grids) for one in shown]
         for turns in dialogues:
             ids, labels = chat.example(WORDS, turns, [how.tokens(4) for _, how in cut])
             seen_ID = model.encode_images(torch.cat([pixels for pixels, _ in cut]), [how for _, how in cut])
@@ -444,11 +485,11 @@ def test_preference_is_the_textbook_s(beta, at_once):
 def test_rates_over_the_steps():
     """dpo: up for a tenth of the steps, then a line to zero; the rest: 3 %, then a cosine."""
     line = replace(tv.resolve(tv.Config(stage="dpo", weights=ROOT)), steps=400)
-    rates = [tv.learning_rate(1.0, line, step) for step in range(400)]
+    rates = [tv.learning_rate(1.0, step, 400, line.warmup, True) for step in range(400)]
     assert rates[:41] == pytest.approx([*np.arange(1, 41) / 40, 1.0])
     assert rates[40:] == pytest.approx([(400 - step) / 360 for step in range(40, 400)])
     curve = replace(tv.resolve(tv.Config(stage="sft", weights=ROOT)), steps=1000)
-    rates = [tv.learning_rate(2.0, curve, step) for step in range(1000)]
+    rates = [tv.learning_rate(2.0, step, 1000, curve.warmup, False) for step in range(1000)]
     assert rates[:31] == pytest.approx([*2 * np.arange(1, 31) / 30, 2.0])
     assert rates[515] == pytest.approx(1.0) and rates[999] < 1e-5 and sorted(rates[30:], reverse=True) == rates[30:]
     published = tv.resolve(tv.Config(stage="dpo", weights=ROOT))
@@ -460,7 +501,7 @@ def preferring(tmp_path_factory):
     """The shipped model, taught to say what colour a thing has where it has no number."""
     out = tmp_path_factory.mktemp("dpo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tv, "PAIRS", 128)
+        patch.setattr(llava, "SYNTHETIC_PAIRS", 128)
         assert here("train_vision.py", *PREFERRING, "--out", out) == 0
     return out
 
@@ -473,11 +514,12 @@ def preferred(folder, cfg, first, count=96):
     """Share of pairs, from number `first`, in which the model thinks the preferred answer likelier; of those with no
     number, too.
     """
-    model, source = longva.load(folder), tv.synthetic_source(cfg)
-    examples = [tv.prepare(cfg, model.config, WORDS, source, i) for i in range(first, first + count)]
-    bare = torch.tensor([not source.sample(i)[1][0][1][1].isdigit() for i in range(first, first + count)])
+    model, dataset = longva.load(folder), synthetic_pairs(cfg)
+    samples = [dataset.get(i) for i in range(first, first + count)]
+    examples = prepared(cfg, model.config, samples)
+    bare = torch.tensor([not dialogues[0][1][1].isdigit() for _, dialogues in samples])
     with torch.no_grad():
-        nll_B, _ = model(*tv.collate(examples, model.config, WORDS, ALONE).arguments)
+        nll_B, _ = model(*tv.collate(examples, model.config, WORDS.pad_id, ALONE).model_inputs)
     better = (nll_B.view(-1, 2)[:, 0] < nll_B.view(-1, 2)[:, 1]).double()
     return better.mean().item(), better[bare].mean().item()
 
@@ -485,7 +527,9 @@ def preferred(folder, cfg, first, count=96):
 def test_preference_is_learned(preferring):
     """On pairs that were not shown the preferred answers' share rises, where the model had made numbers up above all."""
     cfg = settings("dpo", weights=TINY / "longva", frames=4)
-    before, after = (preferred(folder, cfg, tv.PAIRS) for folder in (TINY / "longva", preferring / "model"))
+    before, after = (
+        preferred(folder, cfg, llava.SYNTHETIC_PAIRS) for folder in (TINY / "longva", preferring / "model")
+    )
     print(f"preferred before {before[0]:.0%} ({before[1]:.0%} of things without a number), after {after[0]:.0%}")
     assert before[0] < 0.8 and before[1] < 0.6 and after[0] > 0.88 and after[1] > 0.8, (before, after)
     told = lines(preferring / "log.jsonl")
@@ -497,7 +541,7 @@ def test_preference_is_learned(preferring):
 
 def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
-    monkeypatch.setattr(tv, "PAIRS", 128)
+    monkeypatch.setattr(llava, "SYNTHETIC_PAIRS", 128)
     monkeypatch.setattr(ring, "no_grad_reshard", None)
     known = preferring / "reference.safetensors"
     assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
@@ -520,16 +564,16 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
         asked.append(i)
         return read(seed, i, frames) if i != 3 or asked.count(3) > 1 else broken("is a stale file handle")
 
-    monkeypatch.setattr(tv, "PAIRS", 8)
+    monkeypatch.setattr(llava, "SYNTHETIC_PAIRS", 8)
     monkeypatch.setattr(synthetic, "preference", once_broken)
     cfg = settings("dpo", weights=TINY / "longva", out=tmp_path, batch=8, steps=2, frames=3, max_skip_fraction=0.5)
     tv.train(cfg, ALONE)
     told, reports = lines(tmp_path / "log.jsonl"), lines(tmp_path / "skipped-0.jsonl")
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
     assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
-    model, source = longva.load(TINY / "longva"), tv.synthetic_source(cfg)
-    again = tv.reference(cfg, model, ALONE, (ALONE, 0, 1), (source, None), 1)
-    assert source.lost == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
+    loader = loader_of(cfg, longva.read_config(TINY / "longva"), synthetic_pairs(cfg))
+    again = tv.reference_logps(tmp_path / "reference.safetensors", 1, None, loader, 8, 0, 1, ALONE)
+    assert loader.dataset.unreadable == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
