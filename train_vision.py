@@ -178,17 +178,7 @@ def train(cfg: "Config", world: ring.World) -> None:
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
 
     # 5. Resume
-    if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
-    first = ring.load_state(cfg.out / "state", model, optimizer, world)
-    if world.rank == 0:
-        runs.truncate_log(cfg.out, first)
-    runs.truncate_log(cfg.out, first, SKIPPED.format(world.rank))
-    if dataset.rejected:
-        lines = "\n".join(map(json.dumps, dataset.rejected)) + "\n"
-        runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", lines)
-    skipped = torch.tensor(sum(runs.column(cfg.out, "skipped")) if world.rank == 0 else 0)
-    skipped = ring.all_reduce_sum(skipped, world).item()
+    first, skipped = resume(cfg, model, optimizer, dataset.rejected, world)
 
     # 6. Loss
     objective = Objective(next_token_loss, count_targets, ("loss",))
@@ -231,6 +221,23 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 8. Export
     export(cfg, model, world)
+
+
+def resume(
+    cfg: "Config", model: nn.Module, optimizer: torch.optim.Optimizer, rejected: list[dict], world: ring.World
+) -> tuple[int, int]:
+    """Open the run's folder and load its newest state; return (first step to take, samples skipped before it)."""
+    if world.rank == 0:
+        runs.open_run(cfg.out, asdict(cfg))
+    first = ring.load_state(cfg.out / "state", model, optimizer, world)
+    if world.rank == 0:
+        runs.truncate_log(cfg.out, first)
+    runs.truncate_log(cfg.out, first, SKIPPED.format(world.rank))
+    if rejected:
+        lines = "\n".join(map(json.dumps, rejected)) + "\n"
+        runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", lines)
+    skipped = torch.tensor(sum(runs.column(cfg.out, "skipped")) if world.rank == 0 else 0)
+    return first, ring.all_reduce_sum(skipped, world).item()
 
 
 # ---- the model -------------------------------------------------------------------------------------
