@@ -9,6 +9,7 @@ Differs   The heatmap runs from white to dark blue instead of the paper's red to
           everything else is computed here. Pictures have a white background of their own, for dark pages.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -36,7 +37,7 @@ Figure = Any  # matplotlib is imported where it is used, so that importing this 
 Axes = Any
 
 
-# ---- drawing -----------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def sheet(height: int) -> tuple[Figure, Axes]:
@@ -81,7 +82,7 @@ def show(ax: Axes, picture: Image.Image, x: float, y: float, width: float, heigh
     )
 
 
-# ---- what LongVA does --------------------------------------------------------------------------------
+# ---- what LongVA does ----------------------------------------------------------------------------
 
 
 def filmstrip() -> Figure:
@@ -144,7 +145,7 @@ def pipeline() -> Figure:
     return figure
 
 
-# ---- how it works ------------------------------------------------------------------------------------
+# ---- how it works --------------------------------------------------------------------------------
 
 
 def hops(ranks: int) -> np.ndarray:
@@ -341,7 +342,7 @@ def memory() -> Figure:
     return figure
 
 
-# ---- what was measured -------------------------------------------------------------------------------
+# ---- what was measured ---------------------------------------------------------------------------
 
 
 def measured() -> dict:
@@ -447,10 +448,13 @@ def save(figure: Figure, file: Path) -> None:
     Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
-def main(names: list[str]) -> None:
+def main(words: list[str]) -> None:
     """Draw the named pictures, or all."""
+    parser = argparse.ArgumentParser(description="Draw the README's pictures into assets/.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(DRAWN)}; none: all")
+    names = parser.parse_args(words).names
     if unknown := set(names) - set(DRAWN):
-        raise SystemExit(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(DRAWN)}")
+        parser.error(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(DRAWN)}")
     for name in names or DRAWN:
         file = ASSETS / f"{name}.png"
         save(DRAWN[name](), file)
