@@ -300,7 +300,7 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
     return kind | sizes | {"use_sliding_window": False, "torch_dtype": dtype}
 
 
-# ---- how to answer: generation_config.json ----
+# ---- how to answer: generation_config.json -------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ Turns = list[tuple[str, str]]  # ("user" or "assistant", text)
 Media = list[Image.Image | list[Image.Image]]  # pictures, and videos as lists of frames
 
 
-# ---- a file of records -----------------------------------------------------------------------------
+# ---- a file of records ---------------------------------------------------------------------------
 
 
 class Records:
@@ -174,7 +174,7 @@ def iter_json_list(file: BinaryIO, byte: int) -> Iterator[tuple[int, int, object
         byte, at = byte + size, end
 
 
-# ---- one record ------------------------------------------------------------------------------------
+# ---- one record ----------------------------------------------------------------------------------
 
 
 def record_id(record: object) -> str:
@@ -287,7 +287,7 @@ def read_video(file: str, count: int) -> list[Image.Image]:
     return [picture for _, picture in video.frames(file, count=count, repeat=True)]
 
 
-# ---- which records a step takes --------------------------------------------------------------------
+# ---- which records a step takes ------------------------------------------------------------------
 
 
 def batch_indices(tokens: np.ndarray, seed: int, step: int, batch: int) -> list[int]:
@@ -309,7 +309,7 @@ def length_groups(tokens: bytes, seed: int, number: int, steps: int, batch: int)
     return [drawn[k * batch : (k + 1) * batch] for k in order]
 
 
-# ---- data sets -------------------------------------------------------------------------------------
+# ---- data sets -----------------------------------------------------------------------------------
 
 
 SYNTHETIC_PAIRS = 512  # of synthetic answers for DPO; captions and conversations have no end

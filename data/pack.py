@@ -81,7 +81,7 @@ class Config:
         return self.out if self.out.suffix == ".npy" else shard_file(self.out, self.worker, self.workers)
 
 
-# ---- which documents stay --------------------------------------------------------------------------
+# ---- which documents stay ------------------------------------------------------------------------
 
 
 def keep_probability(long: bool, keep_short: float, long_tokens: int, short_tokens: int) -> float:
@@ -114,7 +114,7 @@ def sum_rows(rows: Iterable[dict]) -> dict[str, int]:
     return whole
 
 
-# ---- reading documents -----------------------------------------------------------------------------
+# ---- reading documents ---------------------------------------------------------------------------
 
 
 def open_zst(path: Path) -> BinaryIO:
@@ -233,7 +233,7 @@ def validate(document: bytes | dict, vocabulary: int) -> tuple[str | np.ndarray,
     return ids, source
 
 
-# ---- writing ---------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -390,7 +390,7 @@ def pack(cfg: Config, tokenizer: Tokenizer) -> dict:
     return summary
 
 
-# ---- the summary -----------------------------------------------------------------------------------
+# ---- the summary ---------------------------------------------------------------------------------
 
 
 def summarize(shards: Sequence[dict]) -> dict:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Files and folders ------------------------------------------------------------------------------------------
+# ---- files and folders ---------------------------------------------------------------------------
 
 Gather = Callable[[Tensor], list[Tensor]]  # everyone's tensor in rank order; waits for all ranks
 MANIFEST, SEAL, PART = "manifest.json", "manifest.sha256", "rank-{}.safetensors"
@@ -58,7 +58,7 @@ def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return found
 
 
-# Writing ----------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write_part(folder: Path, step: int, tensors: dict[str, Tensor], rank: int) -> bytes:
@@ -102,7 +102,7 @@ def publish(folder: Path, step: int, sums: list[bytes]) -> None:
             shutil.rmtree(path)
 
 
-# Reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_manifest(state: Path) -> dict | None:

@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer, read_json
 
 DTYPES = ("uint16", "uint32", "int32")  # of a token file
 
-# ---- opening ---------------------------------------------------------------------------------------
+# ---- opening -------------------------------------------------------------------------------------
 
 
 class TokenShards:
@@ -125,7 +125,7 @@ def largest_id(tokens: np.memmap | TokenShards, block: int = 2**24) -> int:
     return max(int(ids.view(f"uint{8 * ids.itemsize}").max()) for ids in blocks)
 
 
-# ---- reading -----------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def windows(

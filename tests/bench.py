@@ -71,7 +71,7 @@ class Case:
     learns: bool = False  # forward and backward
 
 
-# ------------------------------------------------------------------------------------------ models and inputs
+# ---- models and inputs ---------------------------------------------------------------------------
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -127,7 +127,7 @@ def some_pixels(config: ClipConfig | CLIPVisionConfig, N: int) -> Tensor:
     return torch.randn(N, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-# --------------------------------------------------------------------------------------------------- the cases
+# ---- the cases -----------------------------------------------------------------------------------
 
 
 def our_prefill(folder: Path, n: int) -> Run:
@@ -351,7 +351,7 @@ CASES = {"model": MODEL, "train": TRAIN}
 APART = ("ring", "vision", "needles")  # each a script of its own
 
 
-# ------------------------------------------------------------------------------------------------- measurements
+# ---- measurements --------------------------------------------------------------------------------
 
 
 def cpu_seconds(run: Run, n: int) -> tuple[float, Tensor | Found]:

@@ -40,7 +40,7 @@ NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 Side = Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]  # q, k, v, do -> o, dq, dk, dv; all [B, T, heads, K]
 
 
-# ----------------------------------------------------------------------------------------------------- the sides
+# ---- the sides -----------------------------------------------------------------------------------
 
 
 def some_qkv(S: int, dtype: torch.dtype) -> list[Tensor]:
@@ -94,7 +94,7 @@ def torchs() -> Side:
     return run
 
 
-# -------------------------------------------------------------------------------- what runs on each of the ranks
+# ---- what runs on each of the ranks --------------------------------------------------------------
 
 
 def seconds(side: Side, qkv_do: list[Tensor], world: ring.World) -> float:
@@ -163,7 +163,7 @@ def count_traffic(world: ring.World, out: Path, S: int) -> None:
         (out / f"traffic-{world.ranks}.json").write_text(json.dumps(formula))
 
 
-# ---------------------------------------------------------------------------------------------------- the tables
+# ---- the tables ----------------------------------------------------------------------------------
 
 
 def read(path: Path) -> dict:

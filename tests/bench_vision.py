@@ -66,7 +66,7 @@ LOOKED_AT = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self
              f"{EYE}embeddings.patch_embedding.weight", f"{EYE}encoder.layers.0.self_attn.q_proj.weight"]  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------- the samples
+# ---- the samples ---------------------------------------------------------------------------------
 
 
 class Lesson(NamedTuple):
@@ -136,7 +136,7 @@ def padding(steps: list[list[Lesson]]) -> float:
     return 1 - sum(map(sum, lengths)) / sum(len(step) * max(step) for step in lengths)
 
 
-# ----------------------------------------------------------------------------------------------------- the sides
+# ---- the sides -----------------------------------------------------------------------------------
 
 
 def make(folder: Path, sizes: dict) -> None:
@@ -277,7 +277,7 @@ def theirs(folder: Path, n: int, how: How = How(), lessons: Callable = some_less
     return trainer(Plain(folder, how), their_loss, batches(lessons(our_config(folder)), how.grouped))
 
 
-# ---------------------------------------------------------------------------------------------------- the tables
+# ---- the tables ----------------------------------------------------------------------------------
 
 
 def gradients(folder: Path) -> float:

@@ -171,7 +171,7 @@ def usable_kernels(kit: Kit) -> list[str]:
     return found + ["flash_attn"] * (find_spec("flash_attn") is not None)
 
 
-# ------------------------------------------------------------------------------------------------- 1 kernels
+# ---- 1 kernels -----------------------------------------------------------------------------------
 
 
 def kernels(kit: Kit) -> None:
@@ -238,7 +238,7 @@ def cached_reading(kit: Kit, H: int, G: int, K: int) -> None:
     kit.at_most("attention of a KV cache, T = 1, 129, 577", worst, 2, "ulp")
 
 
-# ---------------------------------------------------------------------------------------------------- 2 ring
+# ---- 2 ring --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -337,7 +337,7 @@ def dense_row(q_1SHK: Tensor, k_1SGK: Tensor, v_1SGK: Tensor, i: int) -> Tensor:
     return torch.cat(out)[None, None]
 
 
-# -------------------------------------------------------------------------------------------------- 3 decode
+# ---- 3 decode ------------------------------------------------------------------------------------
 
 
 def theirs_like(model: longva.LM) -> nn.Module:
@@ -419,7 +419,7 @@ def best_of_theirs(kit: Kit, model: longva.LM, kv: list, new: int) -> float:
     return min(found)
 
 
-# ---------------------------------------------------------------------------------------------------- 4 film
+# ---- 4 film --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -471,7 +471,7 @@ def chunked_equals_whole(kit: Kit, model: longva.LM, S: int) -> None:
     kit.at_most(f"logits after {S:,} tokens, in chunks against one pass: relative error", error, 0.03)
 
 
-# -------------------------------------------------------------------------------------------------- 5 training
+# ---- 5 training ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -608,7 +608,7 @@ def planned_step(config: LMConfig, T: int, ideas: Ideas, offload: bool) -> memor
     return memory.Step(config, offload=offload, offload_activations=ideas.offload_activations, **sizes)
 
 
-# ---------------------------------------------------------------------------------------------------- 6 loss
+# ---- 6 loss --------------------------------------------------------------------------------------
 
 
 def loss(kit: Kit) -> None:
@@ -639,7 +639,7 @@ def loss(kit: Kit) -> None:
         kit.at_most("  gradient of the head against fp64", ulps(once(chunk, n)[2][:rows], want), 2, "ulp")
 
 
-# -------------------------------------------------------------------------------------------------- 7 vision
+# ---- 7 vision ------------------------------------------------------------------------------------
 
 
 def vision(kit: Kit) -> None:
@@ -679,7 +679,7 @@ def vision(kit: Kit) -> None:
     kit.at_most("parameters that are no number after these steps", broken, 0)
 
 
-# -------------------------------------------------------------------------------------------------- 8 parity
+# ---- 8 parity ------------------------------------------------------------------------------------
 
 
 def parity(kit: Kit) -> None:
@@ -763,7 +763,7 @@ def probe_theirs(model: nn.Module, ids: Tensor) -> list[Tensor]:
     return [logits[:, -16:].detach(), mean.detach(), *looked_at(model)]
 
 
-# ------------------------------------------------------------------------------------------------ 9 commands
+# ---- 9 commands ----------------------------------------------------------------------------------
 
 
 def commands(kit: Kit) -> None:
@@ -837,7 +837,7 @@ def compare_logs(kit: Kit, out: Path) -> None:
     kit.at_most("killed and started again: losses against the undisturbed run", worst, 0 if kit.dry else 1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------- main
+# ---- main ----------------------------------------------------------------------------------------
 
 NEEDS = {"ring": 20, "loss": 14, "decode": 45, "vision": 54, "step": 56, "film": 46}  # GB of the card
 CASES = {

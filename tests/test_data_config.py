@@ -20,7 +20,7 @@ from data.config import (
     train_flop,
 )
 
-# ---- the config.json of the folders people have; what no field depends on is left out ----
+# ---- the config.json of the folders people have; what no field depends on is left out ------------
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584,
@@ -225,7 +225,7 @@ def test_what_is_refused(tmp_path, found, complaint):
         c.read_config(tmp_path)
 
 
-# ---- generation_config.json ----
+# ---- generation_config.json ----------------------------------------------------------------------
 
 GENERATION = {  # as LongVA-7B's, two stray keys included
     "_attn_implementation": "flash_attention_2", "bos_token_id": 151643, "do_sample": True,

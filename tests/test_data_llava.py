@@ -51,7 +51,7 @@ def write(path, records, lines=False):
     return path
 
 
-# ---- records ----
+# ---- records -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -234,7 +234,7 @@ def test_ranks_divide_the_work(tmp_path):
             llava.open_records(file, measure(rank), 0.0, rank, 2, lambda mine: sum(halves))
 
 
-# ---- samples ----
+# ---- samples -------------------------------------------------------------------------------------
 
 
 def test_a_sample_is_pictures_and_turns(images):
@@ -349,7 +349,7 @@ def test_a_missing_folder_is_named(folder):
         llava.read_sample(SHOWN, folder)
 
 
-# ---- order ----
+# ---- order ---------------------------------------------------------------------------------------
 
 
 def test_every_record_once_per_epoch():

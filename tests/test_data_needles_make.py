@@ -130,8 +130,7 @@ def test_as_many_are_drawn_as_the_answer_says():
             assert all(abs(x - a) > size / 4 or abs(y - b) >= size * 0.75 for a, b, _ in drawn[:i])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The means of drawing
+# ---- the means of drawing ------------------------------------------------------------------------
 
 
 def pixels(shapes, **where):
@@ -190,7 +189,7 @@ def test_pictures_have_few_colours_and_no_unknown_shapes():
         drawn.draw("q red 0 0")
 
 
-# ---- the command --------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def command(*words):

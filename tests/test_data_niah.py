@@ -26,8 +26,7 @@ from data.niah import (
     write_needles,
 )
 
-# ------------------------------------------------------------------------------------------------------------
-# Visual needles
+# ---- visual needles ------------------------------------------------------------------------------
 
 
 def picture(colour):
@@ -162,8 +161,7 @@ def test_no_options_to_shuffle(question, answer):
     assert shuffled_options(Needle("n", picture("red"), question, answer), np.random.default_rng(0)) is None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text needles
+# ---- text needles --------------------------------------------------------------------------------
 
 
 class Toy:

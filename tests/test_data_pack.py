@@ -37,7 +37,7 @@ def packs(files, words, out, keep_short=1.0, **settings):
     return pack.pack(pack.Config(tuple(files), synthetic.TOKENIZER, out, keep_short=keep_short, **settings), words)
 
 
-# ---- packing ----
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def zst(path, *frames):
@@ -208,7 +208,7 @@ def test_one_document_at_a_time(tmp_path, words, monkeypatch):
         packs([tmp_path / "a.txt"], words, tmp_path / "t.npy")
 
 
-# ---- upsampling ----
+# ---- upsampling ----------------------------------------------------------------------------------
 
 SOURCES = {"Book": (0.05, 24_000), "Web": (0.67, 1500), "Code": (0.28, 5000)}  # share of documents, usual characters
 
@@ -301,7 +301,7 @@ def test_coins_are_fair_and_of_their_own(tmp_path, words):
     assert all(abs(found[one, other] - 100) < 35 for one in (True, False) for other in (True, False)), found
 
 
-# ---- kills, workers ----
+# ---- kills, workers ------------------------------------------------------------------------------
 
 
 def dies(action):
@@ -448,7 +448,7 @@ def test_settings_that_are_refused(tmp_path, wrong, complaint):
         pack.Config((tmp_path,), tmp_path, out, **wrong)
 
 
-# ---- as it is used ----
+# ---- as it is used -------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, words, packed, capsys):

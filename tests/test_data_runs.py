@@ -15,7 +15,7 @@ def entries(folder, name="log.jsonl"):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-# ---- settings ----
+# ---- settings ------------------------------------------------------------------------------------
 
 
 def test_settings_are_kept_and_found_again(tmp_path):
@@ -47,7 +47,7 @@ def test_fewer_settings_are_refused(tmp_path):
         runs.open_run(tmp_path, {name: value for name, value in SETTINGS.items() if name != "lr"})
 
 
-# ---- the log ----
+# ---- the log -------------------------------------------------------------------------------------
 
 
 def fill(folder, steps, name="log.jsonl"):
@@ -102,7 +102,7 @@ def test_rewind_without_a_log_and_of_another_name(tmp_path):
     assert len(entries(tmp_path)) == 3 and len(entries(tmp_path, "probes.jsonl")) == 1
 
 
-# ---- the picture ----
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 40])

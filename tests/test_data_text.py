@@ -20,7 +20,7 @@ def tokens(tmp_path):
     return make
 
 
-# ---- windows ----
+# ---- windows -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32"])

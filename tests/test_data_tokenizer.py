@@ -182,7 +182,7 @@ def test_llama3_pattern_from_tokenizer_json(theirs, tmp_path):
         assert ours.encode(text, special=True) == theirs.encode(text).ids
 
 
-# ---- sentencepiece ----
+# ---- sentencepiece -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_tokenizer_model_comes_before_tokenizer_json(llama, tmp_path):
     assert one.special == other.special and one.encode("the red star") == other.encode("the red star")
 
 
-# ---- what users get wrong ----
+# ---- what users get wrong ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("files, complaint", [

@@ -129,7 +129,7 @@ def test_a_failing_stream_leaves_the_old_model(tmp_path):
     assert same(dict(w.read(tmp_path)), state(1))
 
 
-# ---- memory ----
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def peak_memory():
@@ -155,7 +155,7 @@ def test_loading_peaks_at_the_models_own_size(tmp_path, dtype):
     assert peak_memory() - before < 1.15 * size + 8e6, f"{(peak_memory() - before) / size:.2f} times its size"
 
 
-# ---- strict filling ----
+# ---- strict filling ------------------------------------------------------------------------------
 
 
 def test_fill_strictly():
@@ -193,7 +193,7 @@ def test_fill_strictly_complains(change, complaint):
         w.fill_strictly({"a": torch.zeros(2), "b": torch.zeros(2)}, stream)
 
 
-# ---- what users get wrong ----
+# ---- what users get wrong ------------------------------------------------------------------------
 
 
 def index(**weight_map):
@@ -264,7 +264,7 @@ def test_sha_knows_the_weights(tmp_path):
     assert x == y != z and re.fullmatch("[0-9a-f]{64}", x)
 
 
-# ---- whole folders: what longva.load says ----
+# ---- whole folders: what longva.load says --------------------------------------------------------
 
 TINY = LMConfig(48, 16, 24, 2, 4, 2, rope_theta=1e4)
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -92,7 +92,7 @@ def some_ids(config, B=2, T=11, seed=0):
     return torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------- 1 the decoder, and transformers'
+# ---- 1 the decoder, and transformers' ------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -228,7 +228,7 @@ def test_what_is_kept_for_backward():
     assert narrow < 256 * 200 / 2
 
 
-# ------------------------------------------------------------------------------------------- 2 the cache
+# ---- 2 the cache ---------------------------------------------------------------------------------
 
 
 def read(model, x, cache, cuts):
@@ -295,7 +295,7 @@ def test_a_full_cache_refuses():
             read(model, x, KVCache(model.config, 1, 4, x), cuts)
 
 
-# --------------------------------------------------------------------------------------------- 3 the loss
+# ---- 3 the loss ----------------------------------------------------------------------------------
 
 
 def loss_case(dtype=torch.float32, B=3, T=7, D=12, V=29):
@@ -358,7 +358,7 @@ def test_nll_never_holds_all_logits_and_skips_what_is_ignored():
     assert seen.largest == 3 * 96 * 101
 
 
-# ----------------------------------------------------------------------------------------- 4 the eye in the model
+# ---- 4 the eye in the model ----------------------------------------------------------------------
 
 EYE = ClipConfig(20, 24, 2, 2, 7, 28)  # grids of 28 pixels: 16 patches, 4 tokens
 
@@ -475,7 +475,7 @@ def test_a_batch_of_text_alone():
     assert model.model.mm_projector[0].weight.grad is not None  # ranks that shard the projector wait for it
 
 
-# ------------------------------------------------------------------------------------------ 5 weights in and out
+# ---- 5 weights in and out ------------------------------------------------------------------------
 
 
 def tensors(model):
@@ -610,7 +610,7 @@ def test_released_config_and_the_names_and_number_of_its_tensors(tmp_path):
     assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in eye
 
 
-# ------------------------------------------------------------------------------------------------- 6 answering
+# ---- 6 answering ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -699,7 +699,7 @@ def test_generate_stops(asked):
     assert [next(stream), next(stream)] == said[:2]
 
 
-# ---------------------------------------------------------------------------------------------- 7 shape suffixes
+# ---- 7 shape suffixes ----------------------------------------------------------------------------
 
 
 def test_suffixes_tell_the_truth(tmp_path):
@@ -725,7 +725,7 @@ def test_suffixes_tell_the_truth(tmp_path):
     assert not [lie for lie in told if not lie.startswith("test_")], told
 
 
-# -------------------------------------------------------------------------------------------------- 8 the program
+# ---- 8 the program -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 TINY = "--preset tiny-base --device cpu --seq-len 32 --batch 2 --curriculum-steps 0".split()
 
 
-# ---- ranks without torchrun ----
+# ---- ranks without torchrun ----------------------------------------------------------------------
 
 
 def one_rank(rank, ranks, port, said, argv, hook):
@@ -102,7 +102,7 @@ def same_run(one, other):
     assert mine.keys() == its.keys() and all(torch.equal(mine[key], its[key]) for key in mine)
 
 
-# ---- random kills ----
+# ---- random kills --------------------------------------------------------------------------------
 
 
 @pytest.mark.ranks
@@ -129,7 +129,7 @@ def test_ten_random_kills_change_nothing(tmp_path):
     assert "Traceback" not in last.said(), last.said()
 
 
-# ---- torchrun ----
+# ---- torchrun ------------------------------------------------------------------------------------
 
 
 def torchrun(*how):
@@ -210,7 +210,7 @@ def test_two_launchers_are_one_run(tmp_path):
     same_run(tmp_path / "one", tmp_path / "two")
 
 
-# ---- full disks, bad numbers, second jobs ----
+# ---- full disks, bad numbers, second jobs --------------------------------------------------------
 
 
 def full(rank, module, name, after=0, room=20_000):

@@ -28,7 +28,7 @@ def settings(stage="sft", **changes):
     return tv.resolve(tv.Config(**{**tv.PRESETS["tiny"], "stage": stage, "device": "cpu", **changes}))
 
 
-# ---- samples ----
+# ---- samples -------------------------------------------------------------------------------------
 
 
 @cache
@@ -127,7 +127,7 @@ def synthetic_pairs(cfg):
     return llava.synthetic_dataset(cfg.stage, cfg.seed, cfg.batch, cfg.frames, cfg.grids, 0)
 
 
-# ---- ranks ----
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def rings_agree(world, scheme, at_once):
@@ -251,7 +251,7 @@ def test_shards_cut_pictures_and_grids():
     assert all(len(rows) == len(places) == (ids == chat.IMAGE).sum() for ids, *_, rows, places in sides)
 
 
-# ---- what is seen, and what learns ----
+# ---- what is seen, and what learns ---------------------------------------------------------------
 
 
 def seen(model):
@@ -321,7 +321,7 @@ def test_parts_of_a_step_add_up(at_once):
     same(learn(replace(cfg, micro_batch_size=at_once), ALONE, MIXED), learn(cfg, ALONE, MIXED))
 
 
-# ---- labels and lengths ----
+# ---- labels and lengths --------------------------------------------------------------------------
 
 IM, X = chat.IMAGE, chat.IGNORE
 START, END, LINE = 655, 656, 198
@@ -380,7 +380,7 @@ def test_questions_go_before_pictures_are_cut():
     assert trim([*turns[:4], ("user", "Bye")], fits) == whole[2]
 
 
-# ---- broken samples ----
+# ---- broken samples ------------------------------------------------------------------------------
 
 
 def records(folder, count=12, missing=(), cut=(), suffix="png"):
@@ -443,7 +443,7 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
     assert len(lines(out / "skipped-0.jsonl")) == 4
 
 
-# ---- preference ----
+# ---- preference ----------------------------------------------------------------------------------
 
 
 def slowly(cfg):
@@ -645,7 +645,7 @@ def test_a_killed_ring_resumes_to_the_bit(tmp_path):
         assert torch.equal(tensor, weights_of(tmp_path / "killed")[name]), name
 
 
-# ---- both stages ----
+# ---- both stages ---------------------------------------------------------------------------------
 
 
 def test_both_stages_in_their_own_folders(tmp_path, monkeypatch):

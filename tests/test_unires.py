@@ -60,7 +60,7 @@ def coded(N, side, D=3):
     return x
 
 
-# ------------------------------------------------------------------------------------------- how many grids
+# ---- how many grids ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width, height, canvas, tokens, paper, shape, anyres_tokens", GOLDEN)
@@ -125,7 +125,7 @@ def test_sizes_are_arguments():
     assert Layout(2, 2).tokens(4) == 16 and Layout(2, 2, "anyres").tokens(4) == 16 + 8 * 9
 
 
-# ------------------------------------------------------------------------------------------ pictures to pixels
+# ---- pictures to pixels --------------------------------------------------------------------------
 
 
 def processor(name, **how):
@@ -376,7 +376,7 @@ def test_other_errors():
             unires.anyres(wrong, 2, 2, torch.zeros(4))
 
 
-# ------------------------------------------------------------------------------------------- features to tokens
+# ---- features to tokens --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, cols", [(1, 1), (2, 3), (3, 2), (1, 5)])

@@ -89,7 +89,7 @@ def results(cfg):
     return json.loads((cfg.out / "results.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------ exactness
+# ---- exactness -----------------------------------------------------------------------------------
 
 
 def in_one_pass(model, ids, seen, answer):
@@ -230,7 +230,7 @@ def test_a_story_reads_together_what_has_one_length(folders, cfg, monkeypatch):
         assert line["said"].startswith(words.decode([logits[0].argmax().item()]))
 
 
-# ------------------------------------------------------------------------------------------------ the scores
+# ---- the scores ----------------------------------------------------------------------------------
 
 
 def test_judge_feeds_the_answer_then_lets_the_model_speak(folders):
@@ -291,7 +291,7 @@ def test_speech_ends_at_the_tokenizer_s_stops(cfg):
     assert film.stops == sorted(words.stop_ids) and film.stops
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
@@ -387,7 +387,7 @@ def test_one_cell_whose_first_jobs_are_done_is_not_taken_for_whole(undrawn, cfg,
     assert set(cell["probes"]) == {"n0", "n1", "n2", "n3"}
 
 
-# ------------------------------------------------------------------------------------------------ ranks
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def whole_run(world, cfg):
@@ -493,7 +493,7 @@ def test_one_process_rings_alone(undrawn, shipped):
         assert all(probe["spoken"] is None for probe in found.values())  # nothing is said by itself
 
 
-# ------------------------------------------------------------------------------------------------ work
+# ---- work ----------------------------------------------------------------------------------------
 
 
 def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
@@ -527,7 +527,7 @@ def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
     assert single[0] / ours[0] >= bench_needles.WANTED and single[1] / ours[1] >= bench_needles.WANTED
 
 
-# ------------------------------------------------------------------------------------------------ the protocol
+# ---- the protocol --------------------------------------------------------------------------------
 
 
 def test_the_paper_s_protocol():
@@ -631,7 +631,7 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
     assert shown == [0, 25, 50, 75]
 
 
-# ------------------------------------------------------------------------------------------------ plot, keep
+# ---- plot, keep ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -677,7 +677,7 @@ def test_another_film_or_model_is_looked_at_anew(cfg, monkeypatch):
     assert len(names) == 4
 
 
-# ------------------------------------------------------------------------------------------------ panels
+# ---- panels --------------------------------------------------------------------------------------
 
 
 def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
@@ -727,7 +727,7 @@ def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
     vniah.main(cfg)
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change, complaint", [
