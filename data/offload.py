@@ -1,14 +1,15 @@
 """Offload beside the computation: activations that wait in CPU memory for backward, gradients that add up there.
 
-What      `ActivationOffload`: what each layer of one forward pass saves. On CUDA the copies run on a stream of their
-          own, beside the computation, and memory on the GPU holds what two layers saved, not all of them.
-          `GradientSums`: the gradients of offloaded parameters over the parts of a step.
+What      `ActivationOffload`: what each layer of one forward pass saves. On CUDA the copies run on a second stream,
+          beside the computation, and the GPU holds what two layers saved, not all of them. `GradientSums`: gradients
+          of offloaded parameters, summed over the micro-batches of a step.
+          All memory on the GPU is allocated on the stream that computes, and that stream waits for a copy before the
+          memory is freed. Tensor.record_stream would instead keep freed blocks from being reused for as long as the
+          CPU runs ahead.
 Paper     Sec. 3.1 trains on 224,000 tokens with activations on the CPU: 5.6 GB of hidden states per rank for Qwen2-7B.
-Run       imported by longva.py, for Decoder.offload, and by both trainings.
+Run       imported by longva.py, for Decoder.offload, and by both trainings
+Dimensions  none
 Differs   The release copies on the stream that computes, which waits for each copy.
-
-All memory on the GPU is allocated on the stream that computes, and that stream waits for a copy before the memory is
-freed. Tensor.record_stream would instead keep freed blocks from being reused for as long as the CPU runs ahead.
 """
 
 from collections.abc import Iterator
@@ -37,25 +38,25 @@ class Saved:
 
 
 class ActivationOffload:
-    """Of one forward pass; `pack` and `unpack` are the hooks that autograd calls inside `layer`."""
+    """Saved tensors of one forward pass; autograd calls the hooks `pack` and `unpack` inside `layer`."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = copy_stream(device)
         self.layers: list[dict[tuple, Saved]] = []  # what each layer saved
         self.leaving: list[Tensor] = []  # tensors that the newest layer saved: alive until they are copied
-        self.back: dict[int, torch.cuda.Event | None] = {}  # layers whose tensors are on the device or on their way
+        self.back: dict[int, torch.cuda.Event | None] = {}  # layers whose tensors are on the device or being copied
 
     @contextmanager
     def layer(self) -> Iterator[None]:
-        """To be entered around the forward pass of each layer, in order."""
+        """Enter this context around the forward pass of each layer, in order."""
         self.release()
         self.layers.append({})
         with saved_tensors_hooks(self.pack, self.unpack):
             yield
 
     def pack(self, x: Tensor) -> Tensor | Saved:
-        """Start to copy a tensor to CPU memory; what is there already, or is empty, stays as it is."""
+        """Start to copy a tensor to CPU memory; a tensor that is there already, or empty, is returned unchanged."""
         if x.device.type != self.device.type or not x.numel():
             return x
         saved, key = self.layers[-1], (x.data_ptr(), x.shape, x.stride())
@@ -76,21 +77,21 @@ class ActivationOffload:
         self.leaving.clear()
 
     def fetch(self, layer: int) -> None:
-        """Start to copy to the device what a layer saved, unless it is there or on its way."""
+        """Start to copy to the device what a layer saved, unless it is there or being copied."""
         if layer < 0 or layer in self.back:
             return
         saved = self.layers[layer].values()
         for one in saved:
             one.back = torch.empty_like(one.host, device=self.device)
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # what used this memory before is done
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # earlier uses of this memory are done
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for one in saved:
                 one.back.copy_(one.host, non_blocking=True)
         self.back[layer] = self.stream.record_event() if self.stream else None
 
     def unpack(self, saved: Tensor | Saved) -> Tensor:
-        """A tensor on the device again. Backward goes from the last layer to the first: the one before sets off."""
+        """Return a tensor on the device, and prefetch the previous layer's, needed by the next layer's backward."""
         if isinstance(saved, Tensor):
             return saved
         self.release()
@@ -106,18 +107,18 @@ class ActivationOffload:
 
 
 class GradientSums:
-    """Of a model whose parameters are offloaded: FSDP2 copies gradients to the CPU while backward goes on.
+    """Gradients of offloaded parameters, taken from the parameters after each micro-batch.
 
-    But only for parameters that have none yet: from the second part of a step on it stops backward at each layer, to
-    copy and to add. So each part's gradients are taken away before the next part. On one H100 with four layers of
-    Qwen2-7B and 28,000 tokens the GPU was idle for 24 % of a part instead of 79 %.
+    FSDP2 copies gradients to the CPU while backward continues, but only for parameters that have none yet: from the
+    second micro-batch on it stops backward at each layer, to copy and to add. On one H100 with four layers of Qwen2-7B
+    and 28,000 tokens the GPU was idle for 24 % of a micro-batch instead of 79 %.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.sums = model, {}
 
     def take(self) -> None:
-        """Add the gradients to the sums, and take them from the parameters."""
+        """Add the gradients to the sums, and remove them from the parameters."""
         for p in self.model.parameters():
             if p.grad is not None:
                 self.sums[p] = self.sums[p].add_(p.grad) if p in self.sums else p.grad

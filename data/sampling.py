@@ -1,11 +1,11 @@
 """Which token comes next: what the settings of generation_config.json (data/config.py) mean.
 
-What      `choose` picks an id by a model's scores of all tokens: the best one, or one drawn by Sampling's rules.
+What      `sample` picks an id from a model's logits: the best one, or one drawn by Sampling's rules.
 Paper     The release answers with its folder's generation_config.json: temperature 0.7, top-p 0.8, top-k 20 and
           a repetition penalty of 1.05, which stays in force where it calls itself greedy.
-Run       imported by longva.py.
-Key       V vocabulary   W those that may be drawn
-Deviates  Of tokens that tie at place top_k, Hugging Face keeps all, here exactly top_k stay. The order of the rules
+Run       imported by longva.py
+Dimensions  V vocabulary
+Differs   Of tokens that tie at rank top_k, Hugging Face keeps all, here exactly top_k stay. The order of the rules
           is Hugging Face's.
 """
 
@@ -15,28 +15,29 @@ from torch import Tensor
 from data.config import Sampling
 
 
-def next_token_probs(logits_V: Tensor, said: list[int], how: Sampling) -> tuple[Tensor, Tensor]:
-    """The ids that may come next, likeliest first, and their probabilities (id_W, p_W), in CPU memory.
+def next_token_probs(logits_V: Tensor, generated: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return the ids that may come next, most probable first, and their probabilities, both on the CPU.
 
-    Penalty, temperature, top-k, top-p, in this order. The penalty is on what was `said` in this answer, not on the
-    prompt, as in the release, whose prompts are embeddings and have no ids. Temperature 0 leaves the best id.
+    Penalty, temperature, top-k, top-p, in this order. The penalty is on the ids `generated` in this answer, not on
+    the prompt, as in the release, whose prompts are embeddings and have no ids. Temperature 0 leaves the best id.
     """
     logits_V = logits_V.float()
-    if said and how.repetition_penalty != 1:
-        said_W = torch.tensor(said, device=logits_V.device)
-        scores_W = logits_V[said_W]
-        scores_W = torch.where(scores_W < 0, scores_W * how.repetition_penalty, scores_W / how.repetition_penalty)
-        logits_V = logits_V.index_put((said_W,), scores_W)
-    most = 1 if how.temperature == 0 else min(how.top_k or len(logits_V), len(logits_V))
-    best_W, id_W = (x.cpu() for x in logits_V.topk(most))  # where the scores are: a vocabulary is slow to move and sort
-    p_W = (best_W / (how.temperature or 1.0)).softmax(-1)
-    enough = (p_W.cumsum(-1) - p_W < how.top_p).sum()  # those before it do not suffice yet; the best one always stays
-    return id_W[:enough], p_W[:enough] / p_W[:enough].sum()
+    if generated and sampling.repetition_penalty != 1:
+        repeated = torch.tensor(generated, device=logits_V.device)
+        scores = logits_V[repeated]
+        scores = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+        logits_V = logits_V.index_put((repeated,), scores)
+    kept = 1 if sampling.temperature == 0 else min(sampling.top_k or len(logits_V), len(logits_V))
+    logits, ids = (x.cpu() for x in logits_V.topk(kept))  # on the device: a vocabulary is slow to copy and to sort
+    probs = (logits / (sampling.temperature or 1.0)).softmax(-1)
+    # Keep an id while those before it sum to less than top_p; the best one always stays.
+    enough = (probs.cumsum(-1) - probs < sampling.top_p).sum()
+    return ids[:enough], probs[:enough] / probs[:enough].sum()
 
 
-def sample(logits_V: Tensor, said: list[int], how: Sampling, dice: torch.Generator | None = None) -> int:
-    """The next id: the best one at temperature 0, else one drawn by its odds; `dice` are a CPU's."""
-    if how.temperature == 0 and how.repetition_penalty == 1:
+def sample(logits_V: Tensor, generated: list[int], sampling: Sampling, generator: torch.Generator | None = None) -> int:
+    """Return the next id: the best one at temperature 0, else one drawn with `generator`, a CPU's."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
         return logits_V.argmax().item()
-    id_W, p_W = next_token_probs(logits_V, said, how)
-    return id_W[torch.multinomial(p_W, 1, generator=dice)].item()
+    ids, probs = next_token_probs(logits_V, generated, sampling)
+    return ids[torch.multinomial(probs, 1, generator=generator)].item()
