@@ -120,6 +120,15 @@ def dpo_loss(
     return (grad_weight_B * nll_B).sum() * group.ranks, torch.stack([values_P.sum() for values_P in metrics])
 
 
+def dpo_objective(reference_logp_P2: Tensor, beta: float, group: ring.World) -> Objective:
+    """Return what the stage dpo minimizes."""
+
+    def loss(batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
+        return dpo_loss(batch, nll_B, reference_logp_P2, beta, group)
+
+    return Objective(loss, lambda batch: torch.tensor(len(batch.sample_ids)), DPO_METRICS)
+
+
 # ---- the loop --------------------------------------------------------------------------------------
 
 
@@ -167,11 +176,9 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 3. Data
     dataset = open_dataset(cfg, model.config, world)
-    template = "plain" if cfg.stage == "align" else "qwen_1_5"
     loader = Loader(
-        dataset, model.config, words, group, cfg.grids, template, cfg.labels == "clean", cfg.max_len,
-        cfg.micro_batch_size,
-    )  # fmt: skip
+        dataset, model.config, words, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
+    )
 
     # 4. Optimizer
     fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
@@ -185,11 +192,7 @@ def train(cfg: "Config", world: ring.World) -> None:
     if cfg.stage == "dpo":
         file = cfg.out / "reference.safetensors"
         reference_logp_P2 = reference_logps(file, first, model, loader, cfg.batch, ring_rank, num_rings, world)
-        objective = Objective(
-            lambda batch, nll_B: dpo_loss(batch, nll_B, reference_logp_P2, cfg.beta, group),
-            lambda batch: torch.tensor(len(batch.sample_ids)),
-            DPO_METRICS,
-        )
+        objective = dpo_objective(reference_logp_P2, cfg.beta, group)
 
     # 7. The loop
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
@@ -347,9 +350,9 @@ class Loader:
     config: longva.LongVAConfig
     tokenizer: tokenizer.Tokenizer
     group: ring.World
+    stage: str
     max_grids: int
-    template: str  # see `chat.example`
-    clean: bool
+    labels: str  # "released" or "clean"
     max_len: int
     micro_batch_size: int | None  # None: all samples at once
 
@@ -357,7 +360,7 @@ class Loader:
         """Cut pictures into grids and tokenize; ValueError if the sample cannot be used."""
         images = [preprocess(picture, self.config, self.max_grids) for picture in media]
         lengths = [layout.tokens(self.config.vision.patches) for _, layout in images]
-        trim = self.template, self.clean, self.max_len
+        trim = "plain" if self.stage == "align" else "qwen_1_5", self.labels == "clean", self.max_len
         texts = [llava.tokenize_and_trim(self.tokenizer, turns, lengths, *trim) for turns in dialogues]
         return Example(i, images, texts)
 

@@ -57,6 +57,14 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> np.memm
     return tokens
 
 
+def open_corpus(path: str | Path, tokenizer: Tokenizer) -> np.memmap | TokenShards:
+    """Open a token file or folder and read it once; ValueError if an id is not in the tokenizer's vocabulary."""
+    tokens = open_tokens(path, tokenizer)
+    if (largest := largest_id(tokens)) >= tokenizer.size:
+        raise ValueError(f"{path} holds token {largest}, but the model's tokenizer has {tokenizer.size}; pack it again")
+    return tokens
+
+
 def open_shard(path: Path, tokenizer: Tokenizer | None) -> np.memmap:
     """Open one token file, one dimension of uint16, uint32 or int32, and check it against its summary."""
     if not path.exists():

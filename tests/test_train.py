@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import longva
 import ring
 import train_text
 import train_vision
-from data import chat, pack, synthetic, tokenizer, weights
+from data import chat, evaluate, pack, synthetic, tokenizer, weights
 from data.runs import TINY
 from data.tiny import make
 
@@ -168,15 +167,15 @@ def test_evaluation_measures_perplexity_and_finds_what_a_good_model_finds(tmp_pa
         )
         tmp_path.joinpath(name).mkdir()
         model, words = longva.load(TINY / name), tokenizer.load_tokenizer(TINY / name)
-        exam = [*train_text.slide(cfg, words)], [*train_text.hide(cfg, words)]
-        train_text.evaluate(cfg, model, *exam, ring.World(0, 1, torch.device("cpu")), 7)
+        world = ring.World(0, 1, torch.device("cpu"))
+        sets = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.eval_windows, cfg.eval_needles, cfg.seed, words)
+        train_text.log_evaluation(cfg.out, 7, model, sets, ring.zigzag_attend(world), world)
         (line,) = map(json.loads, (tmp_path / name / "eval.jsonl").open())
         found[name] = line["needles_found"]
         assert line["step"] == 7
     assert found["extended"] == 1 and found["control"] < 0.5
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(5, words.size, 301).astype(np.uint16))
-    cfg = replace(cfg, held_out=str(tmp_path / "t.npy"), seq_len=64, eval_windows=3)
-    pairs = list(train_text.slide(cfg, words))
+    pairs = list(evaluate.perplexity_windows(str(tmp_path / "t.npy"), 64, 3, cfg.seed, words))
     nll = sum(model(ids, torch.arange(64), targets)[0].sum() for ids, targets in pairs)
     count = sum((targets != chat.IGNORE).sum() for _, targets in pairs)
     assert count == 64 + 32 + 32

@@ -74,10 +74,7 @@ def dataset_of(samples, get=None):
 
 
 def loader_of(cfg, config, dataset, group=ALONE):
-    template = "plain" if cfg.stage == "align" else "qwen_1_5"
-    return tv.Loader(
-        dataset, config, WORDS, group, cfg.grids, template, cfg.labels == "clean", cfg.max_len, cfg.micro_batch_size
-    )
+    return tv.Loader(dataset, config, WORDS, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size)
 
 
 def prepared(cfg, config, samples):
@@ -90,21 +87,13 @@ def next_token():
     return tv.Objective(tv.next_token_loss, tv.count_targets, ("loss",))
 
 
-def preference(reference, beta, group):
-    return tv.Objective(
-        lambda batch, nll_B: tv.dpo_loss(batch, nll_B, reference, beta, group),
-        lambda batch: torch.tensor(len(batch.sample_ids)),
-        tv.DPO_METRICS,
-    )
-
-
 def learn(cfg, world, samples, reference=None):
     """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
     group, ring_rank, num_rings = ring.split_groups(world, cfg.ring)
     model, _ = tv.build_sharded_model(replace(cfg, batch=len(samples)), world)
     loader = loader_of(cfg, model.config, dataset_of(samples), group)
     batches, skipped = loader.collate([*range(len(samples))][ring_rank::num_rings])
-    objective = next_token() if reference is None else preference(reference, cfg.beta, group)
+    objective = next_token() if reference is None else tv.dpo_objective(reference, cfg.beta, group)
     told = tv.train_step(model, batches, objective, cfg.offload, world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
@@ -175,7 +164,7 @@ def reference_on(world, folder, *_):
         again = tv.reference_logps(file, 3, None, loader, cfg.batch, ring_rank, num_rings, world)
         assert torch.equal(found, again) and dataset.unreadable == {0}
         batches, _ = loader.collate([1, 2, 3, 4][ring_rank::num_rings])
-        told = tv.train_step(model, batches, preference(found, cfg.beta, group), cfg.offload, world)
+        told = tv.train_step(model, batches, tv.dpo_objective(found, cfg.beta, group), cfg.offload, world)
         assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
 
 
