@@ -1,19 +1,18 @@
-"""Ranks: one long sequence dealt out to many processes, with exact attention, gradients and restarts.
+"""Context parallelism: one long sequence on many processes, with exact attention and gradients (zigzag ring attention).
 
-What: the only file that knows of more than one process: 1 processes, 2 sums over ranks, 3 the zigzag layout,
-    4 attention over one block of keys, 5 the ring, 6 a cache on many ranks, 7 sharded parameters, 8 saved
-    state. With one process no group is started and every function is the identity or the plain thing.
-Paper: Sec. 3.1, long context training: ring attention, FlashAttention-2, parameter offload.
-Run: not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
-Dimensions: B batch, T tokens held here, S tokens of the whole sequence or of a block of keys, H query heads,
-    G key/value heads, J = H/G queries that share a key, K head width, W = K + 1, R ranks, U half of T,
-    N queries of several ranks or heads.
-Departures from the release, with reasons:
-    - K and V travel with their G heads, not repeated to H: 7 times fewer bytes for Qwen2-7B, the same result.
-    - dK and dV make R-1 hops instead of R: what a rank computes for its own keys never leaves it.
-    - Its sums are fp32, as the release's, and fp64 for fp64: errors do not grow with R.
-    - The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
-    - flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2 with its log-sum-exp.
+What      First the paper's idea: which tokens a rank holds, attention to one block of keys, the merge of two blocks by
+          their log-sum-exp, the ring forward and backward. Then the machinery around it: processes and sums over
+          ranks, a KV cache sharded over ranks, fast kernels, sharded parameters (FSDP2), saved state. This is the only
+          file that knows of more than one process; with one, no group is started and every function is the identity.
+Paper     Sec. 3.1: ring attention (arXiv 2310.01889) in zigzag order, FlashAttention-2, parameter offload.
+Run       not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
+Dimensions  B batch   T tokens held here   S tokens of the whole sequence, or of a block of keys   R ranks
+          H query heads   G key/value heads   Q query heads per key head   K head width
+Differs   K and V travel with their G heads, not repeated to H: 7 times fewer bytes for Qwen2-7B, the same result.
+          dK and dV make R - 1 hops instead of R: what a rank computes for its own keys never leaves it.
+          Sums are fp32, as the release's, and fp64 for fp64: errors do not grow with R.
+          The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
+          flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2 with its log-sum-exp.
 """
 
 import ctypes
@@ -46,12 +45,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BT
 DocumentStarts = list[list[int]]  # where documents begin in each row of a batch
 Partial = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys
 
-# 1. Processes -----------------------------------------------------------------------------------------------
-
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too, for tensors offloaded to the CPU
-TIMEOUT = timedelta(minutes=10)  # for one exchange: longer than any rank keeps others waiting, e.g. to save
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-
 
 @dataclass(frozen=True)
 class World:
@@ -66,6 +59,243 @@ class World:
         """The number in the whole run of the process that is `rank` here, counted round."""
         rank %= self.ranks
         return dist.get_global_rank(self.group, rank) if self.group else rank
+
+
+# ---- which tokens a rank holds -------------------------------------------------------------------
+
+
+def zigzag_index(S: int, world: World) -> Tensor:
+    """Global positions of the tokens held here, int64[T] on world.device: of 2R chunks, numbers r and 2R - 1 - r.
+
+    A causal query attends to all keys before it, so a late chunk costs more than an early one. One early and one late
+    chunk cost the same on every rank (load balancing). The positions are also the token's position ids.
+    Raises ValueError if S tokens cannot be dealt out evenly. One process takes any length, in order.
+    """
+    if world.ranks == 1:
+        return torch.arange(S, device=world.device)
+    chunks = 2 * world.ranks
+    if S % chunks or S == 0:
+        legal = max(chunks, math.ceil(S / chunks) * chunks)
+        dealt = f"{S} tokens cannot be dealt to {world.ranks} ranks in {chunks} equal chunks"
+        raise ValueError(f"{dealt}; the next length that can is {legal} tokens")
+    chunk = torch.arange(S, device=world.device).chunk(chunks)
+    return torch.cat([chunk[world.rank], chunk[-1 - world.rank]])
+
+
+# ---- attention to one block of keys --------------------------------------------------------------
+# A kernel is two functions: (q, k, v, causal) -> (o, lse) and (do, q, k, v, o, lse, causal) -> (dq, dk, dv). Given a
+# block of the keys, but o and lse of *all* keys, the second yields that block's share of the gradients. These two are
+# what every fast kernel below computes; they write all logits to memory, which the fast ones never do.
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to add up in: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def math_logits(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Scaled queries with their heads in G groups of Q, and logits; no key is copied for its Q query heads."""
+    q_BTGQK = q_BTHK.to(accumulate_dtype(q_BTHK)).unflatten(2, (k_BSGK.shape[2], -1)) * q_BTHK.shape[-1] ** -0.5
+    logits_BGQTS = torch.einsum("btgqk,bsgk->bgqts", q_BTGQK, k_BSGK.to(q_BTGQK.dtype))
+    if causal:
+        future_TS = torch.ones(logits_BGQTS.shape[-2:], dtype=torch.bool, device=q_BTHK.device).triu(1)
+        logits_BGQTS = logits_BGQTS.masked_fill(future_TS, -torch.inf)
+    return q_BTGQK, logits_BGQTS
+
+
+def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
+    """Softmax attention as in the textbook, and the log of the softmax's denominator (log-sum-exp)."""
+    _, logits_BGQTS = math_logits(q_BTHK, k_BSGK, causal)
+    o_BTGQK = torch.einsum("bgqts,bsgk->btgqk", logits_BGQTS.softmax(-1), v_BSGK.to(logits_BGQTS.dtype))
+    return o_BTGQK.flatten(2, 3).to(q_BTHK.dtype), logits_BGQTS.logsumexp(-1).flatten(1, 2)
+
+
+def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of math_forward; the probabilities are computed again from the log-sum-exp."""
+    G, to = k_BSGK.shape[2], accumulate_dtype(q_BTHK)
+    q_BTGQK, logits_BGQTS = math_logits(q_BTHK, k_BSGK, causal)
+    do_BTGQK, o_BTGQK = do_BTHK.to(to).unflatten(2, (G, -1)), o_BTHK.to(to).unflatten(2, (G, -1))
+    p_BGQTS = (logits_BGQTS - lse_BHT.unflatten(1, (G, -1))[..., None]).exp()
+    dp_BGQTS = torch.einsum("btgqk,bsgk->bgqts", do_BTGQK, v_BSGK.to(to))
+    dlogits_BGQTS = p_BGQTS * (dp_BGQTS - torch.einsum("btgqk,btgqk->bgqt", do_BTGQK, o_BTGQK)[..., None])
+    dq_BTGQK = torch.einsum("bgqts,bsgk->btgqk", dlogits_BGQTS, k_BSGK.to(to)) * q_BTHK.shape[-1] ** -0.5
+    dk_BSGK = torch.einsum("bgqts,btgqk->bsgk", dlogits_BGQTS, q_BTGQK)
+    dv_BSGK = torch.einsum("bgqts,btgqk->bsgk", p_BGQTS, do_BTGQK)
+    return dq_BTGQK.flatten(2, 3).to(q_BTHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGK.to(v_BSGK.dtype)
+
+
+def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> Partial:
+    """Attention over two disjoint sets of keys from attention over each, as new fp32 tensors (fp64 for fp64).
+
+    The online softmax: o = (1 - w) o + w o' with w = sigmoid(lse' - lse), since exp(lse) is the sum of the softmax's
+    denominator; lse = log(exp(lse) + exp(lse')). Only differences are exponentiated, so no logit is too
+    large. A row without keys has lse = -inf and any finite o; its weight is 0.
+    """
+    gap_BHT = (new_lse_BHT - lse_BHT).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]  # nan: neither saw a key; keep the old row
+    merged_BTHK = o_BTHK.to(weight_BTH1.dtype).lerp(new_o_BTHK.to(weight_BTH1.dtype), weight_BTH1)
+    return merged_BTHK, torch.maximum(lse_BHT, new_lse_BHT) - F.logsigmoid(gap_BHT.abs())
+
+
+# ---- the ring: who attends to whom ---------------------------------------------------------------
+# Rank r holds chunks r and 2R - 1 - r. After `hop` sends and receives it has the keys of rank r - hop (mod R). A chunk
+# attends to earlier chunks without a mask, to itself causally, and not to later ones.
+
+
+class VisibleBlock(NamedTuple):
+    """Queries and the keys they attend to: rows b of the batch, our positions t, positions s of the keys at hand."""
+
+    b: slice
+    t: slice
+    s: slice
+    causal: bool
+
+
+def visible_blocks(hop: int, world: World, T: int, starts: DocumentStarts | None = None) -> Iterator[VisibleBlock]:
+    """Which queries attend to which of the keys that arrived after `hop` hops; a query's own chunk comes first.
+
+    Rank r holds chunks r and 2R - 1 - r, so the lower rank's pair encloses the higher rank's. Hence two cases, each
+    half of a T x T square, and all ranks compute equally much. With `starts`, only what lies within one document.
+    """
+    whole, half = slice(None), T // 2
+    if starts is not None:
+        for row, begins in enumerate(starts):
+            yield from (VisibleBlock(slice(row, row + 1), *block) for block in document_blocks(hop, world, T, begins))
+    elif hop == 0:
+        yield VisibleBlock(whole, whole, whole, True)
+    elif hop <= world.rank:  # a lower rank's keys: the front chunk precedes all of ours, the back chunk none
+        yield VisibleBlock(whole, whole, slice(0, half), False)
+    else:  # a higher rank's: all precede our back chunk, none our front chunk
+        yield VisibleBlock(whole, slice(half, None), whole, False)
+
+
+def document_blocks(hop: int, world: World, T: int, starts: list[int]) -> Iterator[tuple[slice, slice, bool]]:
+    """(t, s, causal) of one sequence whose documents begin at `starts` (the first at 0) and attend only to themselves.
+
+    A chunk attends to itself document by document; to an earlier chunk, only from the document that lasts from there.
+    """
+    R, size = world.ranks, T // 2 if world.ranks > 1 else T  # size: tokens of a chunk
+    ours, theirs = ([r, 2 * R - 1 - r] if R > 1 else [0] for r in (world.rank, (world.rank - hop) % R))
+    pairs = sorted(product(enumerate(ours), enumerate(theirs)), key=lambda pair: pair[0][1] != pair[1][1])
+    for (i, our_chunk), (j, their_chunk) in pairs:
+        begin = our_chunk * size
+        first, last = bisect_right(starts, begin) - 1, bisect_left(starts, begin + size)
+        ends = [*starts[first + 1 : last], begin + size]
+        if our_chunk == their_chunk:
+            for start, end in zip([begin, *ends], ends):
+                here = slice(start - begin + i * size, end - begin + i * size)
+                yield here, here, True
+        elif their_chunk < our_chunk and (doc_start := max(starts[first] - their_chunk * size, 0)) < size:
+            yield slice(i * size, i * size + ends[0] - begin), slice(j * size + doc_start, (j + 1) * size), False
+
+
+# ---- the ring: forward and backward --------------------------------------------------------------
+
+
+class SendRecv:
+    """Send a tensor to the next rank of the ring and receive the previous rank's, while computation goes on."""
+
+    def __init__(self, tensor: Tensor, world: World):
+        self.sent, self.received = tensor, torch.empty_like(tensor)  # both must live until the transfer is done
+        send = dist.P2POp(dist.isend, tensor, world.peer(world.rank + 1), world.group)
+        receive = dist.P2POp(dist.irecv, self.received, world.peer(world.rank - 1), world.group)
+        self.works = dist.batch_isend_irecv([send, receive])
+
+    def wait(self) -> Tensor:
+        """The tensor of the previous rank."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def rotate_kv(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[int, Tensor]]:
+    """(hop, K and V stacked): our own, then those of R - 1 others; the next arrive while the caller computes."""
+    kv = torch.stack([k_BTGK, v_BTGK])
+    for hop in range(world.ranks):
+        transfer = SendRecv(kv, world) if hop < world.ranks - 1 else None
+        yield hop, kv
+        kv = transfer.wait() if transfer else kv
+
+
+def ring_forward(q_BTHK, k_BTGK, v_BTGK, world, kernel=None, starts=None) -> Partial:  # noqa: ANN001
+    """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT) in fp32, with R - 1 messages of K and V."""
+    o_BTHK = torch.empty_like(q_BTHK, dtype=accumulate_dtype(q_BTHK))
+    lse_BHT = o_BTHK.new_empty(*o_BTHK.shape[:3]).transpose(1, 2).contiguous()
+    for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
+        for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
+            part = block_attention(q_BTHK[b, t], k_BSGK[b, s], v_BSGK[b, s], causal, kernel)
+            if not causal:  # a query's own chunk comes first, when there is nothing yet to merge with
+                part = merge(o_BTHK[b, t], lse_BHT[b, :, t], *part)
+            o_BTHK[b, t], lse_BHT[b, :, t] = part
+            del part
+    return o_BTHK, lse_BHT
+
+
+def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kernel=None, starts=None):  # noqa: ANN001, ANN201
+    """Gradients (dq_BTHK, dk_BTGK, dv_BTGK), with R - 1 messages of K and V and R - 1 of fp32 sums of dK and dV.
+
+    dq stays: queries never travel. dK and dV travel one hop behind their keys; every rank adds its share, and after
+    R - 1 hops they reach the owner of the keys, which adds the share that it computed itself.
+    """
+    dq_BTHK, dkv_in_flight = torch.zeros_like(q_BTHK, dtype=accumulate_dtype(q_BTHK)), None
+    own_dkv = dq_BTHK.new_zeros(2, *k_BTGK.shape)
+    for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
+        dkv = own_dkv if hop == 0 else torch.zeros_like(own_dkv) if hop == 1 else None  # later: what comes in
+        for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
+            queries = (x[b, t] for x in (do_BTHK, q_BTHK))
+            keys_and_stats = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
+            part = block_attention_backward(*queries, *keys_and_stats, causal, kernel)
+            if dkv is None:  # the sum comes in while the first block computes
+                dkv = dkv_in_flight.wait()
+            for accumulator, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
+                accumulator += new
+            del part, new  # not to be held while the next is computed
+        if hop > 0:
+            if dkv is None:  # no document reaches from these keys to our queries
+                dkv = dkv_in_flight.wait()
+            dkv_in_flight = SendRecv(dkv, world)
+    dk_BTGK, dv_BTGK = own_dkv + dkv_in_flight.wait() if dkv_in_flight else own_dkv
+    return dq_BTHK.to(q_BTHK.dtype), dk_BTGK.to(k_BTGK.dtype), dv_BTGK.to(v_BTGK.dtype)
+
+
+class Ring(torch.autograd.Function):
+    """ring_forward, with ring_backward as its gradient; all ranks must run both in the same order."""
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BTGK, v_BTGK, *rest):  # noqa: ANN001, D102
+        q_BTHK, k_BTGK, v_BTGK = (x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK))
+        o_BTHK, lse_BHT = ring_forward(q_BTHK, k_BTGK, v_BTGK, *rest)
+        o_BTHK = o_BTHK.to(q_BTHK.dtype)
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT)
+        ctx.rest = rest
+        return o_BTHK
+
+    @staticmethod
+    def backward(ctx, do_BTHK):  # noqa: ANN001, D102
+        return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStarts | None = None) -> Attend:
+    """The model's `attend` for a sequence dealt out by `zigzag_index` (Sec. 3.1); one process: plain causal.
+
+    Every rank must hold equally many tokens and call it in the same order. `kernel` forces one of KERNELS.
+    `starts`: where documents begin in each row of the batch, the first at 0, if none may attend to another (ours).
+    """
+
+    def attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        assert world.ranks == 1 or q_BTHK.shape[1] % 2 == 0, "a rank holds two chunks of one length"
+        return Ring.apply(q_BTHK, k_BTGK, v_BTGK, world, kernel, starts)
+
+    return attend
+
+
+# The paper's Sec. 3.1 ends here. What follows makes it run: on many machines, fast, and restartable.
+
+# ---- processes -----------------------------------------------------------------------------------
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too, for tensors offloaded to the CPU
+TIMEOUT = timedelta(minutes=10)  # for one exchange: longer than any rank keeps others waiting, e.g. to save
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def start(device: str = "auto") -> World:
@@ -131,7 +361,7 @@ def print0(world: World, text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-# 2. Sums over ranks -----------------------------------------------------------------------------------------
+# ---- sums over ranks -----------------------------------------------------------------------------
 
 
 def all_reduce_sum(x: Tensor, world: World) -> Tensor:
@@ -143,7 +373,7 @@ def all_reduce_sum(x: Tensor, world: World) -> Tensor:
 
 
 def all_gather(x: Tensor, world: World) -> list[Tensor]:
-    """Everyone's `x` in rank order, without gradient; one shape and dtype on all ranks."""
+    """The tensors `x` of all ranks in rank order, without gradient; one shape and dtype on all ranks."""
     if world.ranks == 1:
         return [x.detach()]
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world.ranks)]
@@ -152,7 +382,7 @@ def all_gather(x: Tensor, world: World) -> list[Tensor]:
 
 
 def long_timeout_group(world: World) -> World:
-    """The same ranks in a group of their own, on CPUs, that waits for days: for what a person types."""
+    """The same ranks in a gloo group with a timeout of 30 days, for interactive input."""
     if world.ranks == 1:
         return world
     return replace(world, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=timedelta(days=30)))
@@ -160,14 +390,14 @@ def long_timeout_group(world: World) -> World:
 
 def broadcast_text(text: str, world: World) -> str:
     """Rank 0's text, on every rank."""
-    said = list(text.encode(errors="replace")) if world.rank == 0 else []
-    size = all_gather(torch.tensor(len(said), device=world.device), world)[0].item()
-    mine = torch.tensor(said or [0] * size, dtype=torch.uint8, device=world.device)
-    return bytes(all_gather(mine, world)[0].tolist()).decode()
+    box = [text.encode(errors="replace").decode()]
+    if world.ranks > 1:
+        dist.broadcast_object_list(box, world.peer(0), world.group)
+    return box[0]
 
 
 def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
-    """Everyone's first part x_TD in rank order, joined, on all ranks; then everyone's second, until none is left.
+    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second, until none is left.
 
     T is at most `rows`; ranks may have different numbers of parts. `none_0D` tells width, dtype and device.
     """
@@ -176,9 +406,9 @@ def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, worl
         yield from parts
         return
     while any(counts := all_gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
-        everyone = all_gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
-        joined = torch.cat([x_TD[:n] for x_TD, n in zip(everyone, counts)])
-        del everyone, mine  # not to be held while the caller reads
+        gathered = all_gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
+        joined = torch.cat([x_TD[:n] for x_TD, n in zip(gathered, counts)])
+        del gathered, mine  # not to be held while the caller reads
         yield joined
 
 
@@ -196,72 +426,7 @@ def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
     return sum * (world.ranks / everywhere)
 
 
-# 3. The zigzag layout ---------------------------------------------------------------------------------------
-
-
-def zigzag_index(S: int, world: World) -> Tensor:
-    """Global positions held here, int64[T] on world.device: of 2R chunks, number `rank` and its mirror image.
-
-    With causal masking a late chunk costs more than an early one; one of each gives every rank the same work.
-    Raises ValueError if S tokens cannot be dealt out evenly. One process takes any length, in order.
-    """
-    if world.ranks == 1:
-        return torch.arange(S, device=world.device)
-    chunks = 2 * world.ranks
-    if S % chunks or S == 0:
-        legal = max(chunks, math.ceil(S / chunks) * chunks)
-        dealt = f"{S} tokens cannot be dealt to {world.ranks} ranks in {chunks} equal chunks"
-        raise ValueError(f"{dealt}; the next length that can is {legal} tokens")
-    chunk = torch.arange(S, device=world.device).chunk(chunks)
-    return torch.cat([chunk[world.rank], chunk[-1 - world.rank]])
-
-
-def unshard(local: Tensor, world: World, dim: int = 1) -> Tensor:
-    """Put zigzag shards back in order along `dim`, whole on every rank, no gradient. All ranks call it."""
-    S = local.shape[dim] * world.ranks
-    held_S = torch.cat([zigzag_index(S, replace(world, rank=r)) for r in range(world.ranks)])
-    return torch.cat(all_gather(local, world), dim).index_select(dim, held_S.argsort().to(local.device))
-
-
-# 4. Attention over one block of keys ------------------------------------------------------------------------
-# A kernel is two functions: (q, k, v, causal) -> (o, lse) and (do, q, k, v, o, lse, causal) -> (dq, dk, dv).
-# Given a block of the keys but o and lse of *all* keys, the second yields that block's share of gradients.
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to add up in: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def math_logits(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Scaled queries with their heads in G groups of J, and logits; no key is copied for its J queries."""
-    q_BTGJK = q_BTHK.to(accumulate_dtype(q_BTHK)).unflatten(2, (k_BSGK.shape[2], -1)) * q_BTHK.shape[-1] ** -0.5
-    logits_BGJTS = torch.einsum("btgjk,bsgk->bgjts", q_BTGJK, k_BSGK.to(q_BTGJK.dtype))
-    if causal:
-        future_TS = torch.ones(logits_BGJTS.shape[-2:], dtype=torch.bool, device=q_BTHK.device).triu(1)
-        logits_BGJTS = logits_BGJTS.masked_fill(future_TS, -torch.inf)
-    return q_BTGJK, logits_BGJTS
-
-
-def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
-    """Softmax attention as in the textbook: the meaning of every other kernel."""
-    _, logits_BGJTS = math_logits(q_BTHK, k_BSGK, causal)
-    o_BTGJK = torch.einsum("bgjts,bsgk->btgjk", logits_BGJTS.softmax(-1), v_BSGK.to(logits_BGJTS.dtype))
-    return o_BTGJK.flatten(2, 3).to(q_BTHK.dtype), logits_BGJTS.logsumexp(-1).flatten(1, 2)
-
-
-def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of math_forward; the probabilities are computed again from the log-sum-exp."""
-    G, to = k_BSGK.shape[2], accumulate_dtype(q_BTHK)
-    q_BTGJK, logits_BGJTS = math_logits(q_BTHK, k_BSGK, causal)
-    do_BTGJK, o_BTGJK = do_BTHK.to(to).unflatten(2, (G, -1)), o_BTHK.to(to).unflatten(2, (G, -1))
-    p_BGJTS = (logits_BGJTS - lse_BHT.unflatten(1, (G, -1))[..., None]).exp()
-    dp_BGJTS = torch.einsum("btgjk,bsgk->bgjts", do_BTGJK, v_BSGK.to(to))
-    dlogits_BGJTS = p_BGJTS * (dp_BGJTS - torch.einsum("btgjk,btgjk->bgjt", do_BTGJK, o_BTGJK)[..., None])
-    dq_BTGJK = torch.einsum("bgjts,bsgk->btgjk", dlogits_BGJTS, k_BSGK.to(to)) * q_BTHK.shape[-1] ** -0.5
-    dk_BSGK = torch.einsum("bgjts,btgjk->bsgk", dlogits_BGJTS, q_BTGJK)
-    dv_BSGK = torch.einsum("bgjts,btgjk->bsgk", p_BGJTS, do_BTGJK)
-    return dq_BTGJK.flatten(2, 3).to(q_BTHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGK.to(v_BSGK.dtype)
+# ---- fast kernels --------------------------------------------------------------------------------
 
 
 def cpu_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
@@ -361,8 +526,7 @@ def best_kernel(q_BTHK: Tensor) -> str:
 def block_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None) -> Partial:
     """Attend to one block of keys: (o_BTHK, lse_BHT), to be merged with other blocks. No gradient.
 
-    `lse`: natural log of the sum of exp(scaled logits), contiguous, fp32 (fp64 for fp64). `causal`: only for
-    square blocks, as kernels disagree about others. `kernel` forces one of KERNELS.
+    `lse` is contiguous, fp32 (fp64 for fp64). `causal`: square blocks alone, for kernels disagree about others.
     """
     assert k_BSGK.shape[1] > 0, "an empty block crashes the CPU kernel: leave it out, it adds nothing"
     assert not causal or q_BTHK.shape[1] == k_BSGK.shape[1], "causal needs as many queries as keys"
@@ -375,283 +539,111 @@ def block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, c
     return backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
 
 
-def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> Partial:
-    """Attention over two disjoint sets of keys from attention over each, as new fp32 tensors (fp64 for fp64).
+# ---- a KV cache sharded over ranks ---------------------------------------------------------------
+# A video's keys and values stay on the rank that computed them (3,000 frames: 25 GB for Qwen2-7B), and queries travel,
+# for a chunk is short and its past long ("pass-Q", arXiv 2411.01783). An output comes back beside its log-sum-exp.
 
-    Only differences of the two lse are exponentiated, so no logit is too large. A row that saw no key has
-    lse = -inf and any finite o; it weighs nothing.
-    """
-    gap_BHT = (new_lse_BHT - lse_BHT).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]  # nan: neither saw a key; keep the old row
-    merged_BTHK = o_BTHK.to(weight_BTH1.dtype).lerp(new_o_BTHK.to(weight_BTH1.dtype), weight_BTH1)
-    return merged_BTHK, torch.maximum(lse_BHT, new_lse_BHT) - F.logsigmoid(gap_BHT.abs())
-
-
-# 5. The ring ------------------------------------------------------------------------------------------------
-# A rank's chunks are numbers r and 2R - 1 - r. After `hop` hops it holds the keys of rank r - hop (mod R). A chunk
-# sees earlier ones whole, itself causally, later ones not at all.
-
-
-class VisibleBlock(NamedTuple):
-    """Queries that see keys: rows b of the batch, our places t, places s of the keys that came, masked or whole."""
-
-    b: slice
-    t: slice
-    s: slice
-    causal: bool
-
-
-def visible_blocks(hop: int, world: World, T: int, starts: DocumentStarts | None = None) -> Iterator[VisibleBlock]:
-    """Who sees whom when the keys have made `hop` hops, each query's own square first.
-
-    Of two ranks, the lower one's chunks enclose the other's: front < front' < back' < back. So there are two cases,
-    each half of a square T x T, and all ranks do the same work. With `starts` it is what is left of each document.
-    """
-    whole, U = slice(None), T // 2
-    if starts is not None:
-        for b, begun in enumerate(starts):
-            yield from (VisibleBlock(slice(b, b + 1), *area) for area in document_blocks(hop, world, T, begun))
-    elif hop == 0:
-        yield VisibleBlock(whole, whole, whole, True)
-    elif hop <= world.rank:  # a lower rank's keys: the front chunk precedes all of ours, the back chunk none
-        yield VisibleBlock(whole, whole, slice(0, U), False)
-    else:  # a higher rank's: all precede our back chunk, none our front chunk
-        yield VisibleBlock(whole, slice(U, None), whole, False)
-
-
-def document_blocks(hop: int, world: World, T: int, starts: list[int]) -> Iterator[tuple[slice, slice, bool]]:
-    """(t, s, causal) of one sequence whose documents begin at `starts` (the first at 0) and see only themselves.
-
-    A chunk sees itself document by document. Of an earlier chunk it can see one document at most: that which lasts
-    from there until here.
-    """
-    R, U = world.ranks, T // 2 if world.ranks > 1 else T
-    ours, theirs = ([r, 2 * R - 1 - r] if R > 1 else [0] for r in (world.rank, (world.rank - hop) % R))
-    pairs = sorted(product(enumerate(ours), enumerate(theirs)), key=lambda pair: pair[0][1] != pair[1][1])
-    for (i, c), (j, before) in pairs:
-        first, last = bisect_right(starts, c * U) - 1, bisect_left(starts, (c + 1) * U)
-        ends = [*starts[first + 1 : last], (c + 1) * U]
-        if c == before:
-            for a, z in zip([c * U, *ends], ends):
-                here = slice(a - c * U + i * U, z - c * U + i * U)
-                yield here, here, True
-        elif before < c and (begun := max(starts[first] - before * U, 0)) < U:
-            yield slice(i * U, i * U + ends[0] - c * U), slice(j * U + begun, (j + 1) * U), False
-
-
-class SendRecv:
-    """A tensor on its way to the next rank while the previous rank's comes in."""
-
-    def __init__(self, mine: Tensor, world: World):
-        self.mine, self.coming = mine, torch.empty_like(mine)  # `mine` must live until it is sent
-        send = dist.P2POp(dist.isend, mine, world.peer(world.rank + 1), world.group)
-        receive = dist.P2POp(dist.irecv, self.coming, world.peer(world.rank - 1), world.group)
-        self.works = dist.batch_isend_irecv([send, receive])
-
-    def wait(self) -> Tensor:
-        """What came in, a buffer of its own."""
-        for work in self.works:
-            work.wait()
-        return self.coming
-
-
-def rotate_kv(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[int, Tensor]]:
-    """Our keys and values, then those of R - 1 others; the next are under way while the caller computes."""
-    kv = torch.stack([k_BTGK, v_BTGK])
-    for hop in range(world.ranks):
-        on = SendRecv(kv, world) if hop < world.ranks - 1 else None
-        yield hop, kv
-        kv = on.wait() if on else kv
-
-
-def ring_forward(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGK: Tensor,
-    world: World,
-    kernel: str | None = None,
-    starts: DocumentStarts | None = None,
-) -> Partial:
-    """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT) in fp32, with R - 1 messages of K and V."""
-    o_BTHK = torch.empty_like(q_BTHK, dtype=accumulate_dtype(q_BTHK))
-    lse_BHT = o_BTHK.new_empty(*o_BTHK.shape[:3]).transpose(1, 2).contiguous()
-    for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
-        for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
-            part = block_attention(q_BTHK[b, t], k_BSGK[b, s], v_BSGK[b, s], causal, kernel)
-            if not causal:  # a query's own square comes first, and there is nothing yet to merge with
-                part = merge(o_BTHK[b, t], lse_BHT[b, :, t], *part)
-            o_BTHK[b, t], lse_BHT[b, :, t] = part
-            del part
-    return o_BTHK, lse_BHT
-
-
-def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kernel=None, starts=None):  # noqa: ANN001, ANN201
-    """(dq_BTHK, dk_BTGK, dv_BTGK), with R - 1 messages of K and V and R - 1 of fp32 sums of their gradients.
-
-    A sum starts at the first neighbour that the keys visit and follows them one hop behind. Its last hop
-    brings it to their owner, who adds the share that stayed at home.
-    """
-    dq_BTHK, follower = torch.zeros_like(q_BTHK, dtype=accumulate_dtype(q_BTHK)), None
-    home = dq_BTHK.new_zeros(2, *k_BTGK.shape)
-    for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
-        dkv = home if hop == 0 else torch.zeros_like(home) if hop == 1 else None  # later: what comes in
-        for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
-            asked = (x[b, t] for x in (do_BTHK, q_BTHK))
-            known = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
-            part = block_attention_backward(*asked, *known, causal, kernel)
-            if dkv is None:  # the sum comes in while the first block computes
-                dkv = follower.wait()
-            for so_far, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
-                so_far += new
-            del part, new  # not to be held while the next is computed
-        if hop > 0:
-            if dkv is None:  # no document reaches from these keys to our queries
-                dkv = follower.wait()
-            follower = SendRecv(dkv, world)
-    dk_BTGK, dv_BTGK = home + follower.wait() if follower else home
-    return dq_BTHK.to(q_BTHK.dtype), dk_BTGK.to(k_BTGK.dtype), dv_BTGK.to(v_BTGK.dtype)
-
-
-class Ring(torch.autograd.Function):
-    """ring_forward, with ring_backward as its gradient; all ranks must run both in the same order."""
-
-    @staticmethod
-    def forward(ctx, q_BTHK, k_BTGK, v_BTGK, *rest):  # noqa: ANN001, D102
-        q_BTHK, k_BTGK, v_BTGK = (x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK))
-        o_BTHK, lse_BHT = ring_forward(q_BTHK, k_BTGK, v_BTGK, *rest)
-        o_BTHK = o_BTHK.to(q_BTHK.dtype)
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT)
-        ctx.rest = rest
-        return o_BTHK
-
-    @staticmethod
-    def backward(ctx, do_BTHK):  # noqa: ANN001, D102
-        return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
-def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStarts | None = None) -> Attend:
-    """The model's `attend` for a sequence dealt out by `zigzag_index` (Sec. 3.1); one process: plain causal.
-
-    Every rank must hold equally many tokens and ask in the same order. `kernel` forces one of KERNELS. `starts`:
-    where documents begin in each row of the whole batch, the first at 0, if they are not to see each other (ours).
-    """
-
-    def attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        assert world.ranks == 1 or q_BTHK.shape[1] % 2 == 0, "a rank holds two chunks of one length"
-        return Ring.apply(q_BTHK, k_BTGK, v_BTGK, world, kernel, starts)
-
-    return attend
-
-
-# 6. A cache on many ranks -----------------------------------------------------------------------------------
-# A film's keys stay on the rank that computed them (3,000 frames: 25 GB for Qwen2-7B) and queries travel, for a
-# chunk is short and its past long ("pass-Q", arXiv 2411.01783). Back comes an output and its lse, W = K + 1 wide.
-
-SHARED = 128  # tokens; so few are computed by every rank, since reading the weights takes longer than using them
+REPLICATED = 128  # tokens; so few are computed by every rank: reading the weights takes longer than using them
 
 
 def join_o_lse(o_BTHK: Tensor, lse_BHT: Tensor) -> Tensor:
-    """Output and log-sum-exp as one tensor to travel, part_BTHW in fp32 (fp64 for fp64)."""
+    """Output and log-sum-exp as one tensor to send: [B, T, H, K + 1] in fp32 (fp64 for fp64)."""
     return torch.cat([o_BTHK.to(lse_BHT.dtype), lse_BHT.transpose(1, 2).unsqueeze(-1)], dim=-1)
 
 
 def attend_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-    """Attention to keys that are all in the past, part_BTHW; to none of them, lse is -inf.
+    """Attention to keys that are all in the past, [B, T, H, K + 1] as `join_o_lse`; without keys lse is -inf.
 
-    The J queries that share a key head become its rows, so that a decode step reads each key once, not J times.
+    The Q queries that share a key head become its rows, so that a decode step reads each key once, not Q times.
     """
     if k_BSGK.shape[1] == 0:
         return F.pad(torch.zeros_like(q_BTHK, dtype=accumulate_dtype(q_BTHK)), (0, 1), value=-torch.inf)
-    T, J = q_BTHK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
-    q_BNGK = q_BTHK.unflatten(2, (-1, J)).transpose(2, 3).flatten(1, 2)
-    part_BNGW = join_o_lse(*block_attention(q_BNGK, k_BSGK, v_BSGK, False))
-    return part_BNGW.unflatten(1, (T, J)).transpose(2, 3).flatten(2, 3)
+    T, Q = q_BTHK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
+    rows = q_BTHK.unflatten(2, (-1, Q)).transpose(2, 3).flatten(1, 2)
+    part = join_o_lse(*block_attention(rows, k_BSGK, v_BSGK, False))
+    return part.unflatten(1, (T, Q)).transpose(2, 3).flatten(2, 3)
 
 
 class ShardedCache:
-    """longva.KVCache for keys and values that lie on R ranks; it has the same face, so models know of no rank.
+    """longva.KVCache with its keys and values on R ranks: the same interface, so the model knows of no rank.
 
-    A *dealt* piece is computed in zigzag, and each rank keeps the keys that it made. A *shared* piece is computed
-    by all ranks, which get the same bits, and kept by the one that holds fewest. All ranks must call alike.
+    A *sharded* piece is computed in zigzag order, and each rank keeps the keys that it computed. A *replicated* piece
+    is computed by all ranks, which get the same bits, and kept by the rank that has fewest. All ranks must call alike.
     """
 
     def __init__(self, world: World, layers: int, B: int, S: int, G: int, K: int, like: Tensor):
         self.world, self.S = world, S
-        self.dealt, self.held = False, (0,) * world.ranks  # tokens on each rank, which all ranks know
-        room = math.ceil(S / world.ranks) + max(SHARED, 2 * world.ranks)  # they differ by a shared piece at most
+        self.sharded, self.lengths = False, (0,) * world.ranks  # tokens on each rank, which all ranks know
+        room = math.ceil(S / world.ranks) + max(
+            REPLICATED, 2 * world.ranks
+        )  # they differ by a replicated piece at most
         self.k_LBSGK, self.v_LBSGK = (like.new_empty(layers, B, room, G, K) for _ in range(2))
 
     @property
     def length(self) -> int:
         """Tokens read so far, on all ranks together."""
-        return sum(self.held)
+        return sum(self.lengths)
 
     def mark(self) -> tuple[int, ...]:
         """A bookmark for `rewind`."""
-        return self.held
+        return self.lengths
 
     def rewind(self, mark: tuple[int, ...]) -> None:
         """Forget what was read after the mark: it will be overwritten."""
-        self.held = mark
+        self.lengths = mark
 
     def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
         """How to read T more tokens: slices of about `chunk`, and which places of each are computed here (int64).
 
-        The last token is always in a shared piece, so that every rank can tell what follows it.
+        The last token is always in a replicated piece, so that every rank can tell what follows it.
         """
         assert self.length + T <= self.S, f"a cache for {self.S} tokens cannot hold {self.length + T}"
         even = 2 * self.world.ranks
         size = max(chunk // even, 1) * even
-        alone = (T - 1) // even * even if min(SHARED, chunk) < T else 0
-        for start in range(0, alone, size):
-            self.dealt, stop = True, min(start + size, alone)
+        sharded_tokens = (T - 1) // even * even if min(REPLICATED, chunk) < T else 0
+        for start in range(0, sharded_tokens, size):
+            self.sharded, stop = True, min(start + size, sharded_tokens)
             yield slice(start, stop), zigzag_index(stop - start, self.world)
-        self.dealt = False
-        yield slice(alone, T), torch.arange(T - alone, device=self.world.device)
+        self.sharded = False
+        yield slice(sharded_tokens, T), torch.arange(T - sharded_tokens, device=self.world.device)
 
     def past(self, layer: int, q_BTHK: Tensor) -> list[Tensor]:
-        """Each rank's share of the past, asked by our queries: R times part_BTHW."""
-        R, n = self.world.ranks, self.held[self.world.rank]
+        """Attention of our queries to each rank's share of the past: R parts as `join_o_lse`."""
+        R, n = self.world.ranks, self.lengths[self.world.rank]
         k_BSGK, v_BSGK = self.k_LBSGK[layer, :, :n], self.v_LBSGK[layer, :, :n]
-        if not self.dealt or R == 1:
+        if not self.sharded or R == 1:
             return all_gather(attend_past(q_BTHK, k_BSGK, v_BSGK), self.world)
-        part_BNHW = attend_past(torch.cat(all_gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
-        asked_RBTHW = part_BNHW.unflatten(1, (R, -1)).movedim(1, 0).contiguous()
-        told_RBTHW = torch.empty_like(asked_RBTHW)
-        dist.all_to_all_single(told_RBTHW, asked_RBTHW, group=self.world.group)
-        return [*told_RBTHW]
+        parts = attend_past(torch.cat(all_gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
+        sent = parts.unflatten(1, (R, -1)).movedim(1, 0).contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.world.group)
+        return [*received]
 
     def attend(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         """Attend to this piece, causally, and to all that came before it; keep the piece. No gradient."""
         T, rank = q_BTHK.shape[1], self.world.rank
         qkv = q_BTHK, k_BTGK, v_BTGK
-        own = ring_forward(*qkv, self.world) if self.dealt else block_attention(*qkv, True)
-        part_RBTHW = torch.stack([join_o_lse(*own), *(self.past(layer, q_BTHK) if self.length else ())])
-        weight_RBTH1 = part_RBTHW[..., -1:].softmax(0)
-        keeper = self.held.index(min(self.held))
-        held = tuple(n + T if self.dealt or r == keeper else n for r, n in enumerate(self.held))
-        if (old := self.held[rank]) < (new := held[rank]):
+        own = ring_forward(*qkv, self.world) if self.sharded else block_attention(*qkv, True)
+        parts = torch.stack([join_o_lse(*own), *(self.past(layer, q_BTHK) if self.length else ())])
+        weights = parts[..., -1:].softmax(0)
+        owner = self.lengths.index(min(self.lengths))
+        lengths = tuple(n + T if self.sharded or r == owner else n for r, n in enumerate(self.lengths))
+        if (old := self.lengths[rank]) < (new := lengths[rank]):
             self.k_LBSGK[layer, :, old:new], self.v_LBSGK[layer, :, old:new] = k_BTGK, v_BTGK
         if layer == len(self.k_LBSGK) - 1:
-            self.held = held
-        return (part_RBTHW[..., :-1] * weight_RBTH1).sum(0).to(q_BTHK.dtype)
+            self.lengths = lengths
+        return (parts[..., :-1] * weights).sum(0).to(q_BTHK.dtype)
 
 
-# 7. Sharded parameters --------------------------------------------------------------------------------------
+# ---- sharded parameters --------------------------------------------------------------------------
 
 
-def shard_parameters(
-    model: nn.Module,
-    units: Iterable[nn.Module],
-    world: World,
-    offload: bool = False,
-    param_dtype: torch.dtype | None = None,
-) -> None:
+def shard_parameters(model: nn.Module, units: Iterable, world: World, offload=False, param_dtype=None) -> None:  # noqa: ANN001
     """Give each rank 1/R of every parameter, in place (FSDP2); a model on meta gets memory, its values unset.
 
-    `units`: modules to gather one at a time, usually the layers. `offload`: keep parameters, gradients and
-    optimizer state in CPU memory (Sec. 3.1). `param_dtype`: what to compute in; shards keep their dtype, and
-    gradients are summed in fp32. One process that asks for neither keeps a plain model.
+    `units`: modules to gather one at a time, usually the layers. `offload`: keep parameters, gradients and optimizer
+    state in CPU memory (Sec. 3.1). `param_dtype`, a torch.dtype or None: what to compute in; shards keep their dtype,
+    and gradients are summed in fp32. One process that asks for neither keeps a plain model.
     """
     assert not any(b.is_meta for b in model.buffers()), "no one fills buffers: compute them instead"
     home = torch.device("cpu") if offload else world.device
@@ -680,7 +672,7 @@ def shard_parameters(
 
 @contextmanager
 def no_grad_reshard(model: nn.Module) -> Iterator[None]:
-    """Ask a model that is being trained, without gradients; what was gathered for it is put away afterwards."""
+    """Evaluate a model that is being trained: no gradients, and its gathered parameters are freed afterwards."""
     with torch.no_grad():
         yield
     if isinstance(model, FSDPModule):  # its root waits, gathered, for a backward that does not come
@@ -712,12 +704,8 @@ def gather_parameters(model: nn.Module, world: World) -> Iterator[tuple[str, Ten
 
     The other ranks give their rows here and get an empty stream; rank 0 must run through all of its own.
     """
-
-    def gathered() -> Iterator[tuple[str, Tensor]]:
-        for name, p in model.named_parameters():
-            yield name, (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).cpu()
-
-    stream = gathered()
+    parameters = ((name, p.detach()) for name, p in model.named_parameters())
+    stream = ((name, (p.full_tensor() if isinstance(p, DTensor) else p).cpu()) for name, p in parameters)
     for _ in stream if world.rank > 0 else ():
         pass
     return stream
@@ -738,7 +726,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return norm
 
 
-# 8. Saved state ---------------------------------------------------------------------------------------------
+# ---- saved state ---------------------------------------------------------------------------------
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, world: World) -> None:

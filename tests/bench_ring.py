@@ -133,7 +133,7 @@ def measure_errors(world: ring.World, out: Path, S: int) -> None:
     table = {}
     for dtype in BOUNDS:
         whole, idx_T = some_qkv(S, dtype), ring.zigzag_index(S, world)
-        got = [ring.unshard(x, world) for x in ours(world)(*(x[:, idx_T] for x in whole))]
+        got = [ranks.unshard(x, world) for x in ours(world)(*(x[:, idx_T] for x in whole))]
         if world.rank == 0:
             want = with_gradients(written_out, *(x.double() for x in whole))
             alone = with_gradients(sdpa, *whole) if world.ranks == 1 else []

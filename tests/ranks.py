@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -35,3 +36,10 @@ def run(ranks: int, checks: list[Callable], *args) -> None:
     multiprocessing.set_forkserver_preload(["torch._dynamo", "ring", "longva"])
     how = {"nprocs": ranks, "start_method": "forkserver"}
     torch.multiprocessing.start_processes(one_rank, (ranks, port, checks, args), **how)
+
+
+def unshard(local: torch.Tensor, world: ring.World, dim: int = 1) -> torch.Tensor:
+    """Put zigzag shards back in order along `dim`, whole on every rank, no gradient. All ranks call it."""
+    S = local.shape[dim] * world.ranks
+    held_S = torch.cat([ring.zigzag_index(S, replace(world, rank=r)) for r in range(world.ranks)])
+    return torch.cat(ring.all_gather(local, world), dim).index_select(dim, held_S.argsort().to(local.device))

@@ -83,7 +83,7 @@ def check_attention(world, out):
                 idx_T = ring.zigzag_index(shape[0], world)
                 local = (x[:, idx_T] for x in (q, k, v, do))
                 mine = with_gradients(partial(ring.zigzag_attend(world, kernel), 0), *local)
-                whole = [ring.unshard(x, world) for x in mine]
+                whole = [ranks.unshard(x, world) for x in mine]
                 assert whole[0].dtype == dtype
                 want = oracle(q, k, v, do)
                 error = worst(whole, want)
@@ -109,7 +109,7 @@ def check_documents(world, out):
                 local = (x[:, idx_T] for x in (q, k, v, do))
                 mine = with_gradients(partial(ring.zigzag_attend(world, kernel, starts), 0), *local)
                 want = with_gradients(partial(dense, starts=starts), *(x.double() for x in (q, k, v, do)))
-                assert worst([ring.unshard(x, world) for x in mine], want) <= bound, (dtype, kernel, starts)
+                assert worst([ranks.unshard(x, world) for x in mine], want) <= bound, (dtype, kernel, starts)
 
 
 def check_documents_cost_what_they_see(world, out):
@@ -154,7 +154,7 @@ def check_bf16(world, out):
     want = oracle(q, k, v, do)
     idx_T = ring.zigzag_index(48, world)
     local = (x[:, idx_T] for x in (q, k, v, do))
-    ours = [ring.unshard(x, world) for x in with_gradients(partial(ring.zigzag_attend(world, "math"), 0), *local)]
+    ours = [ranks.unshard(x, world) for x in with_gradients(partial(ring.zigzag_attend(world, "math"), 0), *local)]
     alone = with_gradients(partial(ring.zigzag_attend(ALONE, "math"), 0), q, k, v, do)
     # Each block leaves its kernel rounded, hence more than 1; rounding the sums too gives o and dq over 1.44 at R > 2.
     for got, one, exact, bound in zip(ours, alone, want, (1.4, 1.4, 1.6, 1.6)):
@@ -190,7 +190,7 @@ def check_index(world, out):
     x_BSD = noise(2, S, 5)
     for dim in (0, 1):
         whole = x_BSD.transpose(0, 1) if dim == 0 else x_BSD
-        assert torch.equal(ring.unshard(whole.index_select(dim, idx_T), world, dim), whole)
+        assert torch.equal(ranks.unshard(whole.index_select(dim, idx_T), world, dim), whole)
     with pytest.raises(ValueError, match=f"next length that can is {S} tokens"):
         ring.zigzag_index(S - 1, world)
     with pytest.raises(ValueError, match=f"next length that can is {chunks} tokens"):
@@ -341,9 +341,9 @@ def recite(cache, world, x, chunk):
         size = here.stop - here.start
         for layer, qkv in enumerate(x):
             o = cache.attend(layer, *(y[:, here][:, idx] for y in qkv))
-            if cache.dealt:
+            if cache.sharded:
                 assert len(idx) == size // world.ranks and size <= max(chunk, 2 * world.ranks)
-                o = ring.unshard(o, world)
+                o = ranks.unshard(o, world)
             else:
                 shared.append(o)
             answers.append((here, layer, o))
@@ -377,13 +377,13 @@ def check_cache(world, out):
 
 def check_full_cache(world, out):
     """However it is filled, no rank runs out of room before the whole is full; then a sentence says so."""
-    S = 3 * ring.SHARED
+    S = 3 * ring.REPLICATED
     cache = ring.ShardedCache(world, 1, 1, S, 1, 2, torch.empty(0))
-    for T in [ring.SHARED, 2 * world.ranks + 1, ring.SHARED, 1]:
-        recite(cache, world, [[noise(1, T, 1, 2).float()] * 3], 8 if T < ring.SHARED else S)
+    for T in [ring.REPLICATED, 2 * world.ranks + 1, ring.REPLICATED, 1]:
+        recite(cache, world, [[noise(1, T, 1, 2).float()] * 3], 8 if T < ring.REPLICATED else S)
     while left := S - cache.length:
         recite(cache, world, [[noise(1, min(left, 20), 1, 2).float()] * 3], S)
-    assert cache.length == S and max(cache.held) <= cache.k_LBSGK.shape[2]
+    assert cache.length == S and max(cache.lengths) <= cache.k_LBSGK.shape[2]
     with pytest.raises(AssertionError, match=f"a cache for {S} tokens cannot hold {S + 1}"):
         next(cache.pieces(1, 8))
 
@@ -460,7 +460,7 @@ def test_one_process(tmp_path):
         ring.stop()
     assert not dist.is_initialized()
     x = noise(1, 7, 2)
-    assert ring.zigzag_index(7, ALONE).tolist() == list(range(7)) and torch.equal(ring.unshard(x, ALONE), x)
+    assert ring.zigzag_index(7, ALONE).tolist() == list(range(7)) and torch.equal(ranks.unshard(x, ALONE), x)
     assert ring.global_mean(torch.tensor(6.0), torch.tensor(3), ALONE) == 2
     with pytest.raises(ValueError, match="no target"):
         ring.global_mean(torch.tensor(0.0), torch.tensor(0), ALONE)
