@@ -289,8 +289,7 @@ def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStart
     return attend
 
 
-# The paper's Sec. 3.1 ends here. What follows makes it run: on many machines, fast, and restartable.
-
+# The paper's Sec. 3.1 ends here. What follows makes it run on many machines, fast, and restartable.
 # ---- processes -----------------------------------------------------------------------------------
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too, for tensors offloaded to the CPU
