@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import longva
 import unires
+from assets import make_film
 from clip import ClipConfig
 from data import chat, flags, tokenizer, video, weights
 from longva import KVCache, LMConfig, LongVA, LongVAConfig, nll, rope
@@ -798,6 +799,20 @@ def test_asks_about_a_film(folder, capsys, film):
     pixels = unires.frames([picture for _, picture in video.frames(folder / film, count=3)], 28, "crop")
     want = expected(folder, "how many?", lambda model: slowly(model, pixels, Layout(1, 3)), [12])
     assert capsys.readouterr().out == want
+
+
+@pytest.mark.parametrize("number, frames", [(4, 32), (4, 100), (7, 32)])
+def test_the_shipped_model_answers_about_the_shipped_film(tmp_path, capsys, number, frames):
+    """The film of assets/ as it is shipped; the same film with another digit, made again."""
+    pytest.importorskip("av")
+    path = make_film.FILM
+    if number != 4:
+        path = tmp_path / "film.mp4"
+        make_film.main(path, number)
+        capsys.readouterr()
+    assert path.stat().st_size < 120_000
+    longva.main(longva.Config("Which number is on the house?", video=path, frames=frames, device="cpu"))
+    assert capsys.readouterr().out == f"{number}\n"
 
 
 def turns(folder, questions, frames=3):
