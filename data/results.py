@@ -1,41 +1,42 @@
-"""Tables and heatmaps of the needle tests, for a terminal, a page and a paper.
+"""Results of the needle tests: hit rates with intervals, tables, heatmaps and the files that hold them.
 
-What      `table` and `blocks` as text, `heatmap` and `comparison` as pictures, all of the same cells.
+What      Each probe is one line of cells-RANK.jsonl; results.json holds settings, provenance and all cells.
+          `table` and `ascii_heatmap` print hit rates; `draw_heatmaps` and `draw_comparison` draw them.
 Paper     Fig. 4 and Fig. 7: length across, depth down, red to green; a dotted line where training ended.
 Run       imported by vniah.py
-Deviates  The colours are cividis, which the colour-blind read as everyone does; --colours paper gives the paper's.
+Dimensions  none
+Differs   Intervals are Wilson's at 95 %; the paper gives none. The colours are cividis, which the colour-blind can
+          read too; --colours paper gives the paper's.
 """
 
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data import runs
+
 SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
 COLOURS = {"safe": "cividis", "paper": "RdYlGn"}
+CELLS = "cells-{}.jsonl"  # of each rank: one line a probe
 
-Grid = dict[tuple[int, float], list[bool]]  # (length, depth) -> was each needle found?
+# (system, length, depth) -> needle -> its probe: hit, generated_correct, generated_text, tokens, kind
+Results = dict[tuple[str, int, float], dict[str, dict]]
 
 
-@dataclass(frozen=True)
-class Map:
-    """What a model found: a name, its cells, and the length it was trained at, in the unit of lengths."""
+# ---- scores --------------------------------------------------------------------------------------
 
-    name: str
-    grid: Grid
-    trained: float
 
-    def rate(self, length: int | None = None, depth: float | None = None) -> tuple[int, int]:
-        """(hits, trials) over the cells that match."""
-        cells = [hits for (n, d), hits in self.grid.items() if length in (None, n) and depth in (None, d)]
-        return sum(map(sum, cells)), sum(map(len, cells))
-
-    def array(self, lengths: Sequence[int], depths: Sequence[float]) -> np.ndarray:
-        """Hit rates, one row per depth; nan where nothing is known."""
-        known = [[self.grid.get((n, d)) for n in lengths] for d in depths]
-        return np.array([[np.mean(hits) if hits else np.nan for hits in row] for row in known])
+def answer_in_text(text: str, answer: str) -> bool:
+    """Return whether a text gives the answer, as whole words anywhere; an option's letter must come first."""
+    text, answer = text.strip().lower(), answer.strip().lower()
+    if re.fullmatch("[a-e]", answer):
+        return bool(re.match(rf"\(?{answer}(?![\w' ])", text))  # "a dog" is not option A
+    return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
 
 def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -47,11 +48,90 @@ def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:
-    """Hit rates per length, and over all with Wilson's 95 % interval."""
-    width = max(len(one.name) for one in maps)
+@dataclass(frozen=True)
+class Heatmap:
+    """The hits of one system: its name, its cells, and the length it was trained at, in the unit of lengths."""
+
+    name: str
+    grid: dict[tuple[int, float], list[bool]]  # (length, depth) -> was each needle found?
+    trained_length: float
+
+    def rate(self, length: int | None = None, depth: float | None = None) -> tuple[int, int]:
+        """Return (hits, trials) over the cells that match."""
+        cells = [hits for (n, d), hits in self.grid.items() if length in (None, n) and depth in (None, d)]
+        return sum(map(sum, cells)), sum(map(len, cells))
+
+    def array(self, lengths: Sequence[int], depths: Sequence[float]) -> np.ndarray:
+        """Return hit rates, one row per depth; nan where there are no probes."""
+        cells = [[self.grid.get((n, d)) for n in lengths] for d in depths]
+        return np.array([[np.mean(hits) if hits else np.nan for hits in row] for row in cells])
+
+
+def heatmap_of(results: Results, system: str, trained_length: float, key: str = "hit") -> Heatmap:
+    """Return the heatmap of one system; `key` "generated_correct" scores by the generated text instead."""
+    grid = {}
+    for (name, length, depth), probes in results.items():
+        if name == system:
+            grid[length, depth] = [probe[key] for probe in probes.values() if probe[key] is not None]
+    return Heatmap(system, grid, trained_length)
+
+
+def hit_rate(results: Results, system: str) -> float | None:
+    """Return the hit rate over all probes of one system; None where there are none."""
+    hits, trials = heatmap_of(results, system, 0).rate()
+    return hits / trials if trials else None
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def append_probes(folder: Path, rank: int, lines: Iterable[dict]) -> None:
+    """Append finished probes to this rank's file at once, so that a killed run loses none of them."""
+    with open(folder / CELLS.format(rank), "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def cell_files(folder: Path) -> list[Path]:
+    """Return the files of finished probes in a run's folder, one of each rank."""
+    return sorted(folder.glob(CELLS.format("*")))
+
+
+def read_results(folder: Path) -> Results:
+    """Return every finished probe of a run, whichever rank found it."""
+    results: Results = {}
+    for file in cell_files(folder):
+        for _, line in runs.entries(file):
+            results.setdefault((line["panel"], line["length"], line["depth"]), {})[line["needle"]] = line
+    return results
+
+
+def write_results(folder: Path, settings: dict, provenance: dict, results: Results, redraw: bool) -> None:
+    """Write results.json: settings, versions, prompts and hashes, every probe, and each cell's Wilson interval.
+
+    `redraw`: no probe was run; what an earlier run wrote of itself stays.
+    """
+    file = folder / "results.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    cells = []
+    for (system, length, depth), probes in sorted(results.items()):
+        hits = [bool(probe["hit"]) for probe in probes.values()]
+        low, high = wilson(sum(hits), len(hits))
+        cell = {"panel": system, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
+        cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": probes})
+    record = {"settings": settings, "versions": runs.versions(), "panels": before.get("panels", {}) | provenance}
+    record = ((redraw and before) or record) | {"cells": cells}
+    runs.replace_text(file, json.dumps(record, indent=1, default=str) + "\n")
+    print(f"results: {file}   pictures: {folder / 'heatmap.png'}, {folder / 'comparison.png'}")
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def table(heatmaps: Sequence[Heatmap], lengths: Sequence[int], unit: str) -> str:
+    """Return hit rates per length, and over all with Wilson's 95 % interval."""
+    width = max(len(one.name) for one in heatmaps)
     lines = [f"{unit:>{width}} " + "".join(f"{length:>7}" for length in lengths) + "    mean  95 % interval"]
-    for one in maps:
+    for one in heatmaps:
         rates = [one.rate(length) for length in lengths]
         row = "".join(f"{hits / count:7.2f}" if count else " " * 7 for hits, count in rates)
         hits, count = one.rate()
@@ -61,114 +141,130 @@ def table(maps: Sequence[Map], lengths: Sequence[int], unit: str) -> str:
     return "\n".join(lines)
 
 
-def by_kind(known: dict, panels: Sequence[str]) -> str:
-    """Hit rates of each kind of needle, if they have kinds; `known`: (panel, length, depth) -> needle -> probe."""
-    found: dict[tuple[str, str], list[bool]] = {}
-    for (panel, *_), probes in known.items():
+def table_by_kind(results: Results, systems: Sequence[str]) -> str:
+    """Return hit rates of each kind of needle; an empty text where needles have no kinds."""
+    hits_of: dict[tuple[str, str], list[bool]] = {}
+    for (system, *_), probes in results.items():
         for probe in probes.values():
-            if panel in panels and probe.get("kind"):
-                found.setdefault((panel, probe["kind"]), []).append(probe["hit"])
-    width, lines = max(map(len, panels)), []
-    for panel in panels:
-        rates = [(kind, np.mean(hits), len(hits)) for (name, kind), hits in sorted(found.items()) if name == panel]
+            if system in systems and probe.get("kind"):
+                hits_of.setdefault((system, probe["kind"]), []).append(probe["hit"])
+    width, lines = max(map(len, systems)), []
+    for system in systems:
+        rates = [(kind, np.mean(hits), len(hits)) for (name, kind), hits in sorted(hits_of.items()) if name == system]
         if rates:
-            told = "   ".join(f"{kind} {rate:.2f} (n={count})" for kind, rate, count in rates)
-            lines.append(f"{panel:>{width}}   {told}")
+            row = "   ".join(f"{kind} {rate:.2f} (n={count})" for kind, rate, count in rates)
+            lines.append(f"{system:>{width}}   {row}")
     return "\n".join(lines)
 
 
-def blocks(one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str) -> str:
-    """A heatmap for a terminal: the darker, the more were found; | where training ended."""
-    ends, rows = sum(length <= one.trained for length in lengths), []
-    for depth, row in zip(depths, one.array(lengths, depths)):
+def ascii_heatmap(heatmap: Heatmap, lengths: Sequence[int], depths: Sequence[float], unit: str) -> str:
+    """Return a heatmap for a terminal: the darker, the more were found; | where training ended."""
+    inside, rows = sum(length <= heatmap.trained_length for length in lengths), []
+    for depth, row in zip(depths, heatmap.array(lengths, depths)):
         shades = ["  ?" if np.isnan(x) else SHADES[round(x * (len(SHADES) - 1))] * 3 for x in row]
-        rows.append(f"{100 * depth:3.0f}% {''.join(shades[:ends])}|{''.join(shades[ends:])}")
-    return "\n".join([f"{one.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows])
+        rows.append(f"{100 * depth:3.0f}% {''.join(shades[:inside])}|{''.join(shades[inside:])}")
+    return "\n".join([f"{heatmap.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows])
 
 
-def short(count: int) -> str:
-    """A number of frames or tokens for an axis: 224K for 224,000."""
+def report(
+    results: Results, systems: dict[str, float], controls: dict[str, float], lengths: Sequence[int], unit: str
+) -> None:
+    """Print the tables of a run; systems and controls: name -> the length it was trained at."""
+    rows = [heatmap_of(results, name, trained) for name, trained in (systems | controls).items()]
+    print(table(rows, lengths, unit))
+    generated = [heatmap_of(results, name, trained, "generated_correct") for name, trained in systems.items()]
+    if generated := [one for one in generated if one.rate()[1]]:
+        print("\nscored by the generated text:\n" + table(generated, lengths, unit))
+    if kinds := table_by_kind(results, [*systems, *controls]):
+        print("\nby kind of needle:\n" + kinds)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def axis_label(count: int) -> str:
+    """Return a number of frames or tokens for an axis: 224K for 224,000."""
     return f"{count / 1000:.3g}K" if count >= 10_000 else str(count)
 
 
-def draw(ax, one: Map, lengths: Sequence[int], depths: Sequence[float], unit: str, per_unit: int, colours: str):  # noqa: ANN001, ANN201
+def draw_heatmap(ax, heatmap, lengths, depths, unit, tokens_per_unit, colours):  # noqa: ANN001, ANN201
     """One heatmap, as in the paper's Figure 4; the upper axis counts tokens where the lower one counts frames."""
-    grid = one.array(lengths, depths)
+    grid = heatmap.array(lengths, depths)
     picture = ax.imshow(grid, vmin=0, vmax=1, cmap=COLOURS[colours], aspect="auto")
-    ax.set_facecolor("0.88")  # cells of which nothing is known
-    size, turned = (7, 0) if len(lengths) <= 8 else (6, 60)
+    ax.set_facecolor("0.88")  # cells without probes
+    size, rotation = (7, 0) if len(lengths) <= 8 else (6, 60)
     for y, x in np.ndindex(*grid.shape):
         if not np.isnan(value := grid[y, x]):
             bright = np.dot(picture.cmap(value)[:3], (0.299, 0.587, 0.114)) > 0.45
             ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=size, color="k" if bright else "w")
-    ax.set_xticks(range(len(lengths)), map(short, lengths), rotation=turned, fontsize=8)
+    ax.set_xticks(range(len(lengths)), map(axis_label, lengths), rotation=rotation, fontsize=8)
     ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths], fontsize=8)
     mean = np.nanmean(grid) if not np.isnan(grid).all() else float("nan")
     ax.set(xlabel=unit, ylabel="depth")
-    ax.set_title(f"{one.name}: {mean:.2f}", fontsize=10)
-    if per_unit > 1:
+    ax.set_title(f"{heatmap.name}: {mean:.2f}", fontsize=10)
+    if tokens_per_unit > 1:
         above = ax.secondary_xaxis("top")
-        tokens = [short(n * per_unit) for n in lengths]
-        above.set_xticks(range(len(lengths)), tokens, rotation=turned, fontsize=6)
+        tokens = [axis_label(n * tokens_per_unit) for n in lengths]
+        above.set_xticks(range(len(lengths)), tokens, rotation=rotation, fontsize=6)
         above.set_xlabel("tokens", fontsize=7)
-    inside = sum(length <= one.trained for length in lengths)  # cells left of the line lie within what was trained
-    for ink, style, width in (("w", "-", 3), ("k", ":", 1.8)):  # seen on light and dark
-        ax.axvline(inside - 0.5, color=ink, linestyle=style, linewidth=width, clip_on=False)
+    inside = sum(length <= heatmap.trained_length for length in lengths)  # cells left of the line
+    for colour, style, width in (("w", "-", 3), ("k", ":", 1.8)):  # visible on light and dark cells
+        ax.axvline(inside - 0.5, color=colour, linestyle=style, linewidth=width, clip_on=False)
     return picture
 
 
-def heatmap(
+def draw_heatmaps(
     file: Path,
-    maps: Sequence[Map],
+    heatmaps: Sequence[Heatmap],
     lengths: Sequence[int],
     depths: Sequence[float],
     unit: str,
-    per_unit: int = 1,
+    tokens_per_unit: int = 1,
     colours: str = "safe",
 ) -> None:
-    """Draw `maps` side by side into a file; dotted: training ended here."""
+    """Draw `heatmaps` side by side into a file; dotted: training ended here."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     narrow = len(lengths) <= 8
-    cols = (1 if len(maps) < 4 else 2) if not narrow else 2 if len(maps) == 4 else min(3, len(maps))
-    rows = -(-len(maps) // cols)
+    cols = (1 if len(heatmaps) < 4 else 2) if not narrow else 2 if len(heatmaps) == 4 else min(3, len(heatmaps))
+    rows = -(-len(heatmaps) // cols)
     wide, high = (4.6, 2.5) if narrow else (7.0, 3.2)
-    size = (wide * cols + 0.6, (high + 0.35 * (per_unit > 1)) * rows + 0.3)
+    size = (wide * cols + 0.6, (high + 0.35 * (tokens_per_unit > 1)) * rows + 0.3)
     figure, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
-    for ax in axes.flat[len(maps) :]:
+    for ax in axes.flat[len(heatmaps) :]:
         ax.axis("off")
-    for ax, one in zip(axes.flat, maps):
-        picture = draw(ax, one, lengths, depths, unit, per_unit, colours)
+    for ax, one in zip(axes.flat, heatmaps):
+        picture = draw_heatmap(ax, one, lengths, depths, unit, tokens_per_unit, colours)
     figure.colorbar(picture, ax=axes, label="found", shrink=0.8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def comparison(file: Path, maps: Sequence[Map], lengths: Sequence[int], unit: str) -> None:
-    """Draw the hit rate of each map over the length, with Wilson's 95 % interval as a band."""
+def draw_comparison(file: Path, heatmaps: Sequence[Heatmap], lengths: Sequence[int], unit: str) -> None:
+    """Draw the hit rate of each system over the length, with Wilson's 95 % interval as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    inks = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
-    for i, one in enumerate(maps):
-        known = [(n, *one.rate(n)) for n in lengths if one.rate(n)[1]]
-        if not known:
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+    for i, one in enumerate(heatmaps):
+        counts = {length: one.rate(length) for length in lengths if one.rate(length)[1]}
+        if not counts:
             continue
-        at, rates = [n for n, *_ in known], [hits / count for _, hits, count in known]
-        low, high = zip(*(wilson(hits, count) for _, hits, count in known))
-        ink, dash = inks[i % len(inks)], ("-", "--", "-.", ":")[i // 2 % 4]
-        ax.plot(at, rates, dash, color=ink, marker="os^Dv<>"[i % 7], markersize=4, label=one.name)
-        ax.fill_between(at, low, high, color=ink, alpha=0.15, linewidth=0)
-    for trained in {one.trained for one in maps if one.trained <= lengths[-1]}:
-        ax.axvline(trained, color="0.5", linestyle=":", linewidth=1)
+        rates = [hits / trials for hits, trials in counts.values()]
+        low, high = zip(*(wilson(hits, trials) for hits, trials in counts.values()))
+        colour, dash = colours[i % len(colours)], ("-", "--", "-.", ":")[i // 2 % 4]
+        ax.plot([*counts], rates, dash, color=colour, marker="os^Dv<>"[i % 7], markersize=4, label=one.name)
+        ax.fill_between([*counts], low, high, color=colour, alpha=0.15, linewidth=0)
+    for trained_length in {one.trained_length for one in heatmaps if one.trained_length <= lengths[-1]}:
+        ax.axvline(trained_length, color="0.5", linestyle=":", linewidth=1)
     ax.set(xlabel=unit, ylabel="found", ylim=(-0.03, 1.03), xscale="log" if lengths[-1] > 20 * lengths[0] else "linear")
-    ax.set_xticks(lengths, map(short, lengths), fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
+    ax.set_xticks(lengths, map(axis_label, lengths), fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
     ax.minorticks_off()
     figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=130)

@@ -7,8 +7,8 @@ What      Two tables. Work: tokens that pass through the layers and pairs of a q
 Paper     Sec. 4: 450 forward passes of up to 432,000 tokens each.
 Run       python tests/bench.py needles            about 2 minutes on an idle core
           python tests/bench.py needles --quick    toy sizes: only shows that both engines still run and agree
-Key       that of vniah.py
-Deviates  --engine ring on one process is a pass over the whole probe with plain causal attention: no ring is timed.
+Dimensions  those of vniah.py
+Differs   --engine ring on one process is a pass over the whole probe with plain causal attention: no ring is timed.
 """
 
 import sys
@@ -41,26 +41,29 @@ def work(reads: Iterable[Read]) -> tuple[int, int]:
     return sum(B * T for B, T, _ in reads), sum(B * (T * known + T * (T + 1) // 2) for B, T, known in reads)
 
 
-def outline(cfg: vniah.Config, pre: int, M: int, asks: Iterable[int], answers: Iterable[int]) -> vniah.Film:
+def outline(cfg: vniah.Config, pre: int, M: int, asks: Iterable[int], answers: Iterable[int]) -> vniah.VisualNIAH:
     """A Film without a model: enough to make jobs of."""
-    film = vniah.Film.__new__(vniah.Film)
-    film.cfg, film.pre_1TD = cfg, torch.empty(1, pre, 0)
-    film.film_NMD, film.sign_NMD = torch.empty(0, M, 0), torch.empty(0, M, 0)
-    film.asks, film.answers = [[0] * n for n in asks], [[0] * n for n in answers]
-    film.asked = list(range(len(film.asks)))
+    film = vniah.VisualNIAH.__new__(vniah.VisualNIAH)
+    film.cfg, film.prefix_1TD = cfg, torch.empty(1, pre, 0)
+    film.haystack_NMD, film.distractor_NMD = torch.empty(0, M, 0), torch.empty(0, M, 0)
+    film.question_ids, film.answer_ids = [[0] * n for n in asks], [[0] * n for n in answers]
     return film
 
 
-def cache_reads(film: vniah.Film, cells: list[tuple[int, float]]) -> Iterable[Read]:
-    """What --engine cache reads in one process, with --speak 0 and without distractors."""
-    pre, M, known = film.pre_1TD.shape[1], film.film_NMD.shape[1], 0
+def cache_reads(film: vniah.VisualNIAH, cells: list[tuple[int, float]]) -> Iterable[Read]:
+    """What --engine cache reads in one process, with --max-new-tokens 0 and without distractors."""
+    pre, M, known = film.prefix_1TD.shape[1], film.haystack_NMD.shape[1], 0
     yield 1, pre, 0
-    for job in film.jobs(cells):
-        if job.at > known:
-            yield 1, (job.at - known) * M, pre + known * M
-            known = job.at
-        B, ask, answer = len(job.needles), len(film.asks[job.needles[0]]), len(film.answers[job.needles[0]])
-        here = pre + job.at * M
+    for job in film.groups(cells):
+        if job.insert_at > known:
+            yield 1, (job.insert_at - known) * M, pre + known * M
+            known = job.insert_at
+        B, ask, answer = (
+            len(job.needle_ids),
+            len(film.question_ids[job.needle_ids[0]]),
+            len(film.answer_ids[job.needle_ids[0]]),
+        )
+        here = pre + job.insert_at * M
         yield B, M, here
         here += M
         for length, _ in job.cells:
@@ -72,12 +75,12 @@ def cache_reads(film: vniah.Film, cells: list[tuple[int, float]]) -> Iterable[Re
             yield B, answer, here + ask - 1
 
 
-def single_reads(film: vniah.Film, cells: list[tuple[int, float]]) -> Iterable[Read]:
+def single_reads(film: vniah.VisualNIAH, cells: list[tuple[int, float]]) -> Iterable[Read]:
     """One pass for each probe: prompt, needle and haystack, question, and the answer but for its last token."""
-    pre, M = film.pre_1TD.shape[1], film.film_NMD.shape[1]
+    pre, M = film.prefix_1TD.shape[1], film.haystack_NMD.shape[1]
     for length, _ in cells:
-        for i in film.asked:
-            yield 1, pre + (length + 1) * M + len(film.asks[i]) + len(film.answers[i]) - 1, 0
+        for i in range(len(film.question_ids)):
+            yield 1, pre + (length + 1) * M + len(film.question_ids[i]) + len(film.answer_ids[i]) - 1, 0
 
 
 def paper_work() -> dict[str, tuple[int, int]]:
@@ -101,11 +104,11 @@ def say_work(table: dict[str, tuple[int, int]]) -> bool:
     return min(ratios) >= WANTED
 
 
-def answers_of(film: vniah.Film, engine: str, cells: list[tuple[int, float]]) -> tuple[dict, float]:
+def answers_of(film: vniah.VisualNIAH, engine: str, cells: list[tuple[int, float]]) -> tuple[dict, float]:
     """({probe: hit}, CPU seconds) of all probes by one engine; encoding the film is not counted."""
     film.cfg = replace(film.cfg, engine=engine)
-    film.enter(film.panel)
-    jobs, begun = film.jobs(cells), time.process_time()
+    film.reset(film.system)
+    jobs, begun = film.groups(cells), time.process_time()
     lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
     spent = time.process_time() - begun
     return {(line["length"], line["depth"], line["needle"]): line["hit"] for line in lines}, spent
@@ -116,9 +119,9 @@ def time_engines(lengths: tuple[int, ...], rounds: int) -> tuple[dict[str, float
     folder, world = runs.TINY / "longva", ring.World(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as out:
         grid = {"frames": lengths, "depths": vniah.PAPER_DEPTHS["vision"], "needle_count": 5, "distractors": 0}
-        cfg = vniah.resolve(vniah.Config(protocol="tiny", weights=folder, out=Path(out), speak=0, keep=False, **grid))
+        cfg = vniah.resolve(vniah.Config(protocol="tiny", weights=folder, out=Path(out), max_new_tokens=0, **grid))
         model, words = longva.load(folder), tokenizer.load_tokenizer(folder)
-        film = vniah.Film(cfg, vniah.Panel("longva", folder, None, 0), model, words, world)
+        film = vniah.VisualNIAH(cfg, vniah.System("longva", folder, None, 0), model, words, world)
         cells = [(length, depth) for length in cfg.frames for depth in cfg.depths]
         best, found = {}, {}
         for _ in range(rounds):

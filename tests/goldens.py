@@ -67,7 +67,7 @@ def run(name: str, out: Path) -> dict:
             cell["length"],
             cell["depth"],
             cell["found"],
-            [probe["said"] for probe in cell["probes"].values()],
+            [probe["generated_text"] for probe in cell["probes"].values()],
         ]
         for cell in results["cells"]
     ]

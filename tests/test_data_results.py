@@ -16,19 +16,19 @@ def some(lengths, depths, name="a model", trained=16, gaps=False, seed=0):
         for d in depths:
             if not gaps or rng.random() < 0.7:
                 grid[n, d] = (rng.random(5) > n / lengths[-1] * 0.8).tolist() if not gaps or rng.random() < 0.8 else []
-    return results.Map(name, grid, trained)
+    return results.Heatmap(name, grid, trained)
 
 
 def test_rates():
-    one = results.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    one = results.Heatmap("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
     assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(depth=0.0) == (1, 4) and one.rate(99) == (0, 0)
     want = [[0.5, 0, np.nan], [1, np.nan, np.nan]]
     np.testing.assert_array_equal(one.array((8, 16, 32), (0.0, 1.0)), want)
 
 
 def test_table():
-    one = results.Map("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
-    none = results.Map("nothing known", {}, 8)
+    one = results.Heatmap("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    none = results.Heatmap("nothing known", {}, 8)
     head, row, empty = results.table([one, none], LENGTHS, "frames").splitlines()
     low, high = results.wilson(3, 6)
     assert head.split() == ["frames", "8", "16", "32", "mean", "95", "%", "interval"]
@@ -37,12 +37,12 @@ def test_table():
     assert head.index("mean") + 4 == row.index("0.500") + 4 and len({line.rindex("  ") for line in (row, empty)}) == 1
 
 
-def test_blocks():
+def test_ascii_heatmap():
     grid = {(8, 0.0): [True] * 4, (16, 0.0): [True, False], (32, 0.0): [False], (8, 0.5): [True, False, False, False]}
-    text = results.blocks(results.Map("p", grid, 16), LENGTHS, DEPTHS, "frames").splitlines()
+    text = results.ascii_heatmap(results.Heatmap("p", grid, 16), LENGTHS, DEPTHS, "frames").splitlines()
     assert text[0].startswith("p, frames 8 to 32")
     assert text[1:] == ["  0% ███▒▒▒|   ", " 50% ░░░  ?|  ?", "100%   ?  ?|  ?"]
-    assert "|" in results.blocks(results.Map("p", {}, 999), LENGTHS, DEPTHS, "frames")
+    assert "|" in results.ascii_heatmap(results.Heatmap("p", {}, 999), LENGTHS, DEPTHS, "frames")
 
 
 @pytest.mark.parametrize("colours", ["safe", "paper"])
@@ -52,10 +52,10 @@ def test_blocks():
 ])  # fmt: skip
 def test_pictures(tmp_path, colours, lengths, depths, count, gaps):
     maps = [some(lengths, depths, f"model {i}", seed=i, gaps=gaps) for i in range(count)]
-    maps[-1] = results.Map("nothing known", {}, 10**9) if gaps else maps[-1]
-    results.heatmap(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4, colours)
-    results.heatmap(tmp_path / "plain.png", maps, lengths, depths, "tokens", colours=colours)
-    results.comparison(tmp_path / "comparison.png", maps, lengths, "frames")
+    maps[-1] = results.Heatmap("nothing known", {}, 10**9) if gaps else maps[-1]
+    results.draw_heatmaps(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4, colours)
+    results.draw_heatmaps(tmp_path / "plain.png", maps, lengths, depths, "tokens", colours=colours)
+    results.draw_comparison(tmp_path / "comparison.png", maps, lengths, "frames")
     for name in ("heatmap", "plain", "comparison"):
         picture = Image.open(tmp_path / f"{name}.png")
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
@@ -63,7 +63,9 @@ def test_pictures(tmp_path, colours, lengths, depths, count, gaps):
 
 def test_the_two_palettes_differ(tmp_path):
     for colours in ("safe", "paper"):
-        results.heatmap(tmp_path / f"{colours}.png", [some(LENGTHS, DEPTHS)], LENGTHS, DEPTHS, "frames", 1, colours)
+        results.draw_heatmaps(
+            tmp_path / f"{colours}.png", [some(LENGTHS, DEPTHS)], LENGTHS, DEPTHS, "frames", 1, colours
+        )
     safe, paper = (np.asarray(Image.open(tmp_path / f"{c}.png").convert("RGB"), int) for c in ("safe", "paper"))
     assert safe.shape == paper.shape and np.abs(safe - paper).max() > 100
 
@@ -84,3 +86,15 @@ def test_wilson_is_where_the_score_test_is_z():
     for hits, trials, z in [(3, 20, 1.96), (7, 9, 1.0), (40, 50, 2.58)]:
         for p in results.wilson(hits, trials, z):
             assert abs(hits / trials - p) == pytest.approx(z * (p * (1 - p) / trials) ** 0.5)
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("7", "7", True), (" 7.", "7", True), ("17", "7", False), ("It is 7 there", "7", True), ("72", "7", False),
+    ("Yellow", "yellow", True), ("a yellow balloon.", "Yellow", True), ("yellowish", "yellow", False),
+    ("B", "B", True), ("b", "B", True), ("B.", "B", True), ("(B) the cup", "B", True), ("B. cup", "B", True),
+    ("Bird", "B", False), ("The answer is B", "B", False), ("A dog", "A", False), ("A: a dog", "A", True),
+    ("A's", "A", False), ("", "7", False), ("200 mg", "200", True), ("a+b", "a+b", True), ("aab", "a+b", False),
+    ("the number is 2965478.", "2965478", True), ("29654780", "2965478", False), ("E", "E", True), ("e\n", "E", True),
+])  # fmt: skip
+def test_answer_in_text(text, answer, right):
+    assert results.answer_in_text(text, answer) == right

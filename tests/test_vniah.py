@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,21 +46,28 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def cfg(tmp_path, folders):
-    grid = {"frames": (3, 6), "depths": (0.0, 0.5, 1.0), "needle_count": 5, "distractors": 0, "speak": 2, "digits": 2}
+    grid = {
+        "frames": (3, 6),
+        "depths": (0.0, 0.5, 1.0),
+        "needle_count": 5,
+        "distractors": 0,
+        "max_new_tokens": 2,
+        "digits": 2,
+    }
     return vniah.resolve(vniah.Config(weights=folders / "sees", out=tmp_path / "out", device="cpu", seed=7, **grid))
 
 
 @pytest.fixture
 def shipped(tmp_path):
     """The shipped model, which finds most needles but not all."""
-    grid = {"frames": (3, 40), "depths": (0.0, 0.5), "needle_count": 3, "distractors": 2, "speak": 4}
-    return vniah.resolve(vniah.Config("vision", "tiny", runs.TINY / "longva", out=tmp_path / "out", **grid))
+    grid = {"frames": (3, 40), "depths": (0.0, 0.5), "needle_count": 3, "distractors": 2, "max_new_tokens": 4}
+    return vniah.resolve(vniah.Config(protocol="tiny", weights=runs.TINY / "longva", out=tmp_path / "out", **grid))
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures take longer than all else."""
-    for name in ("heatmap", "comparison"):
+    for name in ("draw_heatmaps", "draw_comparison"):
         monkeypatch.setattr(result_tables, name, lambda *a: None)
 
 
@@ -105,29 +113,50 @@ def see(model, pictures):
     return x_TD.unflatten(0, (len(pictures), -1))
 
 
-def naive(cfg, panel, model, words):
-    """The slow way: for each probe its own sequence and pass; {probe: (hit, logits, tokens)}."""
-    hidden, signs = vniah.pick_needles(cfg, panel)
+def naive(cfg, system, model, words):
+    """The slow way, the test at the top of vniah.py: {probe: (hit, logits, tokens)}."""
+    hidden, distractors = vniah.pick_needles(cfg, system)
     rng = np.random.default_rng([0x0B7, cfg.seed])
-    asked = [moved(one, rng) for one in hidden] if panel.control == "shuffled" else hidden
-    found, (pre, post) = {}, chat.template_ids(words)
+    asked = [moved(one, rng) for one in hidden] if system.control == "shuffled" else hidden
+    found, start, M = {}, len(chat.template_ids(words)[0]), EYE.tokens_per_grid
     for frames in cfg.frames:
-        film = list(vniah.open_film(cfg, panel, frames))
-        for i, sign in enumerate(signs[:frames]):
-            film[int((i + 0.5) * frames / len(signs[:frames]))] = sign.picture
-        film_NMD, needle_NMD = (see(model, pictures) for pictures in (film, [one.picture for one in hidden]))
+        film = list(vniah.open_haystack(cfg, system, frames))
+        for i, distractor in enumerate(distractors[:frames]):
+            film[int((i + 0.5) * frames / len(distractors[:frames]))] = distractor.picture
         for depth in cfg.depths:
-            for i, needle in enumerate(asked):
-                if needle is None:
-                    continue
-                parts = [film_NMD[: int(depth * frames)], needle_NMD[i : i + 1], film_NMD[int(depth * frames) :]]
-                seen = torch.cat(parts if panel.control != "no needle" else parts[::2]).flatten(0, 1)
-                question = words.encode("\n" + needle.question.removeprefix("\n"))
-                ids, answer = [*pre, *[chat.IMAGE] * len(seen), *question, *post], words.encode(needle.answer)
-                logits = in_one_pass(model, ids, seen, answer)
-                hit = logits.argmax(-1).tolist() == answer
-                found[frames, depth, needle.name] = hit, logits, len(ids)
+            for needle in filter(None, asked):
+                x_1SD, answer = vniah.visual_probe(model, words, film, needle, depth)
+                if system.control == "no needle":
+                    at = start + int(depth * frames) * M
+                    x_1SD = torch.cat([x_1SD[:, :at], x_1SD[:, at + M :]], dim=1)
+                logits = vniah.answer_logits(model, x_1SD, answer)
+                found[frames, depth, needle.name] = logits.argmax(-1).tolist() == answer, logits, x_1SD.shape[1]
     return found
+
+
+def test_the_slow_test_against_a_sequence_written_out(cfg, folders):
+    """The test at the top of vniah.py, put together here from its parts once more, for frames and for text."""
+    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    film, needle = list(islice(synthetic.film(7), 6)), synthetic.draw_needles(7, 1)[0][0]
+    pre, post = chat.template_ids(words)
+    for depth, before in ((0.0, 0), (0.4, 2), (1.0, 6)):
+        seen = see(model, [*film[:before], needle.picture, *film[before:]]).flatten(0, 1)
+        ids = [*pre, *[chat.IMAGE] * len(seen), *words.encode("\n" + needle.question.removeprefix("\n")), *post]
+        want = in_one_pass(model, ids, seen, words.encode(needle.answer))
+        x_1SD, answer = vniah.visual_probe(model, words, film, needle, depth)
+        assert x_1SD.shape[1] == len(ids) and answer == words.encode(needle.answer)
+        torch.testing.assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
+        right = want.argmax(-1).tolist()
+        assert vniah.is_found(model, x_1SD, right[:1]) and not vniah.is_found(model, x_1SD, [right[0] + 1])
+    model, words, text = longva.load(folders / "text", "cpu"), None, "the cup is red. one tree.\n"
+    words = tokenizer.load_tokenizer(folders / "text")
+    x_1SD, answer = vniah.text_probe(model, words, text, 30, 0.0, "42")
+    book = (words.encode(text) * 9)[:30]
+    sentence = words.encode("\nThe special magic Singapore number is: 42.\n")
+    ids = words.encode(niah.PREFIX) + sentence + book + words.encode(niah.QUESTION + "42")
+    assert words.decode(answer).strip() == "42"
+    want = in_one_pass(model, ids[: -len(answer)], None, answer)
+    torch.testing.assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
 
 
 def listen(monkeypatch):
@@ -151,7 +180,7 @@ def probed(test, jobs, heard):
             rows = [row for call in heard for row in call]
             for line, logits in zip(lines, rows, strict=True):
                 probe = line["length"], line["depth"], line["needle"]
-                assert probe not in found and line["spoken"] is None and line["said"] == ""
+                assert probe not in found and line["generated_correct"] is None and line["generated_text"] == ""
                 found[probe] = line["hit"], logits, line["tokens"]
             heard.clear()
     return found
@@ -172,19 +201,19 @@ def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own,
     if own:
         write_needles(tmp_path / "needles")
         cfg = replace(cfg, needles=tmp_path / "needles")
-    cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), speak=0)
+    cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), max_new_tokens=0)
     monkeypatch.setattr(niah, "shuffled_options", moved)
-    panel = vniah.Panel("x", cfg.weights, None, distractors, control)
+    panel = vniah.System("x", cfg.weights, None, distractors, control)
     model, words = longva.load(panel.folder, "cpu"), tokenizer.load_tokenizer(panel.folder)
     slow = naive(cfg, panel, model, words)
-    film, cells = vniah.Film(cfg, panel, model, words, ALONE), [(n, d) for n in cfg.frames for d in cfg.depths]
-    jobs = film.jobs(cells)
-    assert Counter((*cell, i) for job in jobs for cell in job.cells for i in job.needles).most_common(1)[0][1] == 1
-    if engine == "cache" and not len(film.sign_NMD):
+    film, cells = vniah.VisualNIAH(cfg, panel, model, words, ALONE), [(n, d) for n in cfg.frames for d in cfg.depths]
+    jobs = film.groups(cells)
+    assert Counter((*cell, i) for job in jobs for cell in job.cells for i in job.needle_ids).most_common(1)[0][1] == 1
+    if engine == "cache" and not len(film.distractor_NMD):
         assert any(len({length for length, _ in job.cells}) == 3 for job in jobs)  # shared places
     heard = listen(monkeypatch)
     same(probed(film, jobs, heard), slow)
-    film.enter(panel)
+    film.reset(panel)
     same(probed(film, [jobs[i] for i in np.random.default_rng(1).permutation(len(jobs))], heard), slow)
 
 
@@ -192,16 +221,16 @@ def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own,
 @pytest.mark.parametrize("protocol", ["tiny", "paper"])
 def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine, protocol):
     change = {"task": "text", "protocol": protocol, "engine": engine, "weights": folders / "text", "context": (40, 90)}
-    cfg = replace(cfg, **change, number_count=4, speak=0)
-    panel = vniah.Panel("x", cfg.weights, None, 3)
+    cfg = replace(cfg, **change, number_count=4, max_new_tokens=0)
+    panel = vniah.System("x", cfg.weights, None, 3)
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    story, slow = vniah.Story(cfg, panel, model, words, ALONE), {}
+    story, slow = vniah.TextNIAH(cfg, panel, model, words, ALONE), {}
     for context in cfg.context:
         for depth in cfg.depths:
             for i, (ids, answer) in enumerate(story.probes(context, depth)):
-                logits = in_one_pass(model, ids, None, answer)
+                logits = vniah.answer_logits(model, model.embed(torch.tensor([ids])), answer)
                 slow[context, depth, f"number-{i}"] = logits.argmax(-1).tolist() == answer, logits, len(ids)
-    jobs = story.jobs([(n, d) for n in cfg.context for d in cfg.depths])
+    jobs = story.groups([(n, d) for n in cfg.context for d in cfg.depths])
     heard = listen(monkeypatch)
     if engine == "cache":  # probes of one length are read together, so rows come sorted by length
         monkeypatch.setattr(vniah, "group_by_shape", lambda sizes, tokens: [(i,) for i in range(len(sizes))])
@@ -215,19 +244,19 @@ def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine,
 
 
 def test_a_story_reads_together_what_has_one_length(folders, cfg, monkeypatch):
-    cfg = replace(cfg, task="text", weights=folders / "text", context=(60,), number_count=6, speak=3)
+    cfg = replace(cfg, task="text", weights=folders / "text", context=(60,), number_count=6, max_new_tokens=3)
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    story = vniah.Story(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
+    story = vniah.TextNIAH(cfg, vniah.System("x", cfg.weights, None, 0), model, words, ALONE)
     ids, answer = story.probes(60, 0.5)[0]
     other = [ids[:-1] if i % 2 else [*ids, ids[-1]] if i == 4 else ids for i in range(6)]
     uneven = [(row, answer[: 1 + (i == 0)]) for i, row in enumerate(other)]  # equal lengths, unlike answers
     monkeypatch.setattr(story, "probes", lambda *cell: uneven)
-    (lines,) = story.probe(vniah.Job(0, 0, tuple(range(6)), ((60, 0.5),)), [])
+    (lines,) = story.probe(vniah.ProbeGroup(0, 0, tuple(range(6)), ((60, 0.5),)), [])
     assert [line["tokens"] for line in lines] == [len(row) for row in other]
     for line, (row, wanted) in zip(lines, uneven):
         logits = in_one_pass(model, row, None, wanted)
         assert line["hit"] == (logits.argmax(-1).tolist() == wanted)
-        assert line["said"].startswith(words.decode([logits[0].argmax().item()]))
+        assert line["generated_text"].startswith(words.decode([logits[0].argmax().item()]))
 
 
 # ---- the scores ----------------------------------------------------------------------------------
@@ -271,24 +300,12 @@ def test_judge_feeds_the_answer_then_lets_the_model_speak(folders):
     )
 
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("7", "7", True), (" 7.", "7", True), ("17", "7", False), ("It is 7 there", "7", True), ("72", "7", False),
-    ("Yellow", "yellow", True), ("a yellow balloon.", "Yellow", True), ("yellowish", "yellow", False),
-    ("B", "B", True), ("b", "B", True), ("B.", "B", True), ("(B) the cup", "B", True), ("B. cup", "B", True),
-    ("Bird", "B", False), ("The answer is B", "B", False), ("A dog", "A", False), ("A: a dog", "A", True),
-    ("A's", "A", False), ("", "7", False), ("200 mg", "200", True), ("a+b", "a+b", True), ("aab", "a+b", False),
-    ("the number is 2965478.", "2965478", True), ("29654780", "2965478", False), ("E", "E", True), ("e\n", "E", True),
-])  # fmt: skip
-def test_says(text, answer, right):
-    assert vniah.says(text, answer) == right
-
-
 def test_speech_ends_at_the_tokenizer_s_stops(cfg):
     """Folders without generation_config.json have them, too."""
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
     assert not (cfg.weights / "generation_config.json").exists()
-    film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
-    assert film.stops == sorted(words.stop_ids) and film.stops
+    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, None, 0), model, words, ALONE)
+    assert film.stop_ids == sorted(words.stop_ids) and film.stop_ids
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -297,9 +314,9 @@ def test_speech_ends_at_the_tokenizer_s_stops(cfg):
 def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     vniah.main(shipped)
     said = capsys.readouterr().out
-    assert all(word in said for word in ("95 % interval", "heatmap.png", "no needle", "by what the models say"))
+    assert all(word in said for word in ("95 % interval", "heatmap.png", "no needle", "scored by the generated text"))
     found = results(shipped)
-    hidden, _ = vniah.pick_needles(shipped, vniah.Panel("", None, None, 2))
+    hidden, _ = vniah.pick_needles(shipped, vniah.System("", None, None, 2))
     assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
     assert found["settings"]["weights"] == {str(shipped.weights): weights.hash_weights(shipped.weights)}
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
@@ -316,7 +333,7 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
         hits = [probe["hit"] for probe in cell["probes"].values()]
         assert (cell["found"], cell["of"]) == (sum(hits), 3) and set(cell["probes"]) == {n.name for n in hidden}
         assert cell["wilson"] == [round(x, 4) for x in result_tables.wilson(sum(hits), 3)]
-    assert all(probe["hit"] and probe["spoken"] for probe in cells["longva", 3, 0.0].values())
+    assert all(probe["hit"] and probe["generated_correct"] for probe in cells["longva", 3, 0.0].values())
     assert not all(probe["hit"] for probe in cells["longva, no needle", 40, 0.5].values())
     for name in ("heatmap.png", "heatmap-1.png", "comparison.png"):
         assert min(Image.open(shipped.out / name).size) > 200
@@ -324,7 +341,7 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
 
 def counted(monkeypatch, stop_after=None):
     """Lines as they are written; the run is killed in place of the write number `stop_after`."""
-    written, real = [], vniah.Bench.write
+    written, real = [], vniah.Runner.write
 
     def write(self, lines):
         if stop_after is not None and len(written) == stop_after:
@@ -332,14 +349,14 @@ def counted(monkeypatch, stop_after=None):
         written.append(len(lines))
         real(self, lines)
 
-    monkeypatch.setattr(vniah.Bench, "write", write)
+    monkeypatch.setattr(vniah.Runner, "write", write)
     return written
 
 
 @pytest.mark.parametrize("task", ["vision", "text"])
 def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_path, monkeypatch, task):
     write_needles(tmp_path / "needles")  # four sizes: at each place four jobs
-    cfg = replace(cfg, needles=tmp_path / "needles", speak=0)
+    cfg = replace(cfg, needles=tmp_path / "needles", max_new_tokens=0)
     if task == "text":
         change = {"context": (30, 50), "number_count": 3, "distractor_counts": (0, 2)}
         cfg = replace(cfg, task="text", weights=folders / "text", **change)
@@ -411,8 +428,8 @@ def ring_on_ranks(world, folder, cfgs):
         return real(h_BTD, head_VD, targets_BT, *rest)
 
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 2), model, words, world)
-    jobs, longva.count_correct = film.jobs([(n, d) for n in cfg.frames for d in cfg.depths]), hits
+    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, None, 2), model, words, world)
+    jobs, longva.count_correct = film.groups([(n, d) for n in cfg.frames for d in cfg.depths]), hits
     try:
         lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
     finally:
@@ -430,9 +447,9 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
     write_needles(tmp_path / "needles", ("7", "12", "red", "345"))
     base = replace(shipped, device="cpu")
     cfgs = {
-        "logits": replace(cfg, engine="ring", needles=tmp_path / "needles", frames=(3, 4), speak=0),
+        "logits": replace(cfg, engine="ring", needles=tmp_path / "needles", frames=(3, 4), max_new_tokens=0),
         "ring": replace(base, engine="ring", out=tmp_path / "ring"),
-        "cache": replace(base, out=tmp_path / "cache", keep=False),
+        "cache": replace(base, out=tmp_path / "cache"),
         "resumed": replace(base, out=tmp_path / "resumed"),
         "text": replace(base, task="text", weights=runs.TINY / "extended", context=(128, 256), out=tmp_path / "text",
                         number_count=3, distractor_counts=(0, 3)),
@@ -444,7 +461,7 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
     ranks.run(2, [ring_on_ranks, runs_on_ranks], tmp_path, cfgs)
 
     # 1 the ring's logits, put together from both ranks, are those of one pass
-    panel = vniah.Panel("x", cfg.weights, None, 2)
+    panel = vniah.System("x", cfg.weights, None, 2)
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
     slow = naive(cfgs["logits"], panel, model, words)
     (lines, first), (_, second) = (torch.load(tmp_path / f"heard-{rank}.pt") for rank in (0, 1))
@@ -490,7 +507,7 @@ def test_one_process_rings_alone(undrawn, shipped):
     assert want.keys() == rung.keys()
     for cell, found in rung.items():
         assert {name: probe["hit"] for name, probe in found.items()} == {n: p["hit"] for n, p in want[cell].items()}
-        assert all(probe["spoken"] is None for probe in found.values())  # nothing is said by itself
+        assert all(probe["generated_correct"] is None for probe in found.values())  # nothing is said by itself
 
 
 # ---- work ----------------------------------------------------------------------------------------
@@ -499,11 +516,11 @@ def test_one_process_rings_alone(undrawn, shipped):
 def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
     """What bench_needles counts is what the engine reads."""
     write_needles(tmp_path / "needles")
-    cfg = replace(cfg, needles=tmp_path / "needles", frames=(3, 6, 8), depths=(0.0, 0.4, 0.5, 1.0), speak=0)
+    cfg = replace(cfg, needles=tmp_path / "needles", frames=(3, 6, 8), depths=(0.0, 0.4, 0.5, 1.0), max_new_tokens=0)
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    film = vniah.Film(cfg, vniah.Panel("x", cfg.weights, None, 0), model, words, ALONE)
+    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, None, 0), model, words, ALONE)
     cells = [(n, d) for n in cfg.frames for d in cfg.depths]
-    jobs, done, real = film.jobs(cells), [], longva.prefill
+    jobs, done, real = film.groups(cells), [], longva.prefill
 
     def read(model, x_BTD, cache, *rest):
         done.append((*x_BTD.shape[:2], cache.length))
@@ -514,7 +531,9 @@ def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
     assert done == list(bench_needles.cache_reads(film, cells))
     singles = list(bench_needles.single_reads(film, cells))
     assert len(singles) == len(lines)
-    tokens = sum(line["tokens"] for line in lines) + sum(len(film.answers[i]) - 1 for i in film.asked) * len(cells)
+    tokens = sum(line["tokens"] for line in lines) + sum(
+        len(film.answer_ids[i]) - 1 for i in [i for i, ids in enumerate(film.answer_ids) if ids]
+    ) * len(cells)
     assert bench_needles.work(singles)[0] == tokens
 
 
@@ -581,11 +600,11 @@ def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, 
     grid = {"context": (200, 333, 700), "depths": (0.0, 0.3, 0.7, 1.0), "digits": None, "seed": None}
     cfg = replace(cfg, task="text", weights=folders / "text", haystack=str(text), number_count=None, **grid)
     cfg, words = vniah.resolve(cfg), tokenizer.load_tokenizer(cfg.weights)
-    story = vniah.Story(cfg, vniah.Panel("x", cfg.weights, None, distractors), None, words, ALONE)
+    story = vniah.TextNIAH(cfg, vniah.System("x", cfg.weights, None, distractors), None, words, ALONE)
     mine, others, made = released(cfg, words, words.encode(text.read_text()), distractors)
     assert mine == ["2965478", "7624612", "7182423", "9211957", "7727364"]
     assert others == ["7875983", "1540810", "5050145", "4209505", "9134486"][:distractors]
-    assert story.draws[0] == mine + others
+    assert story.release_draws[0] == mine + others
     for i in np.random.default_rng(0).permutation(len(made)):
         cell = list(made)[i]
         probes = story.probes(*cell)
@@ -595,19 +614,19 @@ def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, 
 
 def test_the_full_stops_of_the_release(cfg, folders):
     cfg = replace(cfg, task="text", weights=folders / "text", context=(40,), number_count=2)
-    words, panel = tokenizer.load_tokenizer(cfg.weights), vniah.Panel("x", cfg.weights, None, 0)
-    assert vniah.Story(replace(cfg, legacy_periods=True), panel, None, words, ALONE).stops == {29889, 869}
-    assert vniah.Story(cfg, panel, None, words, ALONE).stops == niah.period_ids(words.encode)
+    words, panel = tokenizer.load_tokenizer(cfg.weights), vniah.System("x", cfg.weights, None, 0)
+    assert vniah.TextNIAH(replace(cfg, legacy_periods=True), panel, None, words, ALONE).period_ids == {29889, 869}
+    assert vniah.TextNIAH(cfg, panel, None, words, ALONE).period_ids == niah.period_ids(words.encode)
 
 
 def test_a_trial_has_other_needles(cfg, folders):
     for protocol in ("paper", "tiny"):
         for task, test in (("text", "Story"), ("vision", "")):
             at = replace(cfg, task=task, protocol=protocol, context=(40,), number_count=4, digits=7)
-            panels = [vniah.Panel("x", folders / "text", None, 0, trial=trial) for trial in (False, True)]
+            panels = [vniah.System("x", folders / "text", None, 0, selection_run=trial) for trial in (False, True)]
             if test:
                 words = tokenizer.load_tokenizer(folders / "text")
-                stories = [vniah.Story(at, panel, None, words, ALONE) for panel in panels]
+                stories = [vniah.TextNIAH(at, panel, None, words, ALONE) for panel in panels]
                 asked = [{words.decode(answer) for _, answer in story.probes(40, 0.5)} for story in stories]
                 assert stories[0].ids != stories[1].ids
             else:
@@ -621,13 +640,13 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
     from tests import test_data_video as films
 
     file = films.film(tmp_path / "film.mp4", [i * 1001 / 30000 for i in range(200)], clock=Fraction(1001, 30000))
-    cfg, panel = replace(cfg, haystack=str(file)), vniah.Panel("x", cfg.weights)
-    shown = [films.number(picture) for picture in vniah.open_film(cfg, panel, 9)]
+    cfg, panel = replace(cfg, haystack=str(file)), vniah.System("x", cfg.weights)
+    shown = [films.number(picture) for picture in vniah.open_haystack(cfg, panel, 9)]
     assert shown == [0, 30, 60, 90, 120, 150, 180]
-    by_time = [films.number(picture) for picture in vniah.open_film(replace(cfg, protocol="tiny"), panel, 9)]
+    by_time = [films.number(picture) for picture in vniah.open_haystack(replace(cfg, protocol="tiny"), panel, 9)]
     assert by_time == [0, 30, 59, 89, 119, 149, 179]
     odd = films.film(tmp_path / "pal.mkv", [i / 25 for i in range(80)], clock=Fraction(1, 1000))
-    shown = [films.number(p) for p in vniah.open_film(replace(cfg, haystack=str(odd)), panel, 9)]
+    shown = [films.number(p) for p in vniah.open_haystack(replace(cfg, haystack=str(odd)), panel, 9)]
     assert shown == [0, 25, 50, 75]
 
 
@@ -642,41 +661,6 @@ def test_nothing_to_draw_gets_one_sentence(cfg, made):
         vniah.main(replace(cfg, plot_only=True))
 
 
-def test_the_encoded_film_is_kept(undrawn, cfg, capsys, monkeypatch):
-    looked, real = [], vniah.encode_frames
-
-    def look(model, pictures):
-        seen = real(model, pictures)
-        looked.append(len(seen[1]))
-        return seen
-
-    monkeypatch.setattr(vniah, "encode_frames", look)
-    vniah.main(cfg)
-    assert looked == [6, 5]  # film, needles
-    want, shown = by_cell(results(cfg)["cells"]), results(cfg)["panels"]
-    (kept,) = (cfg.out / "seen").iterdir()
-    for damage, wanted in ((None, [5]), (100, [6, 5]), (0, [6, 5])):
-        if damage is not None:
-            kept.write_bytes(kept.read_bytes()[:damage])
-        (cfg.out / "cells-0.jsonl").unlink()
-        looked.clear()
-        vniah.main(cfg)
-        assert looked == wanted and by_cell(results(cfg)["cells"]) == want and results(cfg)["panels"] == shown
-        assert ("cannot be read" in capsys.readouterr().err) == (damage is not None)
-    assert [file.name for file in (cfg.out / "seen").iterdir()] == [kept.name]
-    free = replace(cfg, keep=False, out=cfg.out.with_name("free"))
-    vniah.main(free)
-    assert by_cell(results(free)["cells"]) == want and not (free.out / "seen").exists()
-
-
-def test_another_film_or_model_is_looked_at_anew(cfg, monkeypatch):
-    model, names = longva.load(cfg.weights, "cpu"), set()
-    for change, panel in (({}, {}), ({"seed": 8}, {}), ({"frames": (3, 7)}, {}), ({}, {"trial": True})):
-        vniah.encode_film(replace(cfg, **change), vniah.Panel("x", cfg.weights, **panel), model, ALONE)
-        names = {file.name for file in (cfg.out / "seen").iterdir()} | names
-    assert len(names) == 4
-
-
 # ---- panels --------------------------------------------------------------------------------------
 
 
@@ -687,13 +671,13 @@ def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
     monkeypatch.setattr(
         longva.Decoder, "forward", lambda self, *a: thetas.append(self.config.rope_theta) or forward(self, *a)
     )
-    cfg = replace(cfg, rope_theta=(1e5, 1e7), speak=0)
+    cfg = replace(cfg, rope_theta=(1e5, 1e7), max_new_tokens=0)
     vniah.main(cfg)
     cells = by_cell(results(cfg)["cells"])
     names = ["sees", "sees, RoPE base 100000", "sees, RoPE base 1e+07"]
     assert {name for name, *_ in cells} == {*names, "sees, no needle"} and len(loaded) == 1
     assert list(dict.fromkeys(thetas)) == [1e4, 1e5, 1e7] and thetas[-1] == 1e4  # the control has its own again
-    panels, controls, trials = vniah.systems(replace(cfg, task="text", distractor_counts=(0, 3)))
+    panels, controls, trials = vniah.figure_systems(replace(cfg, task="text", distractor_counts=(0, 3)))
     assert len(panels) == 6 and not controls and not trials
     assert (panels[3].name, panels[3].rope_theta, panels[3].distractors) == (
         "sees, RoPE base 100000, 3 distractors", 1e5, 3
@@ -703,8 +687,8 @@ def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
 @pytest.mark.parametrize("task", ["vision", "text"])
 def test_the_miniature_figure(tmp_path, capsys, task):
     grid = {"frames": (2, 4), "context": (60, 90), "depths": (0.0, 0.5), "needle_count": 2, "number_count": 2}
-    rest = {"speak": 0, "distractor_counts": (0, 2), "rope_theta": (3e4, 1e6), "distractors": 1}
-    cfg = vniah.Config(task, "tiny", out=tmp_path / "out", **grid, **rest)
+    rest = {"max_new_tokens": 0, "distractor_counts": (0, 2), "rope_theta": (3e4, 1e6), "distractors": 1}
+    cfg = vniah.Config(task, protocol="tiny", out=tmp_path / "out", **grid, **rest)
     vniah.main(cfg)
     said, found = capsys.readouterr().out, results(cfg)
     names = {cell["panel"] for cell in found["cells"]}
@@ -732,7 +716,7 @@ def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, complaint", [
     ({"frames": (3, 600), "haystack": "{film}"}, "gives 1 frames .* longest haystack has 600"),
-    ({"weights": "{text}"}, "cannot see"),
+    ({"weights": "{text}"}, "without vision"),
     ({"depths": (0.5, 1.5)}, "1.5"),
     ({"haystack": "nowhere.mp4"}, "nowhere.mp4: no such video file or folder"),
     ({"haystack": "{noise}"}, "noise.mp4: not a video"),
@@ -797,10 +781,10 @@ def test_other_needles_of_a_folder_are_its_distractors(cfg, tmp_path):
     """As many as asked for, never asked about themselves, the same on every run; without the flag there are none."""
     write_needles(tmp_path / "needles")
     cfg = vniah.resolve(replace(cfg, needles=tmp_path / "needles", distractors=2))
-    hidden, signs = vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=2))
+    hidden, signs = vniah.pick_needles(cfg, vniah.System("x", cfg.weights, distractors=2))
     assert len(hidden) == len(signs) == 2 and not {n.name for n in hidden} & {n.name for n in signs}
-    again = vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=2))
+    again = vniah.pick_needles(cfg, vniah.System("x", cfg.weights, distractors=2))
     assert [n.name for part in again for n in part] == [n.name for n in [*hidden, *signs]]
     assert vniah.resolve(replace(cfg, distractors=None, protocol="tiny")).distractors == 0
     with pytest.raises(ValueError, match="has 4 needles, too few for --distractors 4"):
-        vniah.pick_needles(cfg, vniah.Panel("x", cfg.weights, distractors=4))
+        vniah.pick_needles(cfg, vniah.System("x", cfg.weights, distractors=4))
