@@ -26,7 +26,7 @@ any moment and run the same command again: it continues, on a CPU to the same bi
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,7 +43,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, runs, tokenizer, video, weights
+from data import chat, llava, runs, tokenizer, weights
 from data.flags import at_least, run, setting
 from data.llava import Dataset, Example
 from data.offload import GradientSums
@@ -161,7 +161,6 @@ def train_step(
 
 
 BAR_KEYS = ("loss", "margin", "preferred", "norm", "samples_per_s", "gb")  # of a log line, in the progress bar
-SKIPPED = "skipped-{}.jsonl"  # of each rank, in the run's folder
 
 
 def train(cfg: "Config", world: ring.World) -> None:
@@ -176,7 +175,7 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 3. Data
     dataset = open_dataset(cfg, model.config, world)
-    loader = Loader(
+    loader = make_loader(
         dataset, model.config, words, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
     )
 
@@ -191,7 +190,7 @@ def train(cfg: "Config", world: ring.World) -> None:
     objective = Objective(next_token_loss, count_targets, ("loss",))
     if cfg.stage == "dpo":
         file = cfg.out / "reference.safetensors"
-        reference_logp_P2 = reference_logps(file, first, model, loader, cfg.batch, ring_rank, num_rings, world)
+        reference_logp_P2 = reference_logps(file, first, model, loader, cfg.batch, ring_rank, num_rings, group, world)
         objective = dpo_objective(reference_logp_P2, cfg.beta, group)
 
     # 7. The loop
@@ -200,10 +199,10 @@ def train(cfg: "Config", world: ring.World) -> None:
     indices = (dataset.batch_indices(step)[ring_rank::num_rings] for step in range(first, cfg.steps))
     for step, (micro_batches, skipped_samples) in zip(bar, loader.batches(indices)):
         for sample in skipped_samples:
-            runs.log(cfg.out, {"step": step, **sample}, SKIPPED.format(world.rank))
+            runs.log(cfg.out, {"step": step, **sample}, llava.SKIPPED.format(world.rank))
         skipped_now, padding = count_skipped(micro_batches, cfg.batch // num_rings, group, world)
         skipped += skipped_now
-        check_skip_budget(skipped, max((step + 1) * cfg.batch, dataset.size or 0), cfg.max_skip_fraction, cfg.out)
+        llava.check_skip_budget(skipped, max((step + 1) * cfg.batch, dataset.size or 0), cfg.max_skip_fraction, cfg.out)
         metrics = train_step(model, micro_batches, objective, cfg.offload, world)
         runs.finite(step, [metrics["loss"]])
         norm = ring.clip_gradients(model, cfg.grad_clip)
@@ -235,7 +234,7 @@ def resume(
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     if world.rank == 0:
         runs.truncate_log(cfg.out, first)
-    runs.truncate_log(cfg.out, first, SKIPPED.format(world.rank))
+    runs.truncate_log(cfg.out, first, llava.SKIPPED.format(world.rank))
     if rejected:
         lines = "\n".join(map(json.dumps, rejected)) + "\n"
         runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", lines)
@@ -301,17 +300,12 @@ def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) 
         return llava.synthetic_dataset(cfg.stage, cfg.seed, cfg.batch, cfg.frames, cfg.grids, growth_steps)
 
     def measure(record: dict) -> int:
-        """Return about how many tokens a record's sample has; ValueError if this stage cannot use it."""
-        _, dialogues = llava.validate(record)
-        if (len(dialogues) == 2) != (cfg.stage == "dpo"):
-            kind = "a pair of answers; use --stage dpo" if len(dialogues) == 2 else "no 'chosen' and 'rejected' answer"
-            raise ValueError(f"has {kind}")
-        if cfg.stage == "align" and [role for role, _ in dialogues[0]] != ["user", "assistant"]:
-            raise ValueError(f"has {len(dialogues[0])} turns, but --stage align takes a question and a caption")
-        tokens = 1 + round(max(sum(len(text.split()) for _, text in turns) for turns in dialogues) / WORDS_PER_TOKEN)
-        for size in llava.sizes(record, cfg.images):
-            tokens += picture_tokens(config, size, cfg.grids) if size else cfg.frames * config.vision.tokens_per_grid
-        return tokens
+        def picture_tokens(width: int, height: int) -> int:
+            rows, cols = unires.choose_grids(width, height, config.vision.side, config.rule, cfg.grids)
+            unpad = None if config.rule == "floor" else (width, height)
+            return unires.Layout(rows, cols, config.scheme, unpad).tokens(config.vision.patches)
+
+        return llava.measure(record, cfg.stage, cfg.images, picture_tokens, cfg.frames * config.vision.tokens_per_grid)
 
     def all_reduce(tokens: np.ndarray) -> np.ndarray:
         return ring.all_reduce_sum(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
@@ -323,16 +317,6 @@ def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) 
     return llava.json_dataset(records, cfg.images, cfg.frames, cfg.seed, cfg.batch)
 
 
-WORDS_PER_TOKEN = 0.75  # of English; lengths decide only which samples share a step
-
-
-def picture_tokens(config: longva.LongVAConfig, size: tuple[int, int], max_grids: int) -> int:
-    """Return the visual tokens of a picture of (width, height) pixels; ValueError if it cannot be shown."""
-    rows, cols = unires.choose_grids(*size, config.vision.side, config.rule, max_grids)
-    unpad = None if config.rule == "floor" else size
-    return unires.Layout(rows, cols, config.scheme, unpad).tokens(config.vision.patches)
-
-
 def preprocess(
     picture: Image | list[Image], config: longva.LongVAConfig, max_grids: int
 ) -> tuple[Tensor, unires.Layout]:
@@ -342,51 +326,26 @@ def preprocess(
     return longva.preprocess(picture, config, max_grids)
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Turns samples into micro-batches for one rank of a ring."""
+def make_loader(
+    dataset: Dataset, config: longva.LongVAConfig, words: tokenizer.Tokenizer, group: ring.World, stage: str,
+    max_grids: int, labels: str, max_len: int, micro_batch_size: int | None,
+) -> llava.Loader:  # fmt: skip
+    """Return what turns samples into this rank's micro-batches."""
+    trim = "plain" if stage == "align" else "qwen_1_5", labels == "clean", max_len
 
-    dataset: Dataset
-    config: longva.LongVAConfig
-    tokenizer: tokenizer.Tokenizer
-    group: ring.World
-    stage: str
-    max_grids: int
-    labels: str  # "released" or "clean"
-    max_len: int
-    micro_batch_size: int | None  # None: all samples at once
-
-    def prepare(self, i: int, media: llava.Media, dialogues: list[llava.Turns]) -> Example:
+    def prepare(i: int, media: llava.Media, dialogues: list[llava.Turns]) -> Example:
         """Cut pictures into grids and tokenize; ValueError if the sample cannot be used."""
-        images = [preprocess(picture, self.config, self.max_grids) for picture in media]
-        lengths = [layout.tokens(self.config.vision.patches) for _, layout in images]
-        trim = "plain" if self.stage == "align" else "qwen_1_5", self.labels == "clean", self.max_len
-        texts = [llava.tokenize_and_trim(self.tokenizer, turns, lengths, *trim) for turns in dialogues]
-        return Example(i, images, texts)
+        images = [preprocess(picture, config, max_grids) for picture in media]
+        lengths = [layout.tokens(config.vision.patches) for _, layout in images]
+        return Example(i, images, [llava.tokenize_and_trim(words, turns, lengths, *trim) for turns in dialogues])
 
-    def load(self, indices: list[int]) -> list[Example | dict]:
-        """Read samples; a dict in place of one that cannot be used says why."""
-        return llava.load_examples(self.dataset, indices, self.prepare)
+    def sum_over_ring(flags: list[int]) -> list[int]:
+        return ring.all_reduce_sum(torch.tensor(flags, device=group.device), group).tolist()
 
-    def make_micro_batches(self, loaded: list[Example | dict]) -> tuple[list[MicroBatch], list[dict]]:
-        """Return (micro-batches, what this rank skipped). A ring leaves out what one of its ranks cannot read."""
-        is_missing = torch.tensor([isinstance(one, dict) for one in loaded]).int().to(self.group.device)
-        missing = ring.all_reduce_sum(is_missing, self.group).tolist()
-        kept = [one for one, is_gone in zip(loaded, missing) if not is_gone]
-        size = self.micro_batch_size or len(loaded)
-        starts = range(0, len(loaded), size)  # as many on every ring, even if some are empty: collectives must match
-        batches = [collate(kept[i : i + size], self.config, self.tokenizer.pad_id, self.group) for i in starts]
-        skipped = {json.dumps(one): one for one in loaded if isinstance(one, dict)}  # a sample may come twice
-        return batches, [*skipped.values()]
+    def join(examples: list[Example]) -> MicroBatch:
+        return collate(examples, config, words.pad_id, group)
 
-    def collate(self, indices: list[int]) -> tuple[list[MicroBatch], list[dict]]:
-        """Return the micro-batches of some samples, and what was skipped."""
-        return self.make_micro_batches(self.load(indices))
-
-    def batches(self, indices: Iterator[list[int]]) -> Iterator[tuple[list[MicroBatch], list[dict]]]:
-        """Yield the same for each step's indices; samples are read one step ahead, in a thread."""
-        for loaded in video.prefetch(map(self.load, indices), 1):
-            yield self.make_micro_batches(loaded)
+    return llava.Loader(dataset, prepare, join, micro_batch_size, sum_over_ring)
 
 
 def collate(examples: list[Example], config: longva.LongVAConfig, pad_id: int, group: ring.World) -> MicroBatch:
@@ -429,21 +388,12 @@ def count_skipped(
     return round(skipped), padding
 
 
-def check_skip_budget(skipped: int, read: int, max_skip_fraction: float, out: Path) -> None:
-    """Raise ValueError, on all ranks alike, when more samples were skipped than --max-skip-fraction allows."""
-    if skipped > max_skip_fraction * read:
-        raise ValueError(
-            f"{skipped:,} samples of {read:,} could not be read, more than --max-skip-fraction {max_skip_fraction:g} "
-            f"allows; {out / SKIPPED.format('*')} says which and why: mend them, or allow more"
-        )
-
-
 # ---- DPO's reference -------------------------------------------------------------------------------
 
 
 def reference_logps(
-    file: Path, first: int, model: longva.LongVA, loader: Loader, batch: int, ring_rank: int, num_rings: int,
-    world: ring.World,
+    file: Path, first: int, model: longva.LongVA, loader: llava.Loader, batch: int, ring_rank: int, num_rings: int,
+    group: ring.World, world: ring.World,
 ) -> Tensor:  # fmt: skip
     """Return log p of each pair's chosen and rejected answer before training, float64[pairs, 2], from `file` if it is
     there; 0 for a pair that could not be read, which is skipped from then on.
@@ -453,7 +403,7 @@ def reference_logps(
     if not ring.all_gather(torch.tensor(file.exists()), world)[0]:  # as rank 0 sees it: a shared folder may lag
         if first:
             raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {file.parent}")
-        logp_P2 = compute_reference_logps(model, loader, batch // num_rings, ring_rank, num_rings, world)
+        logp_P2 = compute_reference_logps(model, loader, batch // num_rings, ring_rank, num_rings, group, world)
         if world.rank == 0:
             draft = file.with_suffix(".tmp")
             save_file({"logp": logp_P2.cpu()}, draft)
@@ -465,8 +415,9 @@ def reference_logps(
 
 
 def compute_reference_logps(
-    model: longva.LongVA, loader: Loader, size: int, ring_rank: int, num_rings: int, world: ring.World
-) -> Tensor:
+    model: longva.LongVA, loader: llava.Loader, size: int, ring_rank: int, num_rings: int, group: ring.World,
+    world: ring.World,
+) -> Tensor:  # fmt: skip
     """Compute the log-probabilities of every pair once, `size` pairs at a time on each ring."""
     pairs = loader.dataset.size
     logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
@@ -474,8 +425,8 @@ def compute_reference_logps(
         for start in tqdm(range(0, pairs, size * num_rings), "reference", disable=world.rank > 0):
             indices = [*range(start + ring_rank, min(start + size * num_rings, pairs), num_rings)]
             indices += [pairs - 1] * (size - len(indices))  # every ring makes as many passes: collectives must match
-            for batch in loader.collate(indices)[0]:
-                nll_B = ring.all_reduce_sum(model(*batch.model_inputs)[0], loader.group)
+            for batch in loader.micro_batches(indices)[0]:
+                nll_B = ring.all_reduce_sum(model(*batch.model_inputs)[0], group)
                 if batch.sample_ids:
                     logp_P2[batch.sample_ids] = -nll_B.double().view(-1, 2)
     times = ring.all_reduce_sum((logp_P2 != 0).double(), world).clamp(min=1)  # each rank of a ring knows a pair
@@ -590,15 +541,9 @@ TINY_STAGES = {
     "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1},
 }
 TINY = {
-    "tiny": True,
-    "resolution_curriculum": 0.7,
-    "rule": "floor",
-    "labels": "clean",
-    "max_len": 256,
-    "precision": "fp32",
-    "checkpointing": "none",
-    "save_every": 50,
-}
+    "tiny": True, "resolution_curriculum": 0.7, "rule": "floor", "labels": "clean", "max_len": 256,
+    "precision": "fp32", "checkpointing": "none", "save_every": 50,
+}  # fmt: skip
 PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes a stage on two CPU cores
     "tiny": {**TINY, "system": "tiny-longva"},
     "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},

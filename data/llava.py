@@ -265,6 +265,27 @@ def sizes(record: dict, folder: str | Path | None) -> list[tuple[int, int] | Non
     return found
 
 
+WORDS_PER_TOKEN = 0.75  # of English; lengths decide only which samples share a step
+
+
+def measure(
+    record: dict, stage: str, folder: Path | None, picture_tokens: Callable[[int, int], int], video_tokens: int
+) -> int:
+    """Return about how many tokens a record's sample has; ValueError if the stage (align, sft, dpo) cannot use it.
+
+    picture_tokens: of a picture of (width, height) pixels.
+    """
+    _, dialogues = validate(record)
+    if (len(dialogues) == 2) != (stage == "dpo"):
+        kind = "a pair of answers; use --stage dpo" if len(dialogues) == 2 else "no 'chosen' and 'rejected' answer"
+        raise ValueError(f"has {kind}")
+    if stage == "align" and [role for role, _ in dialogues[0]] != ["user", "assistant"]:
+        raise ValueError(f"has {len(dialogues[0])} turns, but --stage align takes a question and a caption")
+    words = max(sum(len(text.split()) for _, text in turns) for turns in dialogues)
+    visual = [picture_tokens(*size) if size else video_tokens for size in sizes(record, folder)]
+    return 1 + round(words / WORDS_PER_TOKEN) + sum(visual)
+
+
 def read_sample(record: dict, folder: str | Path | None, frames: int = 10) -> tuple[Media, list[Turns]]:
     """Return (media, dialogues) of a record: as `validate`, with pictures read, and `frames` frames of each video.
 
@@ -407,3 +428,48 @@ def load_examples(
         except (ValueError, OSError) as e:
             found.append({**dataset.describe(i), "why": str(e)})
     return found
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads samples and makes micro-batches of them, for one rank of a ring."""
+
+    dataset: Dataset
+    prepare: Callable[[int, Media, list[Turns]], Example]  # see `load_examples`
+    collate: Callable[[list[Example]], object]  # some examples -> a micro-batch
+    micro_batch_size: int | None  # None: all samples at once
+    sum_over_ring: Callable[[list[int]], list[int]]  # element by element, over the ranks of the ring
+
+    def load(self, indices: list[int]) -> list[Example | dict]:
+        """Read samples; a dict in place of one that cannot be used says why."""
+        return load_examples(self.dataset, indices, self.prepare)
+
+    def make_micro_batches(self, loaded: list[Example | dict]) -> tuple[list, list[dict]]:
+        """Return (micro-batches, what this rank skipped). A ring leaves out what one of its ranks cannot read."""
+        missing = self.sum_over_ring([int(isinstance(one, dict)) for one in loaded])
+        kept = [one for one, count in zip(loaded, missing) if not count]
+        size = self.micro_batch_size or len(loaded)
+        starts = range(0, len(loaded), size)  # as many on every ring, even if some are empty: collectives must match
+        skipped = {json.dumps(one): one for one in loaded if isinstance(one, dict)}  # a sample may come twice
+        return [self.collate(kept[i : i + size]) for i in starts], [*skipped.values()]
+
+    def micro_batches(self, indices: list[int]) -> tuple[list, list[dict]]:
+        """Return (the micro-batches of some samples, what was skipped)."""
+        return self.make_micro_batches(self.load(indices))
+
+    def batches(self, indices: Iterator[list[int]]) -> Iterator[tuple[list, list[dict]]]:
+        """Yield the same for each step's indices; samples are read one step ahead, in a thread."""
+        for loaded in video.prefetch(map(self.load, indices), 1):
+            yield self.make_micro_batches(loaded)
+
+
+SKIPPED = "skipped-{}.jsonl"  # the skipped samples of each rank, in the run's folder
+
+
+def check_skip_budget(skipped: int, read: int, max_skip_fraction: float, out: Path) -> None:
+    """Raise ValueError when more samples were skipped than --max-skip-fraction allows."""
+    if skipped > max_skip_fraction * read:
+        raise ValueError(
+            f"{skipped:,} samples of {read:,} could not be read, more than --max-skip-fraction {max_skip_fraction:g} "
+            f"allows; {out / SKIPPED.format('*')} says which and why: mend them, or allow more"
+        )

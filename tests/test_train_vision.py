@@ -74,7 +74,9 @@ def dataset_of(samples, get=None):
 
 
 def loader_of(cfg, config, dataset, group=ALONE):
-    return tv.Loader(dataset, config, WORDS, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size)
+    return tv.make_loader(
+        dataset, config, WORDS, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
+    )
 
 
 def prepared(cfg, config, samples):
@@ -92,7 +94,7 @@ def learn(cfg, world, samples, reference=None):
     group, ring_rank, num_rings = ring.split_groups(world, cfg.ring)
     model, _ = tv.build_sharded_model(replace(cfg, batch=len(samples)), world)
     loader = loader_of(cfg, model.config, dataset_of(samples), group)
-    batches, skipped = loader.collate([*range(len(samples))][ring_rank::num_rings])
+    batches, skipped = loader.micro_batches([*range(len(samples))][ring_rank::num_rings])
     objective = next_token() if reference is None else tv.dpo_objective(reference, cfg.beta, group)
     told = tv.train_step(model, batches, objective, cfg.offload, world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -158,12 +160,12 @@ def reference_on(world, folder, *_):
         group, ring_rank, num_rings = ring.split_groups(world, size)
         model, _ = tv.build_sharded_model(cfg, world)
         loader = loader_of(cfg, model.config, dataset, group)
-        found = tv.reference_logps(file, 0, model, loader, cfg.batch, ring_rank, num_rings, world)
+        found = tv.reference_logps(file, 0, model, loader, cfg.batch, ring_rank, num_rings, group, world)
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
         ring.all_reduce_sum(torch.zeros(1), world)  # rank 0 has written
-        again = tv.reference_logps(file, 3, None, loader, cfg.batch, ring_rank, num_rings, world)
+        again = tv.reference_logps(file, 3, None, loader, cfg.batch, ring_rank, num_rings, group, world)
         assert torch.equal(found, again) and dataset.unreadable == {0}
-        batches, _ = loader.collate([1, 2, 3, 4][ring_rank::num_rings])
+        batches, _ = loader.micro_batches([1, 2, 3, 4][ring_rank::num_rings])
         told = tv.train_step(model, batches, tv.dpo_objective(found, cfg.beta, group), cfg.offload, world)
         assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
 
@@ -260,7 +262,7 @@ def test_both_answers_of_a_pair_share_its_film(stage, samples, grids):
     model, _ = tv.build_sharded_model(cfg, ALONE)
     calls = seen(model)
     loader = loader_of(replace(cfg, micro_batch_size=None), model.config, dataset_of(samples))
-    (batch,), _ = loader.collate([*range(len(samples))])
+    (batch,), _ = loader.micro_batches([*range(len(samples))])
     model(*batch.model_inputs)
     assert calls == [grids]
 
@@ -285,7 +287,7 @@ def test_align_builds_no_graph_in_what_is_frozen():
     model, groups = tv.build_sharded_model(cfg, ALONE)
     made = []
     model.tower.register_forward_hook(lambda module, arguments, z_NPE: made.append(z_NPE))
-    batches, _ = loader_of(cfg, model.config, synthetic_pairs(cfg)).collate([0, 1, 2])
+    batches, _ = loader_of(cfg, model.config, synthetic_pairs(cfg)).micro_batches([0, 1, 2])
     tv.train_step(model, batches, next_token(), cfg.offload, ALONE)
     assert [z_NPE.grad_fn for z_NPE in made] == [None] and not made[0].requires_grad
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -561,7 +563,7 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
     assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
     loader = loader_of(cfg, longva.read_config(TINY / "longva"), synthetic_pairs(cfg))
-    again = tv.reference_logps(tmp_path / "reference.safetensors", 1, None, loader, 8, 0, 1, ALONE)
+    again = tv.reference_logps(tmp_path / "reference.safetensors", 1, None, loader, 8, 0, 1, ALONE, ALONE)
     assert loader.dataset.unreadable == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
 
 
