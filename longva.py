@@ -38,10 +38,9 @@ import ring
 import unires
 from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
-from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, stop_ids, to_dict
+from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, sample, stop_ids, to_dict
 from data.flags import at_least, run, setting
 from data.offload import ActivationOffload
-from data.sampling import sample
 from data.weights import fill_from
 
 CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens read at once: on a CPU they have a mask; on a GPU it is 32 frames
@@ -544,7 +543,7 @@ def generate(
     """Answer embedded tokens that follow what `cache` holds, id by id as they are found.
 
     Ends after `max_tokens`, or before a stop id; when it has ended, the cache holds all that was said. Only the
-    last position is ever given logits; `pick` chooses by them and by the ids said so far (data/sampling.py).
+    last position is ever given logits; `pick` chooses by them and by the ids said so far (config.sample).
     """
     stop, said = set(stop_ids), []
     while len(said) < max_tokens:

@@ -1,20 +1,27 @@
-"""What a model folder says in JSON: sizes of decoder and vision tower, how pictures become tokens, how to answer.
+"""What a model folder says in JSON, and what it means: sizes, how pictures become tokens, how an answer is sampled.
 
 What      LMConfig, ClipConfig and LongVAConfig, under the names of Hugging Face's config.json; `read_config` and its
           inverse `to_dict`; counts of parameters and operations. Loading a model begins here, and a memory plan
-          needs nothing else (data/memory.py). Sampling, `read_sampling` and `stop_ids`: generation_config.json.
-Paper     Sec. 3.1 (Qwen2-7B), Sec. 3.2 (CLIP ViT-L/14-336, UniRes and AnyRes); Fig. 4's baselines.
+          needs nothing else (data/memory.py). Sampling, `read_sampling` and `stop_ids`: generation_config.json;
+          `sample` picks the next token by it.
+Paper     Sec. 3.1 (Qwen2-7B), Sec. 3.2 (CLIP ViT-L/14-336, UniRes and AnyRes); Fig. 4's baselines. The release
+          answers by its generation_config.json: temperature 0.7, top-p 0.8, top-k 20 and a repetition penalty of 1.05,
+          which stays in force where it calls itself greedy.
 Run       imported; `read_config("Qwen2-7B-Instruct").hidden_size`
-Dimensions  D LM width   F MLP width   K head width   E CLIP width   S tokens of the sequence   M tokens per grid
+Dimensions  V vocabulary   D LM width   F MLP width   K head width   E CLIP width   S tokens in all   M tokens per grid
 Differs   What is not supported (RoPE scaling, sliding windows, other towers and projectors) is refused in one
           sentence, where others would load it and answer wrongly.
           The released LongVA-DPO's config names LLaVA-NeXT's five canvases and a second pooling, left over from the
           script that trained it on videos alone. It is read as the LongVA it was made from: 200 canvases, pooled once.
+          Of tokens that tie at rank top_k, Hugging Face keeps all, here exactly top_k stay.
 """
 
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from data import weights
 from data.tokenizer import read_json
@@ -352,3 +359,34 @@ def stop_ids(folder: Path | str) -> list[int]:
     if bad := [i for i in ids if type(i) is not int or i < 0]:
         raise ValueError(f"{file}: eos_token_id has {bad[0]!r}, expected ids from 0")
     return ids
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def next_token_probs(logits_V: Tensor, generated: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return the ids that may come next, most probable first, and their probabilities, both on the CPU.
+
+    Penalty, temperature, top-k, top-p, in this order. The penalty is on the ids `generated` in this answer, not on
+    the prompt, as in the release, whose prompts are embeddings and have no ids. Temperature 0 leaves the best id.
+    """
+    logits_V = logits_V.float()
+    if generated and sampling.repetition_penalty != 1:
+        repeated = torch.tensor(generated, device=logits_V.device)
+        scores = logits_V[repeated]
+        scores = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+        logits_V = logits_V.index_put((repeated,), scores)
+    kept = 1 if sampling.temperature == 0 else min(sampling.top_k or len(logits_V), len(logits_V))
+    logits, ids = (x.cpu() for x in logits_V.topk(kept))  # on the device: a vocabulary is slow to copy and to sort
+    probs = (logits / (sampling.temperature or 1.0)).softmax(-1)
+    # Keep an id while those before it sum to less than top_p; the best one always stays.
+    enough = (probs.cumsum(-1) - probs < sampling.top_p).sum()
+    return ids[:enough], probs[:enough] / probs[:enough].sum()
+
+
+def sample(logits_V: Tensor, generated: list[int], sampling: Sampling, generator: torch.Generator | None = None) -> int:
+    """Return the next id: the best one at temperature 0, else one drawn with `generator`, a CPU's."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        return logits_V.argmax().item()
+    ids, probs = next_token_probs(logits_V, generated, sampling)
+    return ids[torch.multinomial(probs, 1, generator=generator)].item()
