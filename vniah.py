@@ -453,7 +453,12 @@ class TextNIAH(NIAH):
     def reset(self, system: System) -> None:
         """Prepare for another system of this model."""
         self.system = system
-        self.release_draws = release_rng_states(self.cfg, system, self.words) if self.cfg.protocol == "paper" else None
+        self.release_draws = None
+        if (cfg := self.cfg).protocol == "paper":
+            counts, grid = (cfg.number_count, system.distractors), (cfg.context, cfg.depths)
+            self.release_draws = niah.release_rng_states(
+                self.words.encode, seed_of(cfg, system), counts, cfg.digits, grid
+            )
 
     def groups(self, cells: list[tuple[int, float]]) -> list[ProbeGroup]:
         """One group a cell: no two texts share a prefix."""
@@ -502,27 +507,6 @@ class TextNIAH(NIAH):
         x_BTD, new_tokens = self.model.embed(ids), max(answer.shape[1], self.cfg.max_new_tokens)
         cache = longva.KVCache(self.model.model.config, len(probes), x_BTD.shape[1] + new_tokens, x_BTD)
         return score_and_generate(self.model, x_BTD, answer, cache, self.cfg.max_new_tokens, self.stop_ids)
-
-
-def release_rng_states(cfg: Config, system: System, words: tokenizer.Tokenizer) -> tuple[list[str], dict]:
-    """(the numbers, the generator's state before each probe's positions are drawn), in the release's order.
-
-    From one seed: all needles' numbers, then the distractors', then for each length, depth and number one position
-    per distractor, in a text that already contains the distractors before it.
-    """
-    rng = np.random.RandomState(seed_of(cfg, system) % 2**32)
-    numbers = niah.magic_numbers(rng, cfg.number_count + system.distractors, cfg.digits)
-    distractors = zip(niah.DISTRACTORS, numbers[cfg.number_count :])
-    added = [len(words.encode(niah.NEEDLE.format(city=city, number=number))) for city, number in distractors]
-    states = {}
-    for context in cfg.context:
-        for depth in cfg.depths:
-            for i in range(cfg.number_count):
-                states[context, depth, i], tokens = rng.get_state(), context
-                for more in added:
-                    rng.randint(tokens)
-                    tokens += more
-    return numbers, states
 
 
 # ---- the grid loop -------------------------------------------------------------------------------
@@ -701,9 +685,7 @@ def main(cfg: Config) -> None:
             runner.run(systems[-1:], lengths, cfg.depths)
 
     if world.rank == 0:
-        trained = {system.name: trained_length(cfg, system)[0] for system in [*systems, *controls]}
-        shown = {system.name: trained[system.name] for system in systems}
-        rest = {system.name: trained[system.name] for system in controls}
+        shown, rest = ({one.name: trained_length(cfg, one)[0] for one in part} for part in (systems, controls))
         results.report(runner.results, shown, rest, lengths, unit)
         if any(rate is not None for rate in rates.values()):
             needles = "with the same needles" if cfg.needles else "with another haystack and other needles"

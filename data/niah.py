@@ -253,6 +253,30 @@ def text_probe(
     return encode(PREFIX) + book + question_ids, answer_ids
 
 
+def release_rng_states(
+    encode: Encode, seed: int, counts: tuple[int, int], digits: int, grid: tuple[Sequence[int], Sequence[float]]
+) -> tuple[list[str], dict]:
+    """Return (the numbers, the generator's state before each probe's positions are drawn), in the release's order.
+
+    counts: of needles and distractors; grid: contexts in tokens and depths. From one seed come all needles' numbers,
+    the distractors' numbers, then for each context, depth and needle one position per distractor, in a text that
+    already contains the distractors before it. The states' keys are (context, depth, number of the needle).
+    """
+    rng = np.random.RandomState(seed % 2**32)
+    numbers = magic_numbers(rng, sum(counts), digits)
+    distractors = zip(DISTRACTORS, numbers[counts[0] :])
+    added = [len(encode(NEEDLE.format(city=city, number=number))) for city, number in distractors]
+    states = {}
+    for context in grid[0]:
+        for depth in grid[1]:
+            for i in range(counts[0]):
+                states[context, depth, i], tokens = rng.get_state(), context
+                for more in added:
+                    rng.randint(tokens)
+                    tokens += more
+    return numbers, states
+
+
 def read_text_haystack(path: str | Path) -> str:
     """Read a text file, or the .txt files of a folder in sorted order, joined as they are.
 
