@@ -453,12 +453,10 @@ class TextNIAH(NIAH):
     def reset(self, system: System) -> None:
         """Prepare for another system of this model."""
         self.system = system
-        self.release_draws = None
-        if (cfg := self.cfg).protocol == "paper":
-            counts, grid = (cfg.number_count, system.distractors), (cfg.context, cfg.depths)
-            self.release_draws = niah.release_rng_states(
-                self.words.encode, seed_of(cfg, system), counts, cfg.digits, grid
-            )
+        cfg, self.release_draws = self.cfg, None
+        if cfg.protocol == "paper":
+            counts, grid, seed = (cfg.number_count, system.distractors), (cfg.context, cfg.depths), seed_of(cfg, system)
+            self.release_draws = niah.release_rng_states(self.words.encode, seed, counts, cfg.digits, grid)
 
     def groups(self, cells: list[tuple[int, float]]) -> list[ProbeGroup]:
         """One group a cell: no two texts share a prefix."""
