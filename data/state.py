@@ -5,7 +5,8 @@ What      FOLDER/step-N/ holds rank-R.safetensors for each rank (its rows of eve
           All of it is written as step-N.tmp, flushed and renamed, so a kill leaves a whole state or none.
 Paper     Sec. 3.1 trains for two days; something will stop it on the way.
 Run       imported by ring.py, which knows the ranks and what each of them holds.
-Deviates  Not torch.distributed.checkpoint: it writes a pickle, which can run code when read, into a folder in
+Dimensions  none
+Differs   Not torch.distributed.checkpoint: it writes a pickle, which can run code when read, into a folder in
           which two half-written states can mix. Its safetensors storage works, but holds two copies of a
           rank's share while it saves: too much next to parameters kept in CPU memory.
 """

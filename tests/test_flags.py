@@ -275,13 +275,10 @@ def test_torchrun_cannot_take_our_flags():
         parse(dataclasses.make_dataclass("Cls", [(name, int, setting(1, "x"))]), argv=[])
 
 
-CROWDED = {"train_text", "vniah"}  # scripts that still list too many; a script leaves the set for good
-
-
 @pytest.mark.parametrize("name", ["longva", "train_text", "train_vision", "vniah", "data.pack"])
 def test_help_of_a_script_can_be_read(name):
     """At most 25 settings are visible, each with its source, and three examples end the text."""
     module = importlib.import_module(name)
     visible = [field for field in dataclasses.fields(module.Config) if not field.metadata["hidden"]]
-    assert len(visible) <= 25 or name in CROWDED, f"{len(visible)} visible settings"
+    assert len(visible) <= 25, f"{len(visible)} visible settings"
     assert 1 <= len(flags.examples(module.Config)) <= 3
