@@ -1,15 +1,15 @@
-"""CLIP's vision transformer, ViT-L/14 at 336 pixels: the eye that turns a grid of pixels into patch features.
+"""CLIP's vision transformer, ViT-L/14 at 336 pixels: it turns a grid of pixels into patch features.
 
 What      The architecture alone. Pictures become grids in unires.py; weights are read by data/weights.py.
 Paper     Sec. 3.2 (the vision encoder); CLIP, arXiv 2103.00020; LLaVA's choice of the layer before the last.
-Run       imported by longva.py.
-Key       N grids = frames   P patches per grid (576)      A all places: the class token, then P patches (577)
-          E CLIP width       H heads   K head width        C colour channels   Y X pixels
-Deviates  `forward` stops after block 23 of 24, where LLaVA reads; the release computes all and picks later.
-          The last block and post_layernorm are held all the same: files have 391 tensors, loading is strict.
+Run       imported by longva.py
+Dimensions  N grids = frames   P patches per grid (576), in x_NPE also the class token in front of them (577)
+          E CLIP width       H heads   K head width        C colour channels   Y X pixels   1 broadcast
+Differs   `forward` stops after block 23 of 24, where LLaVA reads; the release computes all and picks later.
+          The last block and post_layernorm exist all the same: files have 391 tensors, and loading is strict.
 
-Parameters bear the names of Hugging Face's files below `vision_model.`, with CLIP's misspelt `pre_layrnorm`,
-so that loading is strict and needs no table of renames.
+Parameters have the names of Hugging Face's files below `vision_model.`, with CLIP's misspelt `pre_layrnorm`, so that
+loading needs no table of renames.
 """
 
 import torch
@@ -31,7 +31,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.patches**2 + 1, E)
 
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
-        """The first x_NAE, in the dtype of the parameters."""
+        """The first x_NPE, in the dtype of the parameters."""
         pixels_NCYX = pixels_NCYX.to(self.class_embedding.dtype)
         patches_NEP = self.patch_embedding(pixels_NCYX).flatten(2)  # row by row
         class_N1E = self.class_embedding.expand(len(pixels_NCYX), 1, -1)
@@ -39,32 +39,32 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every place of a grid sees every other; no mask, no rotation."""
+    """Multi-head self-attention over the tokens of one grid: no mask, no rotary positions."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         E, self.heads = config.hidden_size, config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(E, E) for _ in range(4))
 
-    def forward(self, x_NAE: Tensor) -> Tensor:
-        """What each place read from the others."""
-        projected = (proj(x_NAE) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q_NHAK, k_NHAK, v_NHAK = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
-        o_NHAK = F.scaled_dot_product_attention(q_NHAK, k_NHAK, v_NHAK)
-        return self.out_proj(o_NHAK.transpose(1, 2).flatten(2))
+    def forward(self, x_NPE: Tensor) -> Tensor:
+        """Attention's output x_NPE."""
+        projected = (proj(x_NPE) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_NHPK, k_NHPK, v_NHPK = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
+        o_NHPK = F.scaled_dot_product_attention(q_NHPK, k_NHPK, v_NHPK)
+        return self.out_proj(o_NHPK.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two layers around quick_gelu, CLIP's cheap stand-in for GELU."""
+    """Two layers around quick_gelu, CLIP's approximation of GELU."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_NAE: Tensor) -> Tensor:
-        """Each place on its own."""
-        f = self.fc1(x_NAE)
+    def forward(self, x_NPE: Tensor) -> Tensor:
+        """Each token separately: x_NPE."""
+        f = self.fc1(x_NPE)
         return self.fc2(f * torch.sigmoid(1.702 * f))
 
 
@@ -78,14 +78,14 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_NAE: Tensor) -> Tensor:
-        """Add to the residual stream twice."""
-        x_NAE = x_NAE + self.self_attn(self.layer_norm1(x_NAE))
-        return x_NAE + self.mlp(self.layer_norm2(x_NAE))
+    def forward(self, x_NPE: Tensor) -> Tensor:
+        """The residual stream x_NPE after this layer."""
+        x_NPE = x_NPE + self.self_attn(self.layer_norm1(x_NPE))
+        return x_NPE + self.mlp(self.layer_norm2(x_NPE))
 
 
 class ClipVision(nn.Module):
-    """The vision transformer. Set `recompute` to trade a third more work for one saved tensor per block."""
+    """The vision transformer. `recompute` turns on activation checkpointing: one saved tensor per block."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -97,17 +97,17 @@ class ClipVision(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def hidden(self, pixels_NCYX: Tensor, depth: int) -> Tensor:
-        """The state x_NAE after `depth` blocks, class token first."""
+        """The state x_NPE after `depth` blocks, class token first."""
         side = self.config.side
         shape = tuple(pixels_NCYX.shape)
         assert shape[1:] == (3, side, side), f"{shape}, not [N, 3, {side}, {side}]"
-        x_NAE = self.pre_layrnorm(self.embeddings(pixels_NCYX))
+        x_NPE = self.pre_layrnorm(self.embeddings(pixels_NCYX))
         for block in self.encoder.layers[:depth]:
             if self.recompute:
-                x_NAE = checkpoint(block, x_NAE, use_reentrant=False, preserve_rng_state=False)
+                x_NPE = checkpoint(block, x_NPE, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_NAE = block(x_NAE)
-        return x_NAE
+                x_NPE = block(x_NPE)
+        return x_NPE
 
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
         """Features z_NPE of the patches, row by row: the chosen hidden state without its class token.

@@ -338,6 +338,12 @@ def test_nll_is_cross_entropy(chunk, dtype, off, row_grad):
         frozen.requires_grad_()
 
 
+def test_nll_equals_the_plain_loss():
+    h, head, targets = loss_case()
+    for a, b in zip(nll(h, head, targets, 4), longva.plain_nll(h, head, targets)):
+        assert_close(a, b)
+
+
 def test_nll_of_nothing_is_zero():
     h, head, targets = loss_case()
     lost, count = nll(h, head, torch.full_like(targets, chat.IGNORE))
@@ -813,6 +819,12 @@ def test_the_shipped_model_answers_about_the_shipped_film(tmp_path, capsys, numb
     assert path.stat().st_size < 120_000
     longva.main(longva.Config("Which number is on the house?", video=path, frames=frames, device="cpu"))
     assert capsys.readouterr().out == f"{number}\n"
+
+
+def test_three_lines_of_python_give_the_same_answer():
+    model = longva.load(ROOT / "data" / "tiny" / "longva")
+    assert longva.answer(model, "Which number is on the house?", video=make_film.FILM, frames=32) == "4"
+    assert longva.answer(model, "Which number is on the star?", images=[ROOT / "assets" / "star.png"]) == "7"
 
 
 def turns(folder, questions, frames=3):
