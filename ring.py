@@ -339,19 +339,27 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def split_groups(world: World, size: int) -> tuple[World, int, int]:
-    """Split the run into rings of `size` neighbours, each to share a sequence: (our ring, its number, how many).
+class RingGroup(NamedTuple):
+    """This process's ring: its ranks share sequences; the rings among themselves are data parallel."""
 
-    All ranks must call it. Raises ValueError where the ranks do not divide.
+    ring: World
+    index: int  # number of this ring
+    count: int  # rings in the run
+
+
+def split_groups(world: World, size: int) -> RingGroup:
+    """Split the run into rings of `size` neighbouring ranks, each of which shares a sequence.
+
+    All ranks must call it. Raises ValueError if `size` does not divide the number of ranks.
     """
     if size < 1 or world.ranks % size:
         legal = ", ".join(str(n) for n in range(1, world.ranks + 1) if world.ranks % n == 0)
         raise ValueError(f"{world.ranks} rank(s) cannot form rings of {size}; choose one of {legal}")
-    many, number = world.ranks // size, world.rank // size
-    if many == 1:
-        return world, 0, 1
-    groups = [dist.new_group(range(i * size, (i + 1) * size), timeout=TIMEOUT) for i in range(many)]
-    return World(world.rank % size, size, world.device, groups[number]), number, many
+    count, index = world.ranks // size, world.rank // size
+    if count == 1:
+        return RingGroup(world, 0, 1)
+    groups = [dist.new_group(range(i * size, (i + 1) * size), timeout=TIMEOUT) for i in range(count)]
+    return RingGroup(World(world.rank % size, size, world.device, groups[index]), index, count)
 
 
 def print0(world: World, text: str, end: str = "\n") -> None:
@@ -452,9 +460,10 @@ def cuda_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -
 def cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
     """Gradients of cuda_forward. The kernel reads lse through its address, so it must be contiguous."""
     given = do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT.contiguous(), None, None
-    dice = [torch.zeros(n, dtype=torch.uint64, device=q_BTHK.device) for n in (2, 0)]  # there is no dropout
+    # there is no dropout, so its random state is not read
+    rng_state = [torch.zeros(n, dtype=torch.uint64, device=q_BTHK.device) for n in (2, 0)]
     backward = torch.ops.aten._flash_attention_backward
-    return backward(*given, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal, *dice)
+    return backward(*given, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal, *rng_state)
 
 
 def cudnn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
@@ -470,10 +479,13 @@ def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  #
     if not causal and k_BSGK.shape[1] % 128 == 64:  # NaN on Hopper for lse < -89 (pytorch #196678; seen on an H100)
         return cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
     heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
-    dice = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]  # there is no dropout
+    # there is no dropout, so its random state is not read
+    rng_state = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]
     rest = None, None, None, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-    return tuple(x.transpose(1, 2) for x in backward(*heads_first, lse_BHT.unsqueeze(-1).contiguous(), *dice, *rest))
+    return tuple(
+        x.transpose(1, 2) for x in backward(*heads_first, lse_BHT.unsqueeze(-1).contiguous(), *rng_state, *rest)
+    )
 
 
 def flash_attn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
@@ -511,6 +523,22 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return "cudnn" if hopper and dtype == torch.bfloat16 else None
+
+
+def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, separate_documents: bool) -> None:
+    """Raise ValueError, one sentence, if `kernel` cannot run with these; "auto" and "math" take everything."""
+    if kernel in ("auto", "math"):
+        return
+    if kernel == "cpu":
+        if device.type == "cuda":
+            raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
+        return
+    if device.type == "cpu":
+        raise ValueError(f"--kernel {kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
+    if kernel == "cudnn" and separate_documents:
+        raise ValueError("--kernel cudnn would make a plan for each document's length; leave --kernel at auto")
+    if dtype == torch.float32:
+        raise ValueError(f"--kernel {kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
 
 
 def best_kernel(q_BTHK: Tensor) -> str:
@@ -573,9 +601,8 @@ class ShardedCache:
     def __init__(self, world: World, layers: int, B: int, S: int, G: int, K: int, like: Tensor):
         self.world, self.S = world, S
         self.sharded, self.lengths = False, (0,) * world.ranks  # tokens on each rank, which all ranks know
-        room = math.ceil(S / world.ranks) + max(
-            REPLICATED, 2 * world.ranks
-        )  # they differ by a replicated piece at most
+        # lengths differ by a replicated piece at most
+        room = math.ceil(S / world.ranks) + max(REPLICATED, 2 * world.ranks)
         self.k_LBSGK, self.v_LBSGK = (like.new_empty(layers, B, room, G, K) for _ in range(2))
 
     @property

@@ -366,14 +366,8 @@ def check(cfg: Config, group: ring.World, num_rings: int) -> None:
         raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
     if cfg.separate_documents and cfg.corpus == "synthetic":
         raise ValueError("synthetic texts are not packed, so there is nothing to separate; give a --corpus")
-    if cfg.kernel not in ("auto", "math", "cpu") and group.device.type == "cpu":
-        raise ValueError(f"--kernel {cfg.kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
-    if cfg.kernel == "cudnn" and cfg.separate_documents:
-        raise ValueError("--kernel cudnn would make a plan for each document's length; leave --kernel at auto")
-    if cfg.kernel == "cpu" and group.device.type == "cuda":
-        raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
-    if cfg.kernel not in ("auto", "math", "cpu") and cfg.precision == "fp32":
-        raise ValueError(f"--kernel {cfg.kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    ring.check_kernel(cfg.kernel, group.device, dtype, cfg.separate_documents)
     if cfg.grad_accumulation % num_rings:
         raise ValueError(
             f"--grad-accumulation {cfg.grad_accumulation} micro-batches cannot be divided evenly among {num_rings} "
