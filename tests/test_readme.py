@@ -45,3 +45,10 @@ def test_the_files_named_exist():
     for file in READMES:
         for name in re.findall(r"`((?:data|tests|assets)/[\w./-]+\.(?:py|png|md|json|mp4))`", file.read_text()):
             assert (ROOT / name).exists(), f"{file}: {name}"
+
+
+def test_every_module_of_data_is_in_its_map():
+    text = (ROOT / "data" / "README.md").read_text()
+    modules = sorted(f.name for f in (ROOT / "data").glob("*.py") if f.name != "__init__.py")
+    listed = re.findall(r"^\| `(\w+\.py)`", text, re.MULTILINE)
+    assert sorted(listed) == modules
