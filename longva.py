@@ -65,7 +65,7 @@ def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
 
     The result is (a cos - b sin, b cos + a sin): `roll` swaps a and b, and sin_T1K contains the minus.
     """
-    swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)  # one kernel on a GPU; slicing and cat take three
+    swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)  # one kernel on a GPU; negating and cat take two
     return x_BTHK * cos_T1K + swapped_BTHK * sin_T1K
 
 
