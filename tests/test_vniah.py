@@ -317,7 +317,7 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     assert all(word in said for word in ("95 % interval", "heatmap.png", "no needle", "scored by the generated text"))
     found = results(shipped)
     hidden, _ = vniah.pick_needles(shipped, vniah.System("", None, None, 2))
-    assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "numpy" in found["versions"]
     assert found["settings"]["weights"] == {str(shipped.weights): weights.hash_weights(shipped.weights)}
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
     panel = found["panels"]["longva"]
