@@ -420,9 +420,9 @@ def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     makes a plan for each new S (some 50 ms a token); its causal mask is aligned to the last key.
     """
     T, S, G = q_BTHK.shape[1], *k_BSGK.shape[1:3]
-    rows = (
-        q_BTHK.unflatten(2, (G, -1)).squeeze(1).transpose(1, 2) if T == 1 else q_BTHK
-    )  # [B, H / G, G, K] for one query
+    rows = q_BTHK
+    if T == 1:
+        rows = q_BTHK.unflatten(2, (G, -1)).squeeze(1).transpose(1, 2)  # [B, H / G, G, K]
     if q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2:  # it takes bfloat16 and float16
         arguments = rows, k_BSGK, v_BSGK, None, None, rows.shape[1], S, 0.0, T > 1, False
         o = torch.ops.aten._flash_attention_forward(*arguments)[0].transpose(1, 2)
