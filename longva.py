@@ -37,9 +37,9 @@ import ring
 import unires
 from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
+from data.activation_offload import ActivationOffload
 from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, sample, stop_ids, to_dict
 from data.flags import at_least, run, setting
-from data.offload import ActivationOffload
 from data.weights import fill_from
 
 CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens per prefill chunk: a CPU needs a mask for them; on a GPU it is 32 frames

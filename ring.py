@@ -39,7 +39,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from data import state
+from data import checkpoint
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 DocumentStarts = list[list[int]]  # where documents begin in each row of a batch
@@ -761,9 +761,9 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, 
     All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
     step, and random numbers, of which the model draws none.
     """
-    tensors = state.tensors(model, optimizer).items()
+    tensors = checkpoint.tensors(model, optimizer).items()
     mine = {key: local_shard(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
-    state.save(Path(folder), step, mine, world.rank, partial(all_gather, world=world))
+    checkpoint.save(Path(folder), step, mine, world.rank, partial(all_gather, world=world))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> int:
@@ -773,5 +773,5 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: Worl
     call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
     state is damaged, if ranks see different folders, or if the state is of another model.
     """
-    newest = state.newest(Path(folder), world.rank, partial(all_gather, world=world))
-    return state.restore(newest, model, optimizer, copy_shard) if newest else 0
+    newest = checkpoint.newest(Path(folder), world.rank, partial(all_gather, world=world))
+    return checkpoint.restore(newest, model, optimizer, copy_shard) if newest else 0

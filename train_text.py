@@ -27,9 +27,9 @@ from tqdm import tqdm
 import longva
 import ring
 from data import chat, evaluate, memory, runs, synthetic, text, tokenizer, weights
+from data.activation_offload import GradientSums
 from data.config import train_flop
 from data.flags import at_least, run, setting
-from data.offload import GradientSums
 
 # ---- one step --------------------------------------------------------------------------------------
 

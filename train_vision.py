@@ -44,9 +44,9 @@ import longva
 import ring
 import unires
 from data import chat, llava, runs, tokenizer, weights
+from data.activation_offload import GradientSums
 from data.flags import at_least, run, setting
 from data.llava import Dataset, Example
-from data.offload import GradientSums
 
 # ---- what each stage trains ------------------------------------------------------------------------
 

@@ -47,8 +47,8 @@ import train_vision
 import unires
 from clip import ClipVision
 from data import memory
+from data.activation_offload import GradientSums
 from data.config import ClipConfig, LMConfig, LongVAConfig, train_flop
-from data.offload import GradientSums
 
 GB = 10**9
 PEAK = 989e12  # FLOP/s in bf16 of an H100 or H200, without sparsity

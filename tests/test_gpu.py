@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import longva
 import ring
-from data.offload import GradientSums
+from data.activation_offload import GradientSums
 from tests import gpu
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_text
-from data import flags, runs, state
+from data import checkpoint, flags, runs
 
 ROOT = Path(__file__).parents[1]
 TINY = "--preset tiny-base --device cpu --seq-len 32 --batch 2 --curriculum-steps 0".split()
@@ -232,7 +232,7 @@ def full(rank, module, name, after=0, room=20_000):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("hook, left", [
-    (partial(full, module="data.state", name="write_part", after=1), 1),
+    (partial(full, module="data.checkpoint", name="write_part", after=1), 1),
     (partial(full, module="data.runs", name="log", room=600), 2),
     (partial(full, module="train_text", name="export"), 8),
 ])  # fmt: skip
@@ -244,7 +244,7 @@ def test_a_full_disk(tmp_path, hook, left):
     assert "Traceback" not in job.said() and "too large" in job.said(), job.said()
     assert 1 <= len(job.complaints()) <= 2, job.said()  # no launcher ends the rank that meets it second
     assert all("; free disk space, then run the same command again" in line for line in job.complaints()), job.said()
-    assert max(state.saved_steps(tmp_path / "run/state")) >= left
+    assert max(checkpoint.saved_steps(tmp_path / "run/state")) >= left
     again = Job(tmp_path / "run", *flags)
     assert set(again.codes()) == {0}, again.said()
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(8))
@@ -259,7 +259,7 @@ def test_a_loss_that_is_no_number(tmp_path):
         job.complaints()[0],
     )
     assert found and set(job.complaints()) == {found[0]} and "Traceback" not in job.said(), job.said()
-    assert max(state.saved_steps(tmp_path / "run/state")) == int(found[1]) > 0
+    assert max(checkpoint.saved_steps(tmp_path / "run/state")) == int(found[1]) > 0
 
 
 @pytest.mark.ranks

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 import longva
 import ring
-from data import state, text
+from data import checkpoint, text
 from data.config import LMConfig
 from tests import ranks, shapes
 
@@ -230,7 +230,7 @@ class Tiny(nn.Module):
     def forward(self, ids_BT, targets_BT, attend):
         x_BTD = self.embed(ids_BT)
         for block in self.layers:
-            x_BTD = checkpoint(block, x_BTD, attend, use_reentrant=False)
+            x_BTD = recompute(block, x_BTD, attend, use_reentrant=False)
         nll = F.cross_entropy(self.head(x_BTD).flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
         return nll, (targets_BT != -100).sum()
 
@@ -308,7 +308,7 @@ def check_sharded_gradients(world, out):
 
 
 def same(model, optimizer, other, other_optimizer):
-    mine, its = state.tensors(model, optimizer), state.tensors(other, other_optimizer)
+    mine, its = checkpoint.tensors(model, optimizer), checkpoint.tensors(other, other_optimizer)
     assert mine.keys() == its.keys() and len(mine) > len(list(model.parameters()))
     for key in mine:
         assert torch.equal(ring.local_shard(mine[key])[0], ring.local_shard(its[key])[0]), key

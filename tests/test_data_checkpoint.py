@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from data import state
+from data import checkpoint
 
 
 def together(ranks, work):
@@ -41,14 +41,14 @@ def trained(steps):
 
 def save(folder, step, ranks=2):
     """Save the model as ranks would that hold rows of each tensor, and the first of them what has no rows."""
-    found = {key: x.detach() for key, x in state.tensors(*trained(step)).items()}
+    found = {key: x.detach() for key, x in checkpoint.tensors(*trained(step)).items()}
 
     def rows(x, rank):
         return x.tensor_split(ranks)[rank]
 
     def work(rank, gather):
         mine = {key: rows(x, rank) if x.dim() else x for key, x in found.items() if x.dim() or rank == 0}
-        state.save(folder, step, mine, rank, gather)
+        checkpoint.save(folder, step, mine, rank, gather)
 
     together(ranks, work)
 
@@ -61,7 +61,7 @@ def saved(tmp_path):
 
 
 def newest(folder, ranks=2):
-    (found,) = set(together(ranks, lambda rank, gather: state.newest(folder, rank, gather)))
+    (found,) = set(together(ranks, lambda rank, gather: checkpoint.newest(folder, rank, gather)))
     return found
 
 
@@ -77,8 +77,8 @@ def flip(path, at=-1):
 
 def test_what_was_saved_is_restored(saved):
     model, optimizer = trained(0)
-    assert state.restore(newest(saved), model, optimizer, copy) == 3
-    want, got = state.tensors(*trained(3)), state.tensors(model, optimizer)
+    assert checkpoint.restore(newest(saved), model, optimizer, copy) == 3
+    want, got = checkpoint.tensors(*trained(3)), checkpoint.tensors(model, optimizer)
     assert got.keys() == want.keys() and len(want) == 2 + 2 * 3
     assert all(torch.equal(got[key], want[key]) for key in want)
     said = json.loads((saved / "step-3" / "manifest.json").read_text())
@@ -113,7 +113,7 @@ def test_all_damaged(saved):
 
 
 def test_the_last_two_are_kept_and_one_saved_again_is_replaced(saved):
-    assert state.saved_steps(saved) == [2, 3]
+    assert checkpoint.saved_steps(saved) == [2, 3]
     flip(saved / "step-3" / "rank-0.safetensors")
     save(saved, 3)
     assert newest(saved) == saved / "step-3" and sorted(p.name for p in saved.iterdir()) == ["step-2", "step-3"]
@@ -121,14 +121,14 @@ def test_the_last_two_are_kept_and_one_saved_again_is_replaced(saved):
 
 def test_a_torn_save_is_ignored_and_swept(saved):
     (saved / "step-3").rename(saved / "step-4.tmp")  # killed just before the rename
-    assert newest(saved) == saved / "step-2" and state.saved_steps(saved) == [2]
+    assert newest(saved) == saved / "step-2" and checkpoint.saved_steps(saved) == [2]
     assert not (saved / "step-4.tmp").exists()
 
 
 def test_ranks_must_share_the_folder(saved, tmp_path):
     folders = [saved, tmp_path / "another machine's"]
     with pytest.raises(ValueError, match="ranks see different states"):
-        together(2, lambda rank, gather: state.newest(folders[rank], rank, gather))
+        together(2, lambda rank, gather: checkpoint.newest(folders[rank], rank, gather))
 
 
 @pytest.mark.parametrize("model, message", [
@@ -138,4 +138,4 @@ def test_ranks_must_share_the_folder(saved, tmp_path):
 ])  # fmt: skip
 def test_another_model_is_refused(saved, model, message):
     with pytest.raises(ValueError, match=message):
-        state.restore(newest(saved), model, torch.optim.AdamW(model.parameters()), copy)
+        checkpoint.restore(newest(saved), model, torch.optim.AdamW(model.parameters()), copy)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data import offload
+from data import activation_offload
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-class Watched(offload.ActivationOffload):
+class Watched(activation_offload.ActivationOffload):
     """Notes for each layer that backward reaches which layers' tensors are on the device."""
 
     def __init__(self, device):
@@ -21,9 +21,9 @@ class Watched(offload.ActivationOffload):
         self.there = {}
 
     def unpack(self, saved):
-        late = isinstance(saved, offload.Saved) and saved.layer not in self.back
+        late = isinstance(saved, activation_offload.Saved) and saved.layer not in self.back
         x = super().unpack(saved)
-        if isinstance(saved, offload.Saved):
+        if isinstance(saved, activation_offload.Saved):
             self.there.setdefault(saved.layer, (late, sorted(self.back)))
         return x
 
@@ -68,7 +68,7 @@ def test_checkpoint_inside(device):
     x = torch.randn(3, 4, device=device)
     plain, away = (x.clone().requires_grad_() for _ in range(2))
     layer(layer(plain)).sum().backward()
-    hooks, y = offload.ActivationOffload(torch.device(device)), away
+    hooks, y = activation_offload.ActivationOffload(torch.device(device)), away
     for _ in range(2):
         with hooks.layer():
             y = checkpoint(layer, y, use_reentrant=False, preserve_rng_state=False)
@@ -78,7 +78,7 @@ def test_checkpoint_inside(device):
 
 
 def test_what_is_empty_or_elsewhere_stays():
-    hooks = offload.ActivationOffload(CPU)
+    hooks = activation_offload.ActivationOffload(CPU)
     with hooks.layer():
         empty, elsewhere = torch.empty(0), torch.empty(3, device="meta")
         assert hooks.pack(empty) is empty and hooks.pack(elsewhere) is elsewhere
@@ -87,7 +87,7 @@ def test_what_is_empty_or_elsewhere_stays():
 
 def test_a_tensor_that_two_operations_save_is_copied_once():
     x = torch.ones(3, requires_grad=True)
-    hooks = offload.ActivationOffload(CPU)
+    hooks = activation_offload.ActivationOffload(CPU)
     with hooks.layer():
         y = x.exp()
         z = y * y
@@ -99,7 +99,7 @@ def test_a_tensor_that_two_operations_save_is_copied_once():
 def test_host_memory_is_free_as_soon_as_backward_is_done():
     gc.disable()  # nothing may wait for the collector
     try:
-        x, hooks = torch.ones(3, requires_grad=True), offload.ActivationOffload(CPU)
+        x, hooks = torch.ones(3, requires_grad=True), activation_offload.ActivationOffload(CPU)
         y = chain(x, hooks)
         alive = weakref.ref(next(iter(hooks.layers[0].values())).host)
         del hooks
@@ -112,17 +112,19 @@ def test_host_memory_is_free_as_soon_as_backward_is_done():
 
 def test_all_passes_copy_on_one_stream(monkeypatch):
     """Torch hands out 32 in turn, and its allocator would keep memory for each of them."""
-    offload.copy_stream.cache_clear()
+    activation_offload.copy_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())  # there may be no GPU
     gpu = torch.device("cuda", 0)
-    assert offload.ActivationOffload(gpu).stream is offload.ActivationOffload(gpu).stream is not None
-    assert offload.ActivationOffload(CPU).stream is None
-    offload.copy_stream.cache_clear()
+    assert (
+        activation_offload.ActivationOffload(gpu).stream is activation_offload.ActivationOffload(gpu).stream is not None
+    )
+    assert activation_offload.ActivationOffload(CPU).stream is None
+    activation_offload.copy_stream.cache_clear()
 
 
 def test_what_is_kept_shares_nothing_with_what_is_computed():
     x = torch.ones(3, requires_grad=True)
-    with offload.ActivationOffload(CPU).layer():
+    with activation_offload.ActivationOffload(CPU).layer():
         y = x.exp()
     kept = y.detach().clone()
     y.data.zero_()  # autograd cannot see this
