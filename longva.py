@@ -17,6 +17,7 @@ Differs   bfloat16, never float16: Qwen2's activations overflow float16 (the rel
           All 152,064 rows of the embedding are kept; the release cuts them to the tokenizer's length.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +39,17 @@ import unires
 from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
 from data.activation_offload import ActivationOffload
-from data.config import LMConfig, LongVAConfig, Sampling, read_config, read_sampling, sample, stop_ids, to_dict
+from data.config import (
+    LMConfig,
+    LongVAConfig,
+    RopeScaling,
+    Sampling,
+    read_config,
+    read_sampling,
+    sample,
+    stop_ids,
+    to_dict,
+)
 from data.flags import at_least, run, setting
 from data.weights import fill_from
 
@@ -49,14 +60,48 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BT
 # ---- the language model (Sec. 3.1) ---------------------------------------------------------------
 
 
-def rope(pos_T: Tensor, K: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_frequencies(K: int, theta: float, scaling: RopeScaling | None, S: int, device: torch.device) -> Tensor:
+    """Angle by which each pair j of a head's K numbers turns per position, float32[K / 2]: theta^(-2j / K).
+
+    A pair that turns slowly meets angles beyond the trained length L that it never saw in training. A scaling by
+    the factor s lets it turn more slowly, so that s * L positions have the angles of L; nothing is trained.
+    S: tokens of the whole sequence, for dynamic NTK.
+    """
+    kind = scaling.rope_type if scaling else "default"
+    if kind == "dynamic":  # NTK-aware: the slowest pair turns over S tokens as far as over L, the fastest as ever
+        L = scaling.original_max_position_embeddings
+        theta = theta * (scaling.factor * max(S, L) / L - scaling.factor + 1) ** (K / (K - 2))
+    frequency = 1.0 / theta ** (torch.arange(0, K, 2, device=device, dtype=torch.int64).float() / K)
+    if kind in ("default", "dynamic"):
+        return frequency
+    if kind == "linear":  # position interpolation (arXiv 2306.15595): all pairs, however fast
+        return frequency / scaling.factor
+    L = scaling.original_max_position_embeddings
+    if kind == "llama3":  # pairs with many turns within L stay as they are: `kept` = 1; between, linear in the turns
+        turns = L * frequency / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    else:  # YaRN (arXiv 2309.00071, Sec. 3.2): the same, but between the two linear in the pair's number j
+        first, last = (
+            K * math.log(L / (2 * math.pi * turns)) / (2 * math.log(theta))  # the j that makes so many turns within L
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, K - 1)
+        kept = 1 - ((torch.arange(K // 2, device=device) - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequency * kept + frequency / scaling.factor * (1 - kept)
+
+
+def rope(pos_T: Tensor, K: int, theta: float, scaling: RopeScaling | None = None, S: int = 0) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each position's angles, for `rotate`: float32 (cos_TK, sin_TK) from integer positions.
 
     The product of position and frequency needs float32: bfloat16 cannot represent even the integer 257.
     """
-    frequency = 1.0 / theta ** (torch.arange(0, K, 2, device=pos_T.device, dtype=torch.int64).float() / K)  # [K / 2]
+    frequency = rope_frequencies(K, theta, scaling, S, pos_T.device)
     angle = pos_T.float()[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
+    amplitude = scaling.amplitude if scaling else 1.0  # YaRN: sharper attention in longer sequences
+    cos, sin = amplitude * angle.cos(), amplitude * angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # `rotate` needs the minus
 
 
@@ -177,10 +222,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = "none"  # "full": one hidden state per layer is saved; "selective": see Block
         self.offload_activations = False  # keep tensors saved for backward in CPU memory
+        self.rope_len = 0  # tokens that dynamic NTK scales for, where they come in pieces; 0: those of this call
 
     def forward(self, x_BTD: Tensor, pos_T: Tensor, attend: Attend = causal_attend) -> Tensor:
         """Hidden states h_BTD; `pos_T`: each token's position in the whole sequence."""
-        cos_sin = rope(pos_T, self.config.head_width, self.config.rope_theta)
+        lm, S = self.config, 0
+        if lm.rope_scaling and lm.rope_scaling.rope_type == "dynamic":
+            S = self.rope_len or int(pos_T.max()) + 1
+        cos_sin = rope(pos_T, lm.head_width, lm.rope_theta, lm.rope_scaling, S)
         cos_T1K, sin_T1K = (angle_TK[:, None].to(x_BTD.dtype) for angle_TK in cos_sin)
         full, selective = self.checkpointing == "full", self.checkpointing == "selective"
         offload = ActivationOffload(x_BTD.device) if self.offload_activations else None
@@ -731,6 +780,7 @@ def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iter
     ids = chat.prompt(words, cfg.question or QUESTION, image_tokens, template)
     room = visual_tokens + len(ids) + cfg.max_tokens + (CHAT if cfg.chat else 0)
     cache = new_cache(model, room, world)
+    model.model.rope_len = room
     prefill_prompt(model, ids, visual_inputs, cache, cfg.chunk)
     first_turn = cache.mark()
     del visual_inputs, pictures

@@ -9,7 +9,7 @@ Paper     Sec. 3.1 (Qwen2-7B), Sec. 3.2 (CLIP ViT-L/14-336, UniRes and AnyRes); 
           which stays in force where it calls itself greedy.
 Run       imported; `read_config("Qwen2-7B-Instruct").hidden_size`
 Dimensions  V vocabulary   D LM width   F MLP width   K head width   E CLIP width   S tokens in all   M tokens per grid
-Differs   What is not supported (RoPE scaling, sliding windows, other towers and projectors) is refused in one
+Differs   What is not supported (sliding windows, other towers and projectors) is refused in one
           sentence, where others would load it and answer wrongly.
           The released LongVA-DPO's config names LLaVA-NeXT's five canvases and a second pooling, left over from the
           script that trained it on videos alone. It is read as the LongVA it was made from: 200 canvases, pooled once.
@@ -117,11 +117,66 @@ FAMILIES = {  # model_type -> what it computes; llava_*: with a vision tower ins
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond the trained ones are scaled, under config.json's names; `longva.rope` has the formulas."""
+
+    rope_type: str  # "linear", "dynamic" (NTK), "yarn" or "llama3"
+    factor: float  # how many times longer sequences get
+    original_max_position_embeddings: int  # tokens of the sequences before that
+    beta_fast: float = 32.0  # yarn: pairs with at least so many turns over the original length stay as they are
+    beta_slow: float = 1.0  # yarn: pairs with at most so many are divided by the factor
+    truncate: bool = True  # yarn: whole numbers for the first and the last pair between the two
+    high_freq_factor: float = 4.0  # llama3: as beta_fast
+    low_freq_factor: float = 1.0  # llama3: as beta_slow
+    attention_factor: float | None = None  # cos and sin are multiplied by it; None: yarn 0.1 ln(factor) + 1, others 1
+
+    def __post_init__(self):
+        kinds = ("linear", "dynamic", "yarn", "llama3")
+        if self.rope_type not in kinds:
+            raise ValueError(f"config.json asks for RoPE scaling {self.rope_type!r}; {', '.join(kinds)} are built")
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            fits = type(value) in (int, float) and (value >= 1 if f.name == "factor" else 0 < value < math.inf)
+            if not fits and type(value) is not bool and not (f.name == "attention_factor" and value is None):
+                raise ValueError(
+                    f"the RoPE scaling's {f.name} is {value!r}; a positive number is expected, factor from 1"
+                )
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "RopeScaling | None":
+        """Read `rope_scaling`, or a newer config's `rope_parameters`, of a whole config.json; None for plain RoPE."""
+        found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"config.json's rope_scaling is {found!r}; a dictionary with rope_type and factor is expected"
+            )
+        found = {name: value for name, value in found.items() if value is not None and name != "rope_theta"}
+        rope_type = found.pop("type", "default")
+        found = {"rope_type": rope_type} | found
+        if found["rope_type"] == "default":
+            return None
+        trained = raw.get("max_position_embeddings", LMConfig.max_position_embeddings)
+        if found["rope_type"] not in ("yarn", "llama3"):  # transformers takes no other length for these
+            found["original_max_position_embeddings"] = trained
+        found = {"factor": None, "original_max_position_embeddings": trained} | found
+        if unknown := sorted(set(found) - {f.name for f in fields(cls)}):
+            raise ValueError(f"the RoPE scaling has {', '.join(unknown)}, which this decoder does not know")
+        return cls(**found)
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by, so that logits get sharper in longer sequences (YaRN, eq. 22)."""
+        if self.attention_factor is not None and self.rope_type == "yarn":
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.rope_type == "yarn" else 1.0
+
+
 def check_lm_supported(family: str, raw: dict) -> None:
     """Raise ValueError, one sentence, where config.json asks for what the decoder does not support."""
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if (rope_type := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
-        raise ValueError(f"config.json asks for RoPE scaling ({rope_type}), which this decoder does not have")
+    bases = {raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")} - {None}
+    if len(bases) > 1:
+        raise ValueError(f"config.json has two RoPE bases, {' and '.join(map(str, sorted(bases)))}; remove one")
     window = raw.get("sliding_window", 4096 if family == "mistral" else None)  # 4096: Hugging Face's default
     if window and raw.get("use_sliding_window", family == "mistral"):
         raise ValueError(
@@ -150,6 +205,7 @@ class LMConfig:
     max_position_embeddings: int = 32768  # what it was trained on; nothing here enforces it
     tie_word_embeddings: bool = False
     attention_bias: bool = True  # Qwen2: biases on q, k and v alone
+    rope_scaling: RopeScaling | None = None  # plain RoPE
 
     def __post_init__(self):
         for name in SIZES:
@@ -178,6 +234,7 @@ class LMConfig:
         family = FAMILIES.get(kind)
         if family is None:
             raise ValueError(f"config.json says model_type {kind!r}; only {', '.join(FAMILIES)} are built here")
+        scaling = RopeScaling.from_dict(raw)
         check_lm_supported(family, raw)
         raw = {name: value for name, value in raw.items() if value is not None}
         raw = raw.get("rope_parameters", {}) | raw
@@ -185,7 +242,7 @@ class LMConfig:
             raw = {"rope_theta": 1e4, "num_key_value_heads": raw.get("num_attention_heads")} | raw
         if missing := [name for name in (*SIZES, "rope_theta") if name not in raw]:
             raise ValueError(f"config.json lacks {', '.join(missing)}; is this the folder of a language model?")
-        raw = {"attention_bias": family == "qwen2"} | raw
+        raw = {"attention_bias": family == "qwen2"} | raw | {"rope_scaling": scaling}
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
 
@@ -304,7 +361,9 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
     name = "qwen2" if config.attention_bias else "llama"
     kind = {"architectures": [f"{name.capitalize()}ForCausalLM"], "model_type": name, "hidden_act": "silu"}
     sizes = asdict(config) | {"head_dim": config.head_width}
-    return kind | sizes | {"use_sliding_window": False, "torch_dtype": dtype}
+    scaling = sizes.pop("rope_scaling")
+    scaling = {"rope_scaling": {name: x for name, x in scaling.items() if x is not None}} if scaling else {}
+    return kind | sizes | scaling | {"use_sliding_window": False, "sliding_window": None, "torch_dtype": dtype}
 
 
 # ---- how to answer: generation_config.json -------------------------------------------------------

@@ -1,0 +1,137 @@
+"""Position scaling against transformers: frequencies, amplitude, logits; config.json in and out."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import longva
+from data import weights
+from data.config import LMConfig, RopeScaling, read_config, to_dict
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 32, "rope_theta": 10000.0,
+}  # fmt: skip
+SCALINGS = [  # as folders write them
+    {"type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},  # Qwen2.5's
+    {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "truncate": False},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 16},  # Llama-3.1's; 3.2 and 3.3 have other numbers alone
+]  # fmt: skip
+KINDS = [f"{s.get('type', s.get('rope_type'))}-{i}" for i, s in enumerate(SCALINGS)]
+
+
+def folder(tmp_path, kind, scaling, **changes):
+    """A folder of transformers' model with that scaling, and the model."""
+    config = AutoConfig.for_model(kind, **{**SIZES, **changes}, rope_scaling=dict(scaling), tie_word_embeddings=False)
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    weights.write(
+        tmp_path, theirs.named_parameters(), {"model_type": kind, **SIZES, **changes, "rope_scaling": scaling}
+    )
+    return theirs
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
+def test_cos_sin_and_logits_equal_transformers(tmp_path, scaling):
+    kind = "llama" if scaling.get("rope_type") == "llama3" else "qwen2"
+    theirs = folder(tmp_path, kind, scaling)
+    ours = longva.load(tmp_path)
+    lm, S = ours.config, 150
+    pos_S, ids_1S = torch.arange(S), torch.arange(S)[None] * 31 % 97
+
+    rotary = theirs.model.rotary_emb
+    cos_1SK, sin_1SK = rotary(torch.zeros(1), pos_S[None])
+    cos_SK, sin_SK = longva.rope(pos_S, lm.head_width, lm.rope_theta, lm.rope_scaling, S)
+    assert_close(cos_SK, cos_1SK[0], rtol=0, atol=2e-6)
+    assert_close(
+        sin_SK * torch.tensor([-1.0, 1.0]).repeat_interleave(lm.head_width // 2), sin_1SK[0], rtol=0, atol=2e-6
+    )
+
+    with torch.no_grad():
+        logits_1SV = ours.logits(ours.model(ours.embed(ids_1S), pos_S))
+        assert_close(logits_1SV, theirs(ids_1S).logits, rtol=0, atol=2e-5)
+        ours.model.config = replace(lm, rope_scaling=None)  # the scaling matters: without it, logits differ
+        assert (ours.logits(ours.model(ours.embed(ids_1S), pos_S)) - logits_1SV).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
+@pytest.mark.parametrize("K, theta", [(32, 1e4), (128, 1e6), (128, 5e5)])
+def test_frequencies_equal_transformers(scaling, K, theta):
+    sizes = {**SIZES, "hidden_size": 4 * K, "rope_theta": theta, "max_position_embeddings": 8192}
+    scaling = {name: x for name, x in scaling.items() if name != "original_max_position_embeddings"}
+    theirs = AutoConfig.for_model("llama", **sizes, rope_scaling=dict(scaling))
+    ours = LMConfig.from_dict({"model_type": "llama", **sizes, "rope_scaling": scaling})
+    for S in (100, 8192, 50_000):
+        kind = ours.rope_scaling.rope_type
+        frequency, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), seq_len=S)
+        found = longva.rope_frequencies(K, theta, ours.rope_scaling, S, torch.device("cpu"))
+        assert_close(found, frequency, rtol=1e-6, atol=0)
+        assert ours.rope_scaling.amplitude == pytest.approx(amplitude, rel=1e-12)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
+def test_a_cache_in_pieces_equals_one_pass(tmp_path, scaling):
+    folder(tmp_path, "qwen2", scaling)
+    model = longva.load(tmp_path)
+    x_1SD = model.embed(torch.arange(90)[None] % 97)
+    model.model.rope_len = 90
+    cache = longva.KVCache(model.config, 1, 90, x_1SD)
+    h_1TD = longva.prefill(model, x_1SD, cache, chunk=32)
+    with torch.no_grad():
+        assert_close(h_1TD[:, -1], model.model(x_1SD, torch.arange(90))[:, -1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
+def test_config_goes_out_as_it_came_in(tmp_path, scaling):
+    config = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": scaling})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    assert read_config(tmp_path) == replace(config, head_dim=16)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_type"] == config.rope_scaling.rope_type
+    assert theirs.rope_parameters["factor"] == config.rope_scaling.factor
+    new_style = {"rope_type" if name == "type" else name: x for name, x in scaling.items()} | {"rope_theta": 1e4}
+    raw = {name: x for name, x in SIZES.items() if name != "rope_theta"} | {"rope_parameters": new_style}
+    assert LMConfig.from_dict({"model_type": "qwen2", **raw}) == config
+
+
+@pytest.mark.parametrize("scaling, complaint", [
+    ("yarn", "a dictionary with rope_type and factor is expected"),
+    ({"type": "longrope", "factor": 2}, "'longrope'"),
+    ({"type": "yarn"}, "factor is None"),
+    ({"type": "linear", "factor": 0.5}, "factor is 0.5"),
+    ({"type": "linear", "factor": math.nan}, "factor is nan"),
+    ({"type": "yarn", "factor": "8"}, "factor is '8'"),
+    ({"type": "yarn", "factor": 8, "mscale": 1}, "has mscale"),
+    ({"type": "yarn", "factor": 8, "original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+])  # fmt: skip
+def test_refusals(scaling, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": scaling})
+
+
+def test_two_bases_are_refused():
+    with pytest.raises(ValueError, match="two RoPE bases"):
+        LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_parameters": {"rope_theta": 5e5}})
+
+
+def test_llama_3_and_qwen_2_5_configs():
+    """As published; the sizes are not the point."""
+    llama = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+             "original_max_position_embeddings": 8192}  # fmt: skip
+    sizes = {**SIZES, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+    assert LMConfig.from_dict({"model_type": "llama", **sizes, "rope_scaling": llama}).rope_scaling == RopeScaling(
+        "llama3", 32.0, 8192
+    )
+    qwen = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    found = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": qwen}).rope_scaling
+    assert found == RopeScaling("yarn", 4.0, 32768) and found.amplitude == pytest.approx(1.1386294)
