@@ -28,7 +28,7 @@ import longva
 import ring
 from data import chat, evaluate, memory, runs, synthetic, text, tokenizer, weights
 from data.activation_offload import GradientSums
-from data.config import train_flop
+from data.config import check_trainable, train_flop
 from data.flags import at_least, run, setting
 
 # ---- one step --------------------------------------------------------------------------------------
@@ -155,6 +155,7 @@ def language_model(folder: Path | None) -> longva.LMConfig:
     config = longva.read_config(folder)
     if not isinstance(config, longva.LMConfig):
         raise ValueError(f"{folder} sees already; long text trains a language model before it learns to see")
+    check_trainable(config)
     return config
 
 

@@ -45,6 +45,7 @@ import ring
 import unires
 from data import chat, llava, runs, tokenizer, weights
 from data.activation_offload import GradientSums
+from data.config import check_trainable
 from data.flags import at_least, run, setting
 from data.llava import Dataset, Example
 
@@ -256,6 +257,7 @@ def build(cfg: "Config") -> longva.LongVA:
     elif isinstance(found, longva.LMConfig):
         made = "what --stage align made" if cfg.stage == "sft" else "a model that sees"
         raise ValueError(f"{cfg.weights} is a language model; --stage {cfg.stage} starts from {made}")
+    check_trainable(found.lm)
     with torch.device("meta"):
         return longva.LongVA(found)
 

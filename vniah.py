@@ -40,7 +40,7 @@ import longva
 import ring
 import unires
 from data import chat, niah, results, runs, synthetic, tokenizer, video, weights
-from data.config import stop_ids
+from data.config import RopeScaling, stop_ids
 from data.flags import at_least, run, setting
 
 # ---- the test: one probe, one forward pass -------------------------------------------------------
@@ -119,6 +119,7 @@ class Config:
     weights: Path | None = setting(None, "model folder; none: the shipped systems of Figure 4 (ours)", group="Model")
     own: bool = setting(False, "test the models of your own training runs in runs/ (ours)")
     rope_theta: tuple[float, ...] = setting((), "RoPE bases to test without training (Fig. 4)")
+    rope_scaling: tuple[str, ...] = setting((), "position scalings to test likewise, as KIND:FACTOR: yarn:8 (ours)")
     template: str | None = setting(None, "chat template; none: the tokenizer's (release: qwen2, mistral)", hidden=True)
     trained_on: int | None = setting(None, "tokens, for the dotted line; none: config.json's (ours)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
@@ -172,6 +173,7 @@ PROTOCOLS = {  # tiny: 90 seconds on two CPU cores; paper, by estimate: 2 hours 
 }  # fmt: skip
 PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i / 10 for i in range(11))}
 CANDIDATE_BASES = (3e4, 1e5, 1e6)  # RoPE bases tried on the miniature's baseline
+CANDIDATE_SCALINGS = ()  # and position scalings
 MAX_BATCH_TOKENS = 2**17  # over all probes of a batch; longer probes are read one by one
 SELECTION_SEED = 1000  # added to the seed of runs that choose a RoPE base: other needles, another haystack
 COSMETIC_FLAGS = ("plot_only", "colours", "trained_on", "device")  # these change no score
@@ -196,6 +198,7 @@ class System:
     distractors: int = 3
     control: Literal["", "no needle", "shuffled"] = ""  # the needle left out, or options reordered
     selection_run: bool = False  # other needles and another haystack, to choose a RoPE base with
+    rope_scaling: str = ""  # KIND:FACTOR, replaces the scaling that the model was trained with
 
 
 def seed_of(cfg: Config, system: System) -> int:
@@ -251,6 +254,7 @@ def probe_one_pass(model: longva.LM, x_1SD: Tensor, answer_ids: list[int], world
     targets = torch.full(x.shape[:2], chat.IGNORE, device=x.device)
     targets[0, stop - len(answer_ids) : stop] = torch.tensor(answer_ids, device=x.device)
     idx_T = ring.zigzag_index(x.shape[1], world)
+    model.model.rope_len = stop  # for dynamic NTK: no rank sees the last position alone
     h_1TD = model.model(x[:, idx_T], idx_T, ring.zigzag_attend(world))
     correct, count = longva.count_correct(h_1TD, model.lm_head.weight, targets[:, idx_T])
     return ring.all_reduce_sum(count - correct, world).item() == 0
@@ -267,6 +271,7 @@ class NIAH:
     """A needle test of one model; subclasses know what a haystack is made of."""
 
     names: list[str]  # of the needles
+    dynamic = False  # RoPE by dynamic NTK: keys depend on the length of their sequence, so lengths cannot share them
 
     def __init__(self, cfg: Config, system: System, model: longva.LM, words: tokenizer.Tokenizer, world: ring.World):
         self.cfg, self.system, self.model, self.words, self.world = cfg, system, model, words, world
@@ -303,6 +308,8 @@ class VisualNIAH(NIAH):
     def reset(self, system: System) -> None:
         """Prepare for another system of this model: its questions, and an empty cache."""
         self.system, self.cached_haystack, self.cache = system, None, None
+        scaling = self.model.model.config.rope_scaling
+        self.dynamic = scaling is not None and scaling.rope_type == "dynamic"
         self.questions = questions_for(self.cfg, system, self.needles)
         encode = self.words.encode
         texts = [one and "\n" + one.question.removeprefix("\n") for one in self.questions]
@@ -313,7 +320,7 @@ class VisualNIAH(NIAH):
         """One group for each position in a haystack and each (question, answer) size."""
         M, positions = self.haystack_NMD.shape[1], {}
         for length, depth in cells:
-            haystack_len = length if len(self.distractor_NMD) else 0
+            haystack_len = length if len(self.distractor_NMD) or self.dynamic else 0
             positions.setdefault((haystack_len, niah.insert_index(length, depth)), []).append((length, depth))
         asked, groups = [i for i, question in enumerate(self.question_ids) if question], []
         sizes = [(len(self.question_ids[i]), len(self.answer_ids[i])) for i in asked]
@@ -343,6 +350,8 @@ class VisualNIAH(NIAH):
         Groups come sorted by position, so each frame is read once for all of them.
         """
         M, prefix = self.haystack_NMD.shape[1], self.prefix_1TD.shape[1]
+        question = max(len(ids) for ids in self.question_ids if ids)
+        self.model.model.rope_len = prefix + (group.haystack_len + 1) * M + question  # for dynamic NTK
         if self.cache is None or self.cached_haystack != group.haystack_len:
             frames = max(other.insert_at for other in groups if other.haystack_len == group.haystack_len)
             self.cache = None  # free the old cache before the new one is allocated
@@ -503,6 +512,7 @@ class TextNIAH(NIAH):
         """`score_and_generate` for probes of one length."""
         ids, answer = (torch.tensor(rows, device=self.model.device) for rows in zip(*probes))
         x_BTD, new_tokens = self.model.embed(ids), max(answer.shape[1], self.cfg.max_new_tokens)
+        self.model.model.rope_len = x_BTD.shape[1]
         cache = longva.KVCache(self.model.model.config, len(probes), x_BTD.shape[1] + new_tokens, x_BTD)
         return score_and_generate(self.model, x_BTD, answer, cache, self.cfg.max_new_tokens, self.stop_ids)
 
@@ -534,10 +544,12 @@ class Runner:
                 raise ValueError(f"{system.folder} is a language model without vision; try: python vniah.py text")
             kind = VisualNIAH if self.cfg.task == "vision" else TextNIAH
             test = kind(self.cfg, system, model, tokenizer.load_tokenizer(system.folder), self.world)
-            self.loaded = key, test, model.model.config.rope_theta
-        _, test, rope_theta = self.loaded
-        lm = test.model.model
-        lm.config = replace(lm.config, rope_theta=system.rope_theta or rope_theta)
+            self.loaded = key, test, model.model.config
+        _, test, trained = self.loaded
+        changes = {"rope_theta": system.rope_theta} if system.rope_theta else {}
+        if system.rope_scaling:
+            changes["rope_scaling"] = RopeScaling.parse(system.rope_scaling, trained.max_position_embeddings)
+        test.model.model.config = replace(trained, **changes)
         test.reset(system)
         self.provenance[system.name] = {"prompts": test.prompts, "haystack": test.hashes}
         return test
@@ -599,15 +611,23 @@ def controls_of(cfg: Config, system: System) -> list[System]:
     return controls if cfg.controls else []
 
 
+def untrained_positions(bases: Iterable[float], scalings: Iterable[str]) -> dict[str, tuple[float | None, str]]:
+    """{name: (RoPE base, scaling)} of the ways to read longer sequences without training."""
+    return {f"RoPE base {theta:g}": (theta, "") for theta in bases} | {text: (None, text) for text in scalings}
+
+
 def figure_systems(cfg: Config) -> tuple[list[System], list[System], list[System]]:
     """(the figure's systems, the controls, and the candidates of which one RoPE base is chosen for the baseline)."""
     counts = (cfg.distractors,) if cfg.task == "vision" else cfg.distractor_counts
     suffix = {n: "" if cfg.task == "vision" else f", {n} distractors" for n in counts}
     if cfg.weights:
         name = cfg.weights.resolve().name
-        bases = {None: ""} | {theta: f", RoPE base {theta:g}" for theta in cfg.rope_theta}
-        folder = cfg.weights
-        systems = [System(name + base + suffix[n], folder, theta, n) for theta, base in bases.items() for n in counts]
+        changes = {"": (None, "")} | untrained_positions(cfg.rope_theta, cfg.rope_scaling)
+        systems = [
+            System(name + (change and f", {change}") + suffix[n], cfg.weights, theta, n, rope_scaling=scaling)
+            for change, (theta, scaling) in changes.items()
+            for n in counts
+        ]
         return systems, controls_of(cfg, systems[0]) if cfg.task == "vision" else [], []
     if cfg.task == "vision":
         folders = {"(i) LongVA": "longva", "(ii) LongVA, AnyRes": "anyres", "(iii) not extended": "baseline"}
@@ -617,8 +637,12 @@ def figure_systems(cfg: Config) -> tuple[list[System], list[System], list[System
         System(name + suffix[n], model_dir(cfg, folder), None, n) for name, folder in folders.items() for n in counts
     ]
     baseline = replace(systems[-1], distractors=max(counts), selection_run=True)
-    bases = cfg.rope_theta or CANDIDATE_BASES
-    candidates = [replace(baseline, name=f"trial {theta:g}", rope_theta=theta) for theta in bases]
+    given = cfg.rope_theta or cfg.rope_scaling
+    tried = (cfg.rope_theta, cfg.rope_scaling) if given else (CANDIDATE_BASES, CANDIDATE_SCALINGS)
+    candidates = [
+        replace(baseline, name=f"trial of {change}", rope_theta=theta, rope_scaling=scaling)
+        for change, (theta, scaling) in untrained_positions(*tried).items()
+    ]
     return systems, controls_of(cfg, systems[0]) if cfg.task == "vision" else [], candidates
 
 
@@ -676,7 +700,7 @@ def main(cfg: Config) -> None:
     rates = {candidate: results.hit_rate(runner.results, candidate.name) for candidate in candidates}
     if any(rate is not None for rate in rates.values()):
         best = max(candidates, key=lambda candidate: rates[candidate] or 0)
-        name = f"RoPE base {best.rope_theta:g}, untrained"
+        name = f"{best.name.removeprefix('trial of ')}, untrained"
         name = f"(iv) {name}" if cfg.task == "vision" else f"{name}, {best.distractors} distractors"
         systems.append(replace(best, name=name, selection_run=False))
         if not cfg.plot_only:
@@ -687,8 +711,8 @@ def main(cfg: Config) -> None:
         results.report(runner.results, shown, rest, lengths, unit)
         if any(rate is not None for rate in rates.values()):
             needles = "with the same needles" if cfg.needles else "with another haystack and other needles"
-            tried = ", ".join(f"{one.rope_theta:g}: {rate or 0:.2f}" for one, rate in rates.items())
-            print(f"RoPE bases tried {needles}, at the two greatest lengths: {tried}")
+            tried = ", ".join(f"{one.name.removeprefix('trial of ')}: {rate or 0:.2f}" for one, rate in rates.items())
+            print(f"Untrained positions tried {needles}, at the two greatest lengths: {tried}")
         heatmaps = [results.heatmap_of(runner.results, *item) for item in shown.items()]
         compared = [results.heatmap_of(runner.results, *item) for item in (shown | rest).items()]
         print("\n" + "\n".join(results.ascii_heatmap(one, lengths, cfg.depths, unit) for one in heatmaps) + "\n")

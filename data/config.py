@@ -134,7 +134,7 @@ class RopeScaling:
     def __post_init__(self):
         kinds = ("linear", "dynamic", "yarn", "llama3")
         if self.rope_type not in kinds:
-            raise ValueError(f"config.json asks for RoPE scaling {self.rope_type!r}; {', '.join(kinds)} are built")
+            raise ValueError(f"there is no RoPE scaling {self.rope_type!r} here, but {', '.join(kinds)}")
         for f in fields(self)[1:]:
             value = getattr(self, f.name)
             fits = type(value) in (int, float) and (value >= 1 if f.name == "factor" else 0 < value < math.inf)
@@ -163,6 +163,15 @@ class RopeScaling:
         if unknown := sorted(set(found) - {f.name for f in fields(cls)}):
             raise ValueError(f"the RoPE scaling has {', '.join(unknown)}, which this decoder does not know")
         return cls(**found)
+
+    @classmethod
+    def parse(cls, text: str, trained: int) -> "RopeScaling":
+        """Read KIND:FACTOR, such as yarn:8, for a model that was trained on sequences of `trained` tokens."""
+        kind, _, factor = text.partition(":")
+        try:
+            return cls(kind, float(factor), trained)
+        except ValueError as e:
+            raise ValueError(f"--rope-scaling {text}: {e}; write KIND:FACTOR, such as yarn:8") from e
 
     @property
     def amplitude(self) -> float:
@@ -297,6 +306,14 @@ class LongVAConfig:
         scheme = SCHEMES[raw["mm_patch_merge_type"]]
         rule = raw.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
         return cls(LMConfig.from_dict(raw), ClipConfig.from_dict(vision), scheme, rule)
+
+
+def check_trainable(lm: LMConfig) -> None:
+    """Raise ValueError for a scaling that depends on the length of a sequence, which a rank does not know."""
+    if lm.rope_scaling and lm.rope_scaling.rope_type == "dynamic":
+        raise ValueError(
+            "config.json asks for dynamic NTK scaling, which is for answering; remove rope_scaling to train"
+        )
 
 
 # ---- sizes ---------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ WITHOUT = {"model_type": "llava_next", "text_config": LLAMA2, "vision_config": C
     (QWEN2 | {"head_dim": 7}, "head width is 7"),
     (QWEN2 | {"model_type": "gemma"}, "model_type 'gemma'; only qwen2, llama, mistral, .* are built"),
     (WITHOUT, "model_type 'llava_next'"),
-    (QWEN2 | {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "RoPE scaling 'longrope'"),
+    (QWEN2 | {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "no RoPE scaling 'longrope'"),
     (MISTRAL | {"sliding_window": 4096, "rope_theta": 1e4}, "sliding window of 4096 tokens"),
     (NEXT_MISTRAL | {"sliding_window": 4096}, "sliding window of 4096 tokens"),
     ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, "sliding window of 4096 tokens"),

@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import longva
-from data import weights
-from data.config import LMConfig, RopeScaling, read_config, to_dict
+import vniah
+from data import results, weights
+from data.config import LMConfig, RopeScaling, check_trainable, read_config, to_dict
+from data.runs import TINY
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -106,7 +108,7 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
 
 @pytest.mark.parametrize("scaling, complaint", [
     ("yarn", "a dictionary with rope_type and factor is expected"),
-    ({"type": "longrope", "factor": 2}, "'longrope'"),
+    ({"type": "longrope", "factor": 2}, "no RoPE scaling 'longrope'"),
     ({"type": "yarn"}, "factor is None"),
     ({"type": "linear", "factor": 0.5}, "factor is 0.5"),
     ({"type": "linear", "factor": math.nan}, "factor is nan"),
@@ -135,3 +137,39 @@ def test_llama_3_and_qwen_2_5_configs():
     qwen = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
     found = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": qwen}).rope_scaling
     assert found == RopeScaling("yarn", 4.0, 32768) and found.amplitude == pytest.approx(1.1386294)
+
+
+def test_a_length_is_needed_to_train():
+    lm = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": {"type": "dynamic", "factor": 2}})
+    with pytest.raises(ValueError, match="dynamic NTK scaling, which is for answering"):
+        check_trainable(lm)
+    check_trainable(LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": {"type": "yarn", "factor": 2}}))
+
+
+@pytest.mark.parametrize("distractors", [0, 2])
+def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, distractors, monkeypatch):
+    """Also dynamic NTK, whose keys depend on the haystack's length, so that lengths cannot share a cache."""
+    for name in ("draw_heatmaps", "draw_comparison"):
+        monkeypatch.setattr(results, name, lambda *a: None)
+    grid = {"frames": (8, 90, 150), "depths": (0.0, 0.5), "needle_count": 4, "distractors": distractors}
+    grid |= {
+        "max_new_tokens": 0,
+        "controls": False,
+        "rope_scaling": ("dynamic:1", "yarn:8"),
+        "weights": TINY / "baseline",
+    }
+    found = []
+    for engine in ("cache", "ring"):
+        vniah.main(vniah.Config(protocol="tiny", engine=engine, out=tmp_path / engine, **grid))
+        lines = results.read_results(tmp_path / engine)
+        found.append({key: {n: p["hit"] for n, p in probes.items()} for key, probes in lines.items()})
+    assert found[0] == found[1] and len(found[0]) == 3 * 6
+    rates = {name: sum(sum(p.values()) for key, p in found[0].items() if key[0] == name) for name, *_ in found[0]}
+    assert len(set(rates.values())) > 1, rates  # a scaling changes something
+
+
+def test_a_scaling_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"--rope-scaling ntk:8: there is no RoPE scaling 'ntk'.* write KIND:FACTOR"):
+        RopeScaling.parse("ntk:8", 256)
+    with pytest.raises(ValueError, match=r"--rope-scaling yarn: .*write KIND:FACTOR"):
+        RopeScaling.parse("yarn", 256)

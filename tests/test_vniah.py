@@ -692,8 +692,10 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     vniah.main(cfg)
     said, found = capsys.readouterr().out, results(cfg)
     names = {cell["panel"] for cell in found["cells"]}
-    assert "RoPE bases tried with another haystack and other needles" in said and "next:" in said
-    assert {"trial 30000", "trial 1e+06"} < names and any("untrained" in name for name in names)
+    assert "Untrained positions tried with another haystack and other needles" in said and "next:" in said
+    assert {"trial of RoPE base 30000", "trial of RoPE base 1e+06"} < names and any(
+        "untrained" in name for name in names
+    )
     assert sum("untrained" in name for name in names) == 1
     vniah.main(replace(cfg, plot_only=True))
     assert by_cell(results(cfg)["cells"]) == by_cell(found["cells"])
