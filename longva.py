@@ -314,7 +314,7 @@ class LongVA(LM):
         vision_tower = nn.ModuleDict({"vision_model": ClipVision(config.vision)})
         self.model.vision_tower = nn.ModuleDict({"vision_tower": vision_tower})
         self.model.mm_projector = nn.Sequential(nn.Linear(config.vision.hidden_size, D), nn.GELU(), nn.Linear(D, D))
-        if config.scheme == "anyres":
+        if config.scheme != "unires":
             self.model.image_newline = nn.Parameter(torch.empty(D))
 
     @property

@@ -488,7 +488,7 @@ class Config:
         None, "model folder to start from; align: the language model (Sec. 3.2: Qwen2-7B-224K)", group="Model"
     )
     tower: Path | None = setting(None, "folder of the vision tower, for align (Sec. 3.2: CLIP-ViT-L-336)")
-    scheme: Literal["unires", "anyres"] = setting("unires", "how a picture becomes tokens (Sec. 3.2)")
+    scheme: Literal["unires", "anyres", "anyres_pooled"] = setting("unires", "how a picture becomes tokens (Sec. 3.2)")
     rule: Literal["canvas", "floor", "anyres"] | None = setting(
         None, "how many grids a picture gets (Sec. 3.2)", hidden=True
     )
@@ -549,10 +549,11 @@ TINY = {
 PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes a stage on two CPU cores
     "tiny": {**TINY, "system": "tiny-longva"},
     "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},
+    "tiny-anyres-pooled": {**TINY, "system": "tiny-anyres-pooled", "scheme": "anyres_pooled"},
     "tiny-baseline": {**TINY, "system": "tiny-baseline"},
     "longva": {},  # 8 x 80 GB: 1.5 days on A100s for both stages (Sec. 3.2)
 }
-DEFAULT_RULE = {"unires": "canvas", "anyres": "anyres"}  # the release's
+DEFAULT_RULE = {"unires": "canvas", "anyres": "anyres", "anyres_pooled": "anyres"}  # the release's
 LM_OF_SYSTEM = {"tiny-longva": "extended", "tiny-anyres": "extended", "tiny-baseline": "control"}
 
 

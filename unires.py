@@ -57,7 +57,7 @@ def floor_grids(width: int, height: int, side: int, limit: int = LIMIT) -> tuple
 
 
 def canvases(limit: int = LIMIT) -> list[tuple[int, int]]:
-    """All (rows, cols) of 2 to `limit` grids, in the release's order: narrow before wide, low before high."""
+    """All (rows, cols) of 2 to `limit` grids in the release's order: narrow before wide, low before high."""
     return [(r, c) for c in range(1, limit + 1) for r in range(1, limit // c + 1) if r * c > 1]
 
 
@@ -82,13 +82,10 @@ def choose_grids(width: int, height: int, side: int, rule: str = "canvas", limit
     """How many grids of `side` pixels a picture of width x height pixels gets -> (rows, cols).
 
     rule "floor": the paper's; "canvas": the release's, the best of 200 canvases; "anyres": LLaVA-NeXT's, the best of
-    five, its base grid not counted. Raises ValueError for a picture that check_size refuses, another rule, or a
-    limit below 1.
+    five, its base grid not counted. Raises ValueError for a picture that check_size refuses, or another rule.
     """
     if rule not in RULES:
         raise ValueError(f"there is no rule {rule!r} to choose grids; choose one of {', '.join(RULES)}")
-    if limit < 1:
-        raise ValueError(f"a picture cannot be shown in at most {limit} grids; allow at least 1")
     check_size(width, height)
     if rule == "floor":
         return floor_grids(width, height, side, limit)
@@ -99,25 +96,29 @@ def choose_grids(width: int, height: int, side: int, rule: str = "canvas", limit
 # ---- features to tokens --------------------------------------------------------------------------
 
 
+def pool(x_NPD: Tensor) -> Tensor:
+    """Average 2x2 patches inside each grid: x_NMD. Raises ValueError for an odd number of patches along a side."""
+    patches = isqrt(x_NPD.shape[1])
+    assert patches**2 == x_NPD.shape[1], f"{x_NPD.shape[1]} patches make no square"
+    half = isqrt(tokens_per_grid(patches))
+    return x_NPD.unflatten(1, (half, 2, half, 2)).mean(dim=(2, 4)).flatten(1, 2)  # over y and x inside each block
+
+
 def unires(x_NPD: Tensor, rows: int, cols: int) -> Tensor:
     """Average 2x2 patches inside each grid, then put grid after grid: x_TD, T = N * P / 4 (Fig. 8).
 
     Takes the projector's output, patches row by row in each grid, grids row by row. Nothing separates grids, so a
     picture of six grids and a video of six frames look alike: what the model learns from pictures holds for video.
-    Raises ValueError for an odd number of patches along a side.
     """
-    (N, P, D), patches = x_NPD.shape, isqrt(x_NPD.shape[1])
-    assert patches**2 == P and rows * cols == N, f"{rows} x {cols} grids are not {tuple(x_NPD.shape)}"
-    M, half = tokens_per_grid(patches), patches // 2
-    pooled = x_NPD.unflatten(1, (half, 2, half, 2)).mean(dim=(2, 4))  # over y and x inside each 2x2 block
-    return pooled.reshape(N * M, D)  # tokens in the order grid, y, x
+    assert rows * cols == len(x_NPD), f"{rows} x {cols} grids are not {tuple(x_NPD.shape)}"
+    return pool(x_NPD).flatten(0, 1)  # tokens in the order grid, y, x
 
 
 def anyres(x_NPD: Tensor, rows: int, cols: int, newline_D: Tensor, unpad: tuple[int, int] | None = None) -> Tensor:
     """LLaVA-NeXT's order: the base grid, then each row of the whole picture, ended by newline_D -> x_TD.
 
-    The base comes first, N = 1 + rows * cols; nothing is pooled. A row of the picture runs across grids, so
-    these are first put together to one map. `unpad`, the picture's (width, height) in pixels, trims padding.
+    The base comes first, N = 1 + rows * cols. A row of the picture runs across grids, so these are first put
+    together to one map. `unpad`, the picture's (width, height) in pixels, trims padding. LLaVA-NeXT pools nothing.
     """
     (N, P, D), patches = x_NPD.shape, isqrt(x_NPD.shape[1])
     assert patches**2 == P and 1 + rows * cols == N, f"1 + {rows} x {cols} grids are not {tuple(x_NPD.shape)}"
@@ -185,9 +186,8 @@ def frame(picture: Picture, side: int, fit: str = "crop") -> Tensor:
         image = image.resize((side * image.width // short, side * image.height // short), Image.BICUBIC)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return to_pixels(image.crop((left, top, left + side, top + side)))
-    if fit == "pad":
-        return to_pixels(letterbox(image, side))
-    raise ValueError(f"a frame can be fitted by 'crop' or by 'pad', not by {fit!r}")
+    assert fit == "pad", f"a frame can be fitted by 'crop' or by 'pad', not by {fit!r}"
+    return to_pixels(letterbox(image, side))
 
 
 def frames(pictures: Iterable[Picture], side: int, fit: str = "crop") -> Tensor:
@@ -207,30 +207,29 @@ class Layout:
 
     rows: int
     cols: int
-    scheme: str = "unires"  # or "anyres", which has the base grid in front
+    scheme: str = "unires"  # "anyres" has the base grid in front; "anyres_pooled" (ours) is that of pooled grids
     unpad: tuple[int, int] | None = None  # anyres: the picture's width and height, pixels
-
-    def __post_init__(self):
-        if self.scheme not in ("unires", "anyres"):
-            raise ValueError(f"there is no scheme {self.scheme!r}; choose unires or anyres")
 
     @property
     def grids(self) -> int:
         """N, the grids that CLIP encodes."""
-        return self.rows * self.cols + (self.scheme == "anyres")
+        return self.rows * self.cols + (self.scheme != "unires")
 
     def tokens(self, patches: int) -> int:
         """T, how many tokens they become; `patches` along the side of a grid. Needs no model."""
         if self.scheme == "unires":
             return self.grids * tokens_per_grid(patches)
+        patches //= 2 if self.scheme == "anyres_pooled" else 1
         height, width = self.rows * patches, self.cols * patches
         top, left = unpad_margins(height, width, self.unpad)
         return patches**2 + (height - 2 * top) * (width - 2 * left + 1)  # each row ends in a newline
 
     def arrange(self, x_NPD: Tensor, newline_D: Tensor | None = None) -> Tensor:
-        """Turn projected features into tokens x_TD by this layout's scheme; only anyres needs newline_D."""
+        """Turn projected features into tokens x_TD by this layout's scheme; only AnyRes needs newline_D."""
         if self.scheme == "unires":
             return unires(x_NPD, self.rows, self.cols)
+        if self.scheme == "anyres_pooled":
+            x_NPD = pool(x_NPD)
         assert newline_D is not None, "anyres ends each row with the model's image_newline"
         return anyres(x_NPD, self.rows, self.cols, newline_D, self.unpad)
 
@@ -238,17 +237,18 @@ class Layout:
 def preprocess(
     picture: Picture, side: int, rule: str = "canvas", limit: int = LIMIT, scheme: str | None = None
 ) -> tuple[Tensor, Layout]:
-    """A picture as (pixels_NCYX, layout): choose grids by `rule` and cut; scheme "anyres" has the base in front.
+    """A picture as (pixels_NCYX, layout): choose grids by `rule` and cut; AnyRes has the base in front.
 
     The scheme follows from the rule (only "anyres" is AnyRes) unless it is given.
     """
     width, height = (picture.shape[1], picture.shape[0]) if isinstance(picture, np.ndarray) else picture.size
     rows, cols = choose_grids(width, height, side, rule, limit)
     pixels_NCYX = cut(picture, rows, cols, side, rule)
-    if (scheme or ("anyres" if rule == "anyres" else "unires")) == "unires":
+    scheme = scheme or ("anyres" if rule == "anyres" else "unires")
+    if scheme == "unires":
         return pixels_NCYX, Layout(rows, cols)
     unpad = None if rule == "floor" else (width, height)  # a stretched picture has no padding to cut off
-    return torch.cat([base_grid(picture, side), pixels_NCYX]), Layout(rows, cols, "anyres", unpad)
+    return torch.cat([base_grid(picture, side), pixels_NCYX]), Layout(rows, cols, scheme, unpad)
 
 
 # ---- pixels --------------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ def preprocess(
 def letterbox(image: Image.Image, side: int) -> Image.Image:
     """All of an RGB picture in the middle of a square of `side` pixels, the rest in CLIP's mean colour.
 
-    Equal to shrinking a square as wide as the picture's long side; for a long, thin picture that square would
-    take gigabytes, so it is shrunk in strips.
+    Equal to shrinking a square as wide as the picture's long side, which for a thin picture would take gigabytes: so
+    it is shrunk in strips.
     """
     long = max(image.size)
     left, top = (long - image.width) // 2, (long - image.height) // 2
@@ -313,10 +313,9 @@ class UniqueGrids:
         self.row = torch.tensor([row for i in shown for row in rows_of_picture[i]], dtype=torch.int64)
 
     def subset(self, wanted: Tensor, side: int) -> tuple[Tensor, list[Layout], Tensor]:
-        """Return (pixels_NCYX, layout, row) for the visual tokens numbered `wanted` alone: no unit without use.
+        """Return (pixels_NCYX, layout, row) for the visual tokens numbered `wanted`, those that a rank holds.
 
-        This is how a rank of the ring encodes only the grids whose tokens it holds. Where it holds none, a blank
-        grid that no text shows keeps all ranks calling the same modules.
+        Where it holds none, a blank grid that no text shows keeps all ranks calling the same modules.
         """
         starts, row = torch.tensor(self.starts), self.row[wanted]
         unit = torch.bucketize(row, starts, right=True) - 1

@@ -256,7 +256,7 @@ class LMConfig:
 
 
 TOWER = "clip-vit-large-patch14-336"  # what ClipConfig's defaults are
-SCHEMES = {"unires": "unires", "spatial_unpad": "anyres"}
+SCHEMES = {"unires": "unires", "spatial_unpad": "anyres", "spatial_unpad_pooled": "anyres_pooled"}
 NEXT_CANVASES = {(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)}  # width, height; pixels
 SUPPORTED = {
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres",
@@ -290,7 +290,7 @@ class LongVAConfig:
 
     lm: LMConfig = field(default_factory=LMConfig)
     vision: ClipConfig = field(default_factory=ClipConfig)
-    scheme: str = "unires"  # or "anyres": LLaVA-NeXT's, the paper's baseline
+    scheme: str = "unires"  # "anyres": LLaVA-NeXT's, the paper's baseline; "anyres_pooled": the same of pooled grids
     rule: str = "canvas"  # how many grids a picture gets: a rule of unires.RULES
 
     @classmethod
@@ -339,7 +339,7 @@ def num_parameters(config: LMConfig | LongVAConfig) -> int:
     E, width = clip.hidden_size, clip.intermediate_size
     block = 4 * E + 4 * (E * E + E) + (2 * E * width + width + E)  # two LayerNorms, four attention maps, two MLP maps
     around = E + 3 * clip.patch_size**2 * E + (clip.patches**2 + 1) * E + 4 * E  # class, patch map, positions, norms
-    projector = (E * D + D) + (D * D + D) + (D if config.scheme == "anyres" else 0)  # AnyRes: and the newline
+    projector = (E * D + D) + (D * D + D) + (D if config.scheme != "unires" else 0)  # AnyRes: and the newline
     return num_parameters(config.lm) + clip.num_hidden_layers * block + around + projector
 
 
@@ -369,7 +369,7 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
     if isinstance(config, LongVAConfig):
         return to_dict(config.lm, dtype) | {
             "architectures": ["LlavaQwenForCausalLM"], "image_aspect_ratio": "anyres", "grid_rule": config.rule,
-            "mm_patch_merge_type": "unires" if config.scheme == "unires" else "spatial_unpad",
+            "mm_patch_merge_type": {ours: theirs for theirs, ours in SCHEMES.items()}[config.scheme],
             "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2, "mm_projector_type": "mlp2x_gelu",
             "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": config.vision.hidden_size,
             "mm_vision_select_layer": config.vision.select_layer, "mm_vision_select_feature": "patch",
