@@ -352,8 +352,9 @@ class LongVA(LM):
         attend: Attend = causal_attend,
         visual_index: Tensor | None = None,
         positions: Tensor | None = None,
+        score: Callable[[Tensor, Tensor, Tensor], tuple] | None = None,
     ) -> tuple:
-        """Training loss as in LM.forward, with visual tokens at the positions of chat.IMAGE.
+        """Training loss or score as in LM.forward, with visual tokens at the positions of chat.IMAGE.
 
         `visual_index`: the visual token of each position, if not each once and in order (unires.UniqueGrids).
         `positions`: as for `embed`.
@@ -361,7 +362,7 @@ class LongVA(LM):
         visual_tokens = self.encode_images(pixels_NCYX, layout)
         visual_tokens = visual_tokens if visual_index is None else visual_tokens[visual_index]
         h_BTD = self.model(self.embed(ids_BT, visual_tokens, positions), pos_T, attend)
-        return nll(h_BTD, self.lm_head.weight, targets_BT)
+        return (score or nll)(h_BTD, self.lm_head.weight, targets_BT)
 
 
 # ---- machinery: memory while training ------------------------------------------------------------

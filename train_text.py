@@ -129,7 +129,7 @@ def train(cfg: "Config") -> None:
         if world.rank == 0:
             tokens_per_s = batches[0].ids.numel() * cfg.grad_accumulation / (time.perf_counter() - started)
             flop_per_token = train_flop(config, batches[0].ids.shape[1])
-            line = {"step": step, "loss": loss, "norm": norm, "lr": rate}
+            line = {"step": step, "loss": loss, "norm": norm, "lr": rate, "seq_len": batches[0].ids.shape[1]}
             line |= speed(tokens_per_s, flop_per_token, cfg.peak_tflop, world)
             runs.log(cfg.out, line)
             bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
@@ -139,6 +139,9 @@ def train(cfg: "Config") -> None:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7. Export
+    if world.rank == 0 and cfg.held_out:
+        last = runs.last_line(cfg.out, evaluate.LOG)
+        runs.print_verdict(last["held_out_loss"], last["needles_found"], cfg.expected)
     export(cfg, config, model, world)
     ring.stop()
 
@@ -295,6 +298,9 @@ class Config:
     )
     eval_windows: int = setting(8, "windows of held-out text for the perplexity (ours)", hidden=True)
     eval_needles: int = setting(1, "hidden magic numbers at each of five depths (App. A)", hidden=True)
+    expected: tuple[float, ...] = setting(
+        (), "held-out loss, at most, and share of hidden numbers found, at least, at the end (ours)", hidden=True
+    )
     curriculum_steps: int = setting(0, "first steps, on short synthetic sequences (ours)", hidden=True)
     curriculum_len: int = setting(64, "tokens per sequence in those steps (ours)", hidden=True)
     batch: int = setting(1, "sequences per micro-batch (release: extend_qwen2.sh)", group="Optimization")
@@ -329,6 +335,7 @@ NOT_SAVED = ("plan", "host_gb")  # settings that do not describe a run
 TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the losses and scores to expect
     "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32",
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
+    "held_out": "synthetic", "eval_needles": 4,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e6}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4}

@@ -223,6 +223,10 @@ def train(cfg: "Config", world: ring.World) -> None:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 8. Export
+    if cfg.tiny and cfg.expected:
+        score = held_out_score(cfg, model, words, group, ring_rank, num_rings, world)
+        if world.rank == 0:
+            runs.print_verdict(*score, cfg.expected)
     export(cfg, model, world)
 
 
@@ -390,6 +394,34 @@ def count_skipped(
     return round(skipped), padding
 
 
+def held_out_score(
+    cfg: "Config", model: longva.LongVA, words: tokenizer.Tokenizer, group: ring.World, ring_rank: int, num_rings: int,
+    world: ring.World,
+) -> tuple[float, float]:  # fmt: skip
+    """Return, of synthetic samples from another seed, the loss per target and the share of targets that are the argmax.
+
+    For dpo: the loss of the preferred answers, and how many are more probable than the rejected ones.
+    """
+    dataset = llava.synthetic_dataset(cfg.stage, cfg.seed + 1, cfg.batch, cfg.frames, cfg.grids, 0)
+    loader = make_loader(
+        dataset, model.config, words, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
+    )
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, targets, hits, tries
+    with ring.no_grad_reshard(model):
+        for start in range(0, 128, cfg.batch):
+            for batch in loader.micro_batches([*range(start, start + cfg.batch)][ring_rank::num_rings])[0]:
+                nll_B, count_B = model(*batch.model_inputs)
+                if cfg.stage == "dpo":
+                    nll_B, count_B = (ring.all_reduce_sum(x, group) / group.ranks for x in (nll_B, count_B))
+                    hits, tries = nll_B[0::2] < nll_B[1::2], torch.ones_like(nll_B[0::2])
+                    nll_B, count_B = nll_B[0::2], count_B[0::2]
+                else:
+                    hits, tries = model(*batch.model_inputs, score=longva.count_correct)
+                sums += torch.stack([x.sum().double() for x in (nll_B, count_B, hits, tries)])
+    loss, targets, hits, tries = ring.all_reduce_sum(sums, world).tolist()
+    return loss / targets, hits / tries
+
+
 # ---- DPO's reference -------------------------------------------------------------------------------
 
 
@@ -516,6 +548,9 @@ class Config:
         None, "part of the steps in which the rate rises from zero (release: 0.03, dpo 0.1)", hidden=True
     )
     grad_clip: float = setting(1.0, "largest norm of the gradient (release: zero3.json)", hidden=True)
+    expected: tuple[float, ...] | None = setting(
+        None, "held-out loss, at most, and share of targets that are right, at least, at the end (ours)", hidden=True
+    )
     ring: int = setting(1, "ranks that share a sample's tokens by ring attention (release: 1)", group="Hardware")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of activations; parameters stay fp32 (Sec. 3.2)")
     checkpointing: Literal["none", "full"] = setting(
@@ -538,9 +573,9 @@ STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
     "dpo": {"batch": 128, "micro_batch_size": 1, "steps": 400, "lr": 5e-7, "tower_lr": 5e-7, "warmup": 0.1},
 }
 TINY_STAGES = {
-    "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03},
-    "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03},
-    "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1},
+    "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03, "expected": (0.1, 0.95)},
+    "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
+    "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (1.0, 0.9)},
 }
 TINY = {
     "tiny": True, "resolution_curriculum": 0.7, "rule": "floor", "labels": "clean", "max_len": 256,

@@ -108,6 +108,12 @@ def entries(file: Path) -> Iterator[tuple[str, dict]]:
             continue
 
 
+def last_line(folder: Path, name: str) -> dict:
+    """Return the last line of a log."""
+    *_, (_, entry) = entries(folder / name)
+    return entry
+
+
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
     """Append one JSON line."""
     try:
@@ -126,6 +132,19 @@ def finite(step: int, losses: list[float]) -> float:
     return sum(losses)
 
 
+def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> None:
+    """Print a stage's held-out loss and score beside what is `expected`, (loss at most, score at least); () for no one.
+
+    A warning follows where it missed: a stage that learned nothing ends like one that learned all.
+    """
+    if not expected:
+        return
+    most, least = expected
+    print(f"held-out: loss {loss:.4f} (expected at most {most:g}), score {score:.3f} (expected at least {least:g})")
+    if not (loss <= most and score >= least):
+        print("WARNING: this stage missed what it should reach, and what is built on it will, too; take another --seed")
+
+
 def column(folder: Path, key: str) -> list[float]:
     """Return the values of one key in log.jsonl, in the order of steps."""
     file = folder / "log.jsonl"
@@ -134,7 +153,7 @@ def column(folder: Path, key: str) -> list[float]:
 
 
 def draw_curve(folder: Path) -> Path:
-    """Draw the losses of log.jsonl over the steps, raw and smoothed, as curve.png."""
+    """Draw the losses of log.jsonl over the steps, raw and smoothed, as curve.png; where sequences change, a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,7 +166,11 @@ def draw_curve(folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps, smooth, color="tab:blue", label="smoothed")
-    axes.set(xlabel="step", ylabel="loss (nats per target)", title=folder.name)
+    for before, line in zip([{}, *lines], lines):
+        if (now := line.get("seq_len")) and now != before.get("seq_len"):
+            axes.axvline(line["step"], color="0.6", linestyle=":", linewidth=0.8)
+            axes.text(line["step"], 1, f" {now:,} tokens", va="top", fontsize=7, transform=axes.get_xaxis_transform())
+    axes.set(xlabel="step", ylabel="loss (nats per target)", title=folder.name, yscale="log")
     axes.legend(frameon=False)
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)

@@ -1,6 +1,7 @@
 """A run's folder: settings that may not change, a log that survives being killed, a picture of the loss."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,14 @@ def test_the_curve_shows_the_losses_and_their_running_mean(tmp_path, monkeypatch
     runs.draw_curve(tmp_path)
     assert drawn[0] == ([5, 6, 7], [4.0, 2.0, 2.0])
     assert drawn[1] == ([5, 6, 7], pytest.approx([4.0, 3.9, 3.805]))
+
+
+@pytest.mark.parametrize(
+    "loss, score, warns", [(0.01, 1.0, False), (0.03, 1.0, True), (0.01, 0.8, True), (math.nan, 1.0, True)]
+)
+def test_a_stage_says_whether_it_worked(capsys, loss, score, warns):
+    runs.print_verdict(loss, score, (0.02, 0.9))
+    said = capsys.readouterr().out
+    assert "(expected at most 0.02)" in said and "(expected at least 0.9)" in said and ("WARNING" in said) == warns
+    runs.print_verdict(loss, score, ())
+    assert capsys.readouterr().out == ""

@@ -533,7 +533,7 @@ def test_preference_is_learned(preferring):
 def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
     monkeypatch.setattr(llava, "SYNTHETIC_PAIRS", 128)
-    monkeypatch.setattr(ring, "no_grad_reshard", None)
+    monkeypatch.setattr(tv, "compute_reference_logps", None)
     known = preferring / "reference.safetensors"
     assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
     kept = known.read_bytes()
@@ -662,3 +662,14 @@ def test_a_picture_that_cannot_be_shown_is_found_at_the_start(tmp_path, capsys):
     Image.new("RGB", (20_000, 2)).save(tmp_path / "images" / "3.png")
     assert here("train_vision.py", *flags) == 2
     assert "record 3 (id 'r3') shows 3.png" in capsys.readouterr().err
+
+
+def test_a_stage_ends_with_its_held_out_score(tmp_path, capsys):
+    """The shipped model reaches what sft should, and an untrained projector does not reach what align should."""
+    cfg = settings("sft", weights=TINY / "longva", out=tmp_path / "sft", steps=1, lr=0.0, tower_lr=0.0, batch=16)
+    tv.train(cfg, ALONE)
+    good = capsys.readouterr().out
+    tv.train(settings("align", tower=TINY / "tower", weights=TINY / "extended", out=tmp_path / "a", steps=1), ALONE)
+    bad = capsys.readouterr().out
+    assert "held-out: loss" in good and "held-out: loss" in bad
+    assert "WARNING" not in good and "WARNING" in bad
