@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from data import checkpoint
+from data.config import LMConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 DocumentStarts = list[list[int]]  # where documents begin in each row of a batch
@@ -395,9 +396,9 @@ def long_timeout_group(world: World) -> World:
     return replace(world, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
-def broadcast_text(text: str, world: World) -> str:
-    """Rank 0's text, on every rank."""
-    box = [text.encode(errors="replace").decode()]
+def broadcast_text(read: Callable[[], str], world: World) -> str:
+    """What `read()` returns on rank 0, the only rank that calls it, on every rank."""
+    box = [read().encode(errors="replace").decode() if world.rank == 0 else ""]
     if world.ranks > 1:
         dist.broadcast_object_list(box, world.peer(0), world.group)
     return box[0]
@@ -598,25 +599,18 @@ class ShardedCache:
     is computed by all ranks, which get the same bits, and kept by the rank that has fewest. All ranks must call alike.
     """
 
-    def __init__(self, world: World, layers: int, B: int, S: int, G: int, K: int, like: Tensor):
+    def __init__(self, lm: LMConfig, B: int, S: int, reference: Tensor, world: World):
         self.world, self.S = world, S
         self.sharded, self.lengths = False, (0,) * world.ranks  # tokens on each rank, which all ranks know
         # lengths differ by a replicated piece at most
         room = math.ceil(S / world.ranks) + max(REPLICATED, 2 * world.ranks)
-        self.k_LBSGK, self.v_LBSGK = (like.new_empty(layers, B, room, G, K) for _ in range(2))
+        shape = lm.num_hidden_layers, B, room, lm.num_key_value_heads, lm.head_width
+        self.k_LBSGK, self.v_LBSGK = (reference.new_empty(shape) for _ in range(2))
 
     @property
     def length(self) -> int:
         """Tokens read so far, on all ranks together."""
         return sum(self.lengths)
-
-    def mark(self) -> tuple[int, ...]:
-        """A bookmark for `rewind`."""
-        return self.lengths
-
-    def rewind(self, mark: tuple[int, ...]) -> None:
-        """Forget what was read after the mark: it will be overwritten."""
-        self.lengths = mark
 
     def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
         """How to read T more tokens: slices of about `chunk`, and which places of each are computed here (int64).

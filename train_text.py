@@ -27,9 +27,9 @@ from tqdm import tqdm
 import longva
 import ring
 from data import chat, evaluate, memory, runs, synthetic, text, tokenizer, weights
-from data.activation_offload import GradientSums
-from data.config import check_trainable, train_flop
+from data.config import check_trainable, to_dict, train_flop
 from data.flags import at_least, run, setting
+from data.memory_saving import GradientSums
 
 # ---- one step --------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ def log_evaluation(
         return sums
 
     with ring.no_grad_reshard(model):
-        scores = evaluate.evaluate(sets, scored_by(longva.nll), scored_by(longva.count_correct))
+        scores = evaluate.evaluate(sets, scored_by(longva.nll), scored_by(evaluate.count_correct))
     if group.peer(group.rank) == 0:
         runs.log(out, {"step": step} | scores, evaluate.LOG)
         tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
@@ -260,7 +260,7 @@ def export(cfg: "Config", config: longva.LMConfig, model: longva.LM, world: ring
     stream, folder = ring.gather_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
         return
-    longva.save(folder, stream, config, cfg.weights or synthetic.TOKENIZER)
+    weights.save(folder, stream, to_dict(config), cfg.weights or synthetic.TOKENIZER)
     following = f"python vniah.py text --weights {folder}"
     if cfg.corpus != "synthetic":
         flags = f"--preset longva --stage align --tower CLIP --data LLAVA.json --weights {folder}"

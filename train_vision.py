@@ -44,10 +44,10 @@ import longva
 import ring
 import unires
 from data import chat, llava, runs, tokenizer, weights
-from data.activation_offload import GradientSums
-from data.config import check_trainable
+from data.config import check_trainable, to_dict
 from data.flags import at_least, run, setting
 from data.llava import Dataset, Example
+from data.memory_saving import GradientSums
 
 # ---- what each stage trains ------------------------------------------------------------------------
 
@@ -472,7 +472,7 @@ def export(cfg: "Config", model: longva.LongVA, world: ring.World) -> None:
     stream, folder = ring.gather_parameters(model, world), cfg.out / "model"
     if world.rank > 0:
         return
-    longva.save(folder, stream, model.config, cfg.weights)
+    weights.save(folder, stream, to_dict(model.config), cfg.weights)
     if padding := runs.column(cfg.out, "padding"):
         print(f"padding: {sum(padding) / len(padding):.1%} of all ids")
     print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")

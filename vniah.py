@@ -39,7 +39,7 @@ from tqdm import tqdm
 import longva
 import ring
 import unires
-from data import chat, niah, results, runs, synthetic, tokenizer, video, weights
+from data import chat, evaluate, niah, results, runs, synthetic, tokenizer, video, weights
 from data.config import RopeScaling, stop_ids
 from data.flags import at_least, run, setting
 
@@ -227,20 +227,20 @@ def score_and_generate(
     question: embedded, [B, tokens, D]; answer: ids, [B, tokens]. The answer is teacher-forced in one pass. Generation
     starts again after the question and ends after `max_new_tokens` or at a stop id. Restores the cache's length.
     """
-    prefix = cache.mark()
+    prefix = cache.length
     longva.prefill(model, question[:, :-1], cache)
-    asked = cache.mark()
+    asked = cache.length
     teacher_forced = torch.cat([question[:, -1:], model.embed(answer[:, :-1])], dim=1)
     best = model.logits(longva.prefill(model, teacher_forced, cache)).argmax(-1)
     hits, generated = (best == answer).all(1).tolist(), [best[:, :1]]
-    cache.rewind(asked + 1)  # the question's last token stays: `best` already holds what follows it
+    cache.length = asked + 1  # the question's last token stays: `best` already holds what follows it
     stop = torch.tensor(stops, device=answer.device)
     ended_B = torch.isin(generated[0][:, 0], stop)
     while len(generated) < max_new_tokens and not ended_B.all():
         h_B1D = longva.prefill(model, model.embed(generated[-1]), cache)
         generated.append(model.logits(h_B1D).argmax(-1))
         ended_B |= torch.isin(generated[-1][:, 0], stop)
-    cache.rewind(prefix)
+    cache.length = prefix
     rows = torch.cat(generated, dim=1).tolist() if max_new_tokens else [[]] * len(hits)
     return hits, [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
@@ -256,7 +256,7 @@ def probe_one_pass(model: longva.LM, x_1SD: Tensor, answer_ids: list[int], world
     idx_T = ring.zigzag_index(x.shape[1], world)
     model.model.rope_len = stop  # for dynamic NTK: no rank sees the last position alone
     h_1TD = model.model(x[:, idx_T], idx_T, ring.zigzag_attend(world))
-    correct, count = longva.count_correct(h_1TD, model.lm_head.weight, targets[:, idx_T])
+    correct, count = evaluate.count_correct(h_1TD, model.lm_head.weight, targets[:, idx_T])
     return ring.all_reduce_sum(count - correct, world).item() == 0
 
 

@@ -17,12 +17,20 @@ Differs   `example(..., clean=False)` undoes the first three.
              trained; V-NIAH's frames, tokenised on their own, have none ("USER:").
 """
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from data import runs
+from data.config import Sampling, read_sampling
+from data.flags import at_least, print0, setting
 from data.tokenizer import Tokenizer
 
 IMAGE = -200  # the id that stands for one visual token
@@ -258,3 +266,81 @@ def encode_with_images(tokenizer: Tokenizer, pre: str, text: str, post: str, ima
     for piece in rest:
         ids += [IMAGE] * next(image_tokens) + tokenizer.encode(piece)
     return ids + tokenizer.encode("".join(post), special=True)
+
+
+# ---- asking: longva.py's settings, and what a person types ---------------------------------------
+
+TINY_MODEL = runs.TINY / "longva"
+QUESTION = "What is in the picture?"
+CHAT = 4096  # tokens of cache space reserved for a chat
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of longva.py."""
+
+    question: str | None = setting(None, f"the question (ours) [{QUESTION}]", positional=True)
+    image: tuple[Path, ...] = setting((), "picture files (ours)")
+    video: Path | None = setting(None, "a video file, or a folder of pictures (ours)")
+    frames: int = setting(32, "frames taken evenly from the video (Table 4: 8 to 384)")
+    fps: float | None = setting(None, "sample this many frames per second instead of --frames (Sec. 4: 1)")
+    weights: Path = setting(TINY_MODEL, "model folder (ours)")
+    chat: bool = setting(False, "read more questions about the same input from stdin, one a line (ours)")
+    max_tokens: int = setting(256, "tokens of an answer, at most (ours)")
+    temperature: float | None = setting(None, "0: the most probable token; none: generation_config.json's (release)")
+    top_p: float | None = setting(None, "sample from the most probable tokens with this sum; none: as above (release)")
+    top_k: int | None = setting(None, "sample from this many most probable tokens, 0: all; none: as above (release)")
+    repetition_penalty: float | None = setting(None, "penalty on tokens of the answer so far; none: as above (release)")
+    seed: int = setting(0, "random seed for sampling (ours)")
+    plan: bool = setting(False, "print the memory needed and the most frames that fit; load nothing (ours)")
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "of weights and cache; auto: bf16 on a GPU (ours)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
+
+    def __post_init__(self):
+        at_least(self, frames=1, fps=0.001, max_tokens=1, seed=0)
+        if os.path.isfile(self.question or ""):
+            raise ValueError(f"{self.question} is a file where the question should stand; write --image before each")
+        if self.video and self.image:
+            raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next token is chosen: as the model folder says, but for the flags that were given."""
+        given = {f.name: getattr(self, f.name) for f in fields(Sampling)}
+        return replace(read_sampling(self.weights), **{name: x for name, x in given.items() if x is not None})
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of cache space for answers and further questions."""
+        return self.max_tokens + (CHAT if self.chat else 0)
+
+
+def note(text: str) -> None:
+    """Print a remark on rank 0, to stderr: stdout has the answers alone."""
+    print0(f"({text})", file=sys.stderr, flush=True)
+
+
+def questions(cfg: Settings, broadcast: Callable[[Callable[[], str]], str]) -> Iterator[str]:
+    """Yield the command line's question; then, in a chat, each line of stdin until its end.
+
+    broadcast(read): what `read()` returns on rank 0, on every rank; a person types to rank 0 alone.
+    """
+    if cfg.question or not cfg.chat:
+        yield cfg.question or QUESTION
+    if cfg.chat:
+        note("one line, one question; Ctrl-D ends")
+    while cfg.chat and (line := broadcast(read_question)):
+        yield line
+
+
+def read_question() -> str:
+    """Read the next question that is typed; "" at the end of stdin."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return ""
+        if PLACEHOLDER in line:
+            note(f"{PLACEHOLDER} cannot be asked for in a chat: the pictures come before the first question")
+        elif line:
+            return line

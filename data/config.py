@@ -119,7 +119,7 @@ FAMILIES = {  # model_type -> what it computes; llava_*: with a vision tower ins
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions beyond the trained ones are scaled, under config.json's names; `longva.rope` has the formulas."""
+    """How positions beyond the trained ones are scaled, under config.json's names; `longva.rope` asks for it."""
 
     rope_type: str  # "linear", "dynamic" (NTK), "yarn" or "llama3"
     factor: float  # how many times longer sequences get
@@ -172,6 +172,41 @@ class RopeScaling:
             return cls(kind, float(factor), trained)
         except ValueError as e:
             raise ValueError(f"--rope-scaling {text}: {e}; write KIND:FACTOR, such as yarn:8") from e
+
+    def base(self, theta: float, K: int, S: int) -> float:
+        """Return the RoPE base for S tokens and heads of K numbers: a larger one for dynamic NTK, else theta.
+
+        NTK-aware: the slowest pair turns over S tokens as far as over the original L, the fastest as ever.
+        """
+        L = self.original_max_position_embeddings
+        grown = self.factor * max(S, L) / L - self.factor + 1
+        return theta * grown ** (K / (K - 2)) if self.rope_type == "dynamic" else theta
+
+    def scale(self, frequency: Tensor, theta: float) -> Tensor:
+        """Scale the angle by which each pair j of a head's numbers turns per position, float32[K / 2].
+
+        A pair that turns slowly meets angles beyond the original length L that it never saw in training. Divided by
+        the factor, it has the angles of L over factor * L positions; nothing is trained.
+        """
+        L, K = self.original_max_position_embeddings, 2 * len(frequency)
+        if self.rope_type == "dynamic":  # see `base`
+            return frequency
+        if self.rope_type == "linear":  # position interpolation (arXiv 2306.15595): all pairs, however fast
+            return frequency / self.factor
+        if self.rope_type == "llama3":  # pairs with many turns within L are kept; between, linear in the turns
+            turns = L * frequency / (2 * math.pi)
+            kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        else:  # YaRN (arXiv 2309.00071, Sec. 3.2): the same, but between the two linear in the pair's number j
+            first, last = (
+                K * math.log(L / (2 * math.pi * turns)) / (2 * math.log(theta))  # the j with so many turns within L
+                for turns in (self.beta_fast, self.beta_slow)
+            )
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, K - 1)
+            j = torch.arange(K // 2, device=frequency.device)
+            kept = 1 - ((j - first) / max(last - first, 0.001)).clamp(0, 1)
+        return frequency * kept + frequency / self.factor * (1 - kept)
 
     @property
     def amplitude(self) -> float:

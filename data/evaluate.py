@@ -3,8 +3,8 @@
 What      `eval_sets` makes the sequences once, before training; `evaluate` scores them with functions that the
           training script passes in, so that nothing here knows of models or ranks.
 Paper     Sec. 3.1 extends the context; App. A hides numbers in text. The paper evaluates after training only.
-Run       imported by train_text.py (--held-out).
-Dimensions  S tokens per sequence
+Run       imported by train_text.py (--held-out); vniah.py takes `count_correct`.
+Dimensions  B batch   T tokens held here   S tokens per sequence   D LM width   V vocabulary
 Differs   Each token of the held-out text is a target once, late in its window: windows are half a sequence apart.
 """
 
@@ -78,6 +78,16 @@ def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer
         targets_1S = whole[:, 1:].clone()
         targets_1S[:, : -len(answer)] = chat.IGNORE
         yield whole[:, :-1], targets_1S
+
+
+@torch.no_grad()
+def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Return each row's number of targets that are the argmax at their position, and its number of targets."""
+    is_target_BT = targets_BT != chat.IGNORE
+    predicted = [(h @ head_VD.T).argmax(-1) for h in h_BTD[is_target_BT].split(chunk)]
+    correct_BT = torch.zeros_like(is_target_BT)
+    correct_BT[is_target_BT] = torch.cat([targets_BT[:0, 0], *predicted]) == targets_BT[is_target_BT]
+    return correct_BT.sum(1).float(), is_target_BT.sum(1).float()
 
 
 def evaluate(

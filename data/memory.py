@@ -21,13 +21,12 @@ from data.flags import print0, world_size
 from data.runs import free_bytes, pick_device
 
 GB = 10**9  # bytes
-CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens per prefill chunk, as longva.CHUNK
-LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once, as longva.LOSS_CHUNK
+CHUNK = {"cpu": 2048, "cuda": 4608}  # tokens per prefill chunk: a CPU needs a mask for them; on a GPU it is 32 frames
+LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once: 2048 of Qwen2-7B are 0.6 GB in bf16
 FRAMES = (8, 32, 128, 384, 1000, 3000)  # the paper's, from Table 4 to Fig. 4
 CARDS = (24, 48, 80, 141)  # GB of usual GPUs
 GPU_MARGIN = 2 * GB  # CUDA context, buffers of NCCL and cuBLAS, fragments: an allowance, not a measured figure
 CHANGES = {"checkpointing": ("none", "full", "selective"), "mlp_tile": (1024,), "offload": (False,)}
-MOST = 10**9  # tokens: where a search ends
 Model = LMConfig | LongVAConfig
 
 # ---- an answer -----------------------------------------------------------------------------------
@@ -179,8 +178,8 @@ def host_bytes(step: Step) -> int:
 
 
 def most(unit: int, room: int, terms: Callable[[int], dict[str, int]]) -> int:
-    """Largest multiple of `unit` tokens or frames whose `terms` fit in `room` bytes, by bisection."""
-    return unit * bisect_right(range(unit, MOST, unit), room, key=lambda n: sum(terms(n).values()))
+    """Largest multiple of `unit` tokens or frames whose `terms` fit in `room` bytes, by bisection up to 10^9."""
+    return unit * bisect_right(range(unit, 10**9, unit), room, key=lambda n: sum(terms(n).values()))
 
 
 def show(ranks: int, rows: dict[str, dict[str, int]]) -> None:
@@ -196,13 +195,14 @@ def fit(unit: int, device: str, ranks: int, terms: Callable[[int], dict[str, int
     return ", ".join(f"{most(unit, room, terms):,} in {room / GB:,.1f} GB" for room in rooms)
 
 
-def show_answer(config: Model, frames: int, text: int, device: str, **sizes: int | None) -> None:
-    """Print memory for `frames` and for the paper's numbers, beside `text` tokens; sizes: b, chunk, batch."""
+def show_answer(config: Model, frames: int, text: int, device: str, b: int | None = None) -> None:
+    """Print memory for `frames` and for the paper's numbers, beside `text` tokens; b: None takes load's default."""
     device = pick_device(device)
+    b = b or (2 if device == "cuda" else 4)
     M, unit = (config.vision.tokens_per_grid, "frames") if isinstance(config, LongVAConfig) else (1000, "k tokens")
     print0(f"{num_parameters(config) / 1e6:,.1f} M parameters, {device}, {text:,} tokens of text; GB = 10^9 bytes")
     for R in sorted({world_size(), 8}):
-        terms = partial(lambda R, n: answer_terms(config, n * M + text, ranks=R, device=device, **sizes), R)
+        terms = partial(lambda R, n: answer_terms(config, n * M + text, b, ranks=R, device=device), R)
         show(R, {f"{n:,} {unit}": terms(n) for n in sorted({frames, *FRAMES})})
         print0(f"most {unit}: {fit(1, device, R, terms)}")
 

@@ -207,6 +207,13 @@ def free_bytes(device: str, ranks: int) -> int:
     return min(limits) // ranks - PROCESS
 
 
+def check_free(needed: int, device: str, ranks: int, what: str) -> None:
+    """Raise ValueError if `what` takes more bytes of each rank than are free."""
+    if needed > (free := free_bytes(device, ranks)):
+        sizes = f"{needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB can be had"
+        raise ValueError(f"{what} take {sizes}; give fewer --frames or --max-tokens (see --plan)")
+
+
 def peak_bytes(device: torch.device) -> int:
     """Most bytes that this process has held so far: of tensors on a GPU, or in all on a CPU."""
     if device.type == "cuda":

@@ -278,6 +278,12 @@ def publish(written: Path, name: Path) -> None:
     os.close(folder)
 
 
+def save(folder: Path, stream: Iterable[tuple[str, Tensor]], config: dict[str, Any], tokenizer: Path) -> None:
+    """Write a model folder in bfloat16, with the tokenizer of the folder `tokenizer`."""
+    copy_tokenizer(tokenizer, folder)
+    write(folder, stream, config, dtype=torch.bfloat16)
+
+
 def copy_tokenizer(src: str | Path, dst: str | Path) -> None:
     """Copy the tokenizer's and the generation settings' files, so that `dst` is a complete model folder."""
     found = [file for file in TOKENIZER_FILES if (Path(src) / file).is_file()]

@@ -159,10 +159,10 @@ def our_decode(folder: Path, n: int) -> Run:
     cache = longva.KVCache(model.config, 1, n + NEW, model.lm_head.weight)
     x_1TD = model.embed(some_ids(model.config.vocab_size, n))
     longva.prefill(model, x_1TD[:, :-1], cache)
-    mark = cache.mark()
+    mark = cache.length
 
     def decode(n: int) -> Tensor:
-        cache.rewind(mark)
+        cache.length = mark
         return torch.tensor(list(longva.generate(model, x_1TD[:, -1:], cache, [], NEW)))
 
     return decode

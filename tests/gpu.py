@@ -47,8 +47,8 @@ import train_vision
 import unires
 from clip import ClipVision
 from data import memory
-from data.activation_offload import GradientSums
 from data.config import ClipConfig, LMConfig, LongVAConfig, train_flop
+from data.memory_saving import GradientSums
 
 GB = 10**9
 PEAK = 989e12  # FLOP/s in bf16 of an H100 or H200, without sparsity
@@ -436,7 +436,7 @@ def film(kit: Kit) -> None:
     cache = longva.KVCache(config.lm, 1, S, model.lm_head.weight)
 
     def answer(frames: int) -> None:
-        cache.rewind(0)
+        cache.length = 0
         stream = longva.video.prefetch((unires.frame(pictures[i % 8], side) for i in range(frames)), 64)
         ids = longva.prefill_prompt(model, [1, 2, longva.chat.IMAGE, 3], [longva.encode_video(model, stream)], cache)
         list(longva.generate(model, model.embed(torch.tensor([ids], device=kit.device)), cache, [], 16))

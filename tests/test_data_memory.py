@@ -13,7 +13,7 @@ import data.flags
 import longva
 import train_text
 from data import memory, runs, synthetic, weights
-from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters
+from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters, to_dict
 from data.memory import Step
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +39,6 @@ def total(step):
 
 def answer(*args, **kwargs):
     return sum(memory.answer_terms(*args, **kwargs).values())
-
-
-def test_chunks_are_those_of_the_model():
-    assert longva.LOSS_CHUNK == memory.LOSS_CHUNK and longva.CHUNK == memory.CHUNK
 
 
 def test_cache_is_counted_as_it_is_made():
@@ -110,8 +106,9 @@ def answer(lm, eye, frames, batch, chunk):
     cache = longva.KVCache(lm, 1, frames * M + 2 + SAID, model.lm_head.weight)
     seen = longva.encode_video(model, longva.video.prefetch(film, 2 * batch), batch)
     parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, ring.World(0, 1, torch.device("cpu")))
-    rest = longva.prefill_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache, chunk)
-    list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], SAID, chunk=chunk))
+    longva.memory.CHUNK["cpu"] = chunk
+    rest = longva.prefill_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache)
+    list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], SAID))
     assert cache.length == frames * M + 2 + SAID
 
 def measure(case, tell):
@@ -240,7 +237,7 @@ def command(folder, name, config, S):
     model = folder / f"{name}-model"
     with torch.device("meta"):
         shapes = longva.LM(config)
-    longva.save(model, weights.init_weights(shapes, 0), config, synthetic.TOKENIZER)
+    weights.save(model, weights.init_weights(shapes, 0), to_dict(config), synthetic.TOKENIZER)
     flags = {"weights": model, "corpus": folder / "tokens.npy", "out": folder / f"{name}-run", "seq-len": S}
     flags |= {"batch": 1, "steps": 2, "device": "cpu"}
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
@@ -374,7 +371,7 @@ def test_plan_makes_nothing(tmp_path, capsys, monkeypatch, flags):
 
 
 def test_plan_reads_config_json_alone(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(longva.to_dict(QWEN)))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(QWEN)))
     words = ["--preset", "longva", "--weights", str(tmp_path), "--device", "cuda", "--plan"]
     data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
     assert "7,615.6 M parameters, bf16, cuda" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import longva
 import ring
-from data.activation_offload import GradientSums
+from data.memory_saving import GradientSums
 from tests import gpu
 
 ROOT = Path(__file__).parents[1]

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import longva
 import unires
 from assets import make_film
 from clip import ClipConfig
-from data import chat, flags, tokenizer, video, weights
-from longva import KVCache, LMConfig, LongVA, LongVAConfig, nll, rope
+from data import chat, flags, memory, tokenizer, video, weights
+from data.config import to_dict
+from longva import KVCache, LMConfig, LongVA, LongVAConfig, rope
 from tests.shapes import watched
 from unires import Layout
 
@@ -154,23 +154,6 @@ def test_rope_is_near_the_exact_angles_and_made_in_float32():
     assert_close(cos[:3].double(), angle[:3].cos(), atol=3e-5, rtol=0)
 
 
-class Sizes(TorchDispatchMode):
-    """The size of every tensor that an operation returns, and how many rows of logits were multiplied."""
-
-    def __init__(self, V):
-        super().__init__()
-        self.V, self.largest, self.rows = V, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-                if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) and tensor.shape[-1] == self.V:
-                    self.rows += len(tensor)
-        return out
-
-
 FULL, SELECTIVE = {"checkpointing": "full"}, {"checkpointing": "selective"}
 MEMORY = [FULL, SELECTIVE, {"tile": 3}, FULL | {"tile": 4, "offload": True}, SELECTIVE | {"tile": 2, "offload": True}]
 
@@ -193,40 +176,6 @@ def test_saving_memory_changes_nothing(how):
         (lost.sum() / count.sum()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()} | {"loss": lost})
     assert_close(*grads, atol=1e-14, rtol=1e-12)
-
-
-def what_is_kept(**how):
-    """Bytes kept for backward by 256 tokens in four layers, calls of attend in a step, the widest tensor made."""
-    model = with_memory(lm(num_hidden_layers=4, intermediate_size=200), **how)
-    kept, calls = {}, []
-
-    def attend(*asked):
-        calls.append(1)
-        return longva.causal_attend(*asked)
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    ids = some_ids(model.config, 1, 257)
-    with Sizes(0) as seen:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            lost, _ = model(ids[:, :-1], torch.arange(256), ids[:, 1:], attend)
-        lost.sum().backward()
-    return sum(size for place, size in kept.items() if place not in own), len(calls), seen.largest
-
-
-def test_what_is_kept_for_backward():
-    """One hidden state per layer; or, around attention, its answers too, and attention is asked once, not twice."""
-    plain, once, wide = what_is_kept()
-    assert once == 4 and wide == 256 * 200
-    layered, twice, _ = what_is_kept(**FULL)
-    assert twice == 8 and layered < plain / 5
-    around, once, _ = what_is_kept(**SELECTIVE)
-    assert once == 4 and layered < around < plain / 2
-    _, _, narrow = what_is_kept(**FULL, tile=8)
-    assert narrow < 256 * 200 / 2
 
 
 # ---- 2 the cache ---------------------------------------------------------------------------------
@@ -294,75 +243,6 @@ def test_a_full_cache_refuses():
     for cuts in ([4, 1], [5], [3, 2]):
         with pytest.raises((AssertionError, RuntimeError)):
             read(model, x, KVCache(model.config, 1, 4, x), cuts)
-
-
-# ---- 3 the loss ----------------------------------------------------------------------------------
-
-
-def loss_case(dtype=torch.float32, B=3, T=7, D=12, V=29):
-    """Hidden states, head and targets: a hole, an ignored row, an ignored end."""
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(B, T, D, generator=generator).to(dtype).requires_grad_()
-    head = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
-    targets = torch.randint(V, (B, T), generator=generator)
-    targets[0, 2:4] = targets[1] = targets[-1, -1] = chat.IGNORE
-    return h, head, targets
-
-
-def plain_nll(h, head, targets):
-    logits = (h.double() @ head.double().T).transpose(1, 2)
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").sum(1)
-
-
-@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("chunk", [1, 3, 11, 12, 1000])
-@pytest.mark.parametrize("row_grad", [(0.5, 3.0, -2.0), (0.7, 0.7, 0.7)], ids=str)
-def test_nll_is_cross_entropy(chunk, dtype, off, row_grad):
-    """Also with another incoming gradient for each row, as DPO sends them. Logits are float32 at best."""
-    h, head, targets = loss_case(dtype)
-    row_grad = torch.tensor(row_grad)
-    want = plain_nll(h, head, targets)
-    want_h, want_head = torch.autograd.grad(want, (h, head), row_grad.double())
-    got, count = nll(h, head, targets, chunk)
-    assert got.dtype == count.dtype == torch.float32 and count.tolist() == [5, 0, 6]
-    for keep in (True, False):  # twice, as retain_graph allows
-        got_h, got_head = torch.autograd.grad(got, (h, head), row_grad, retain_graph=keep)
-        assert got_h.dtype == got_head.dtype == dtype
-        for a, b in (got, want), (got_h, want_h), (got_head, want_head):
-            assert (a.double() - b.double()).abs().max() <= off * b.double().abs().max()
-    for frozen, learning, want in [(head, h, got_h), (h, head, got_head)]:
-        frozen.requires_grad_(False)
-        got, _ = nll(h, head, targets, chunk)
-        (alone,) = torch.autograd.grad(got, learning, row_grad)
-        assert (alone - want).abs().max() <= off * want.abs().max()
-        frozen.requires_grad_()
-
-
-def test_nll_equals_the_plain_loss():
-    h, head, targets = loss_case()
-    for a, b in zip(nll(h, head, targets, 4), longva.plain_nll(h, head, targets)):
-        assert_close(a, b)
-
-
-def test_nll_of_nothing_is_zero():
-    h, head, targets = loss_case()
-    lost, count = nll(h, head, torch.full_like(targets, chat.IGNORE))
-    assert lost.tolist() == count.tolist() == [0, 0, 0]
-    lost.sum().backward()
-    assert not h.grad.any() and not head.grad.any()
-
-
-def test_nll_never_holds_all_logits_and_skips_what_is_ignored():
-    """Forward and backward, in both passes; the plain loss, seen through the same glass, does hold them."""
-    h, head, targets = loss_case(T=96, D=8, V=101)
-    wanted = (targets != chat.IGNORE).sum().item()
-    with Sizes(101) as seen:
-        nll(h, head, targets, 4)[0].sum().backward()
-    assert seen.largest <= 3 * 96 * 8  # as h itself; a chunk of logits is 404, the head 808
-    assert seen.rows == wanted  # once, in both passes together
-    with Sizes(101) as seen:
-        F.cross_entropy((h @ head.T).flatten(0, 1), targets.flatten()).backward()
-    assert seen.largest == 3 * 96 * 101
 
 
 # ---- 4 the eye in the model ----------------------------------------------------------------------
@@ -464,8 +344,8 @@ def test_forward_is_the_decoder_on_what_was_read_and_seen():
     x[0, 2:10], x[1, 0:4], x[1, 5:13] = rows[:8], rows[8:12], rows[12:]
     blind = longva.LM(model.config.lm)  # the same weights without an eye
     blind.load_state_dict({k: v for k, v in model.state_dict().items() if k in blind.state_dict()})
-    want = plain_nll(blind.model(x, pos), blind.lm_head.weight, targets)
-    assert_close(got, want.float(), atol=1e-4, rtol=1e-5)
+    want, _ = longva.plain_nll(blind.model(x, pos), blind.lm_head.weight, targets)
+    assert_close(got, want, atol=1e-4, rtol=1e-5)
     assert torch.equal(count, (targets != chat.IGNORE).sum(1).float())
     got.sum().backward()
     for name, p in model.named_parameters():  # what stands behind the chosen layer of the tower is never run
@@ -540,7 +420,7 @@ def test_the_tower_of_a_clip_folder(tmp_path, prefix):
 
 
 def saved(folder, model, **rest):
-    weights.write(folder, model.named_parameters(), longva.to_dict(model.config, "float32"), **rest)
+    weights.write(folder, model.named_parameters(), to_dict(model.config, "float32"), **rest)
     return folder
 
 
@@ -644,9 +524,9 @@ def asked():
     return model, x, said
 
 
-def answering(model, x, stop_ids=(), max_tokens=10, chunk=4096):
+def answering(model, x, stop_ids=(), max_tokens=10):
     cache = KVCache(model.config.lm, 1, x.shape[1] + max_tokens, x)
-    return longva.generate(model, x, cache, stop_ids, max_tokens, chunk=chunk), cache
+    return longva.generate(model, x, cache, stop_ids, max_tokens), cache
 
 
 def generate(*args):
@@ -654,9 +534,10 @@ def generate(*args):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 4096])
-def test_generate_equals_computing_all_again(asked, chunk):
+def test_generate_equals_computing_all_again(asked, chunk, monkeypatch):
     model, x, said = asked
-    assert list(generate(model, x, [], 10, chunk)) == said
+    monkeypatch.setitem(memory.CHUNK, "cpu", chunk)
+    assert list(generate(model, x, [], 10)) == said
     assert not any(p.grad is not None for p in model.parameters())
 
 
@@ -677,20 +558,20 @@ def test_a_next_turn_finds_all_that_was_said(asked, most, stops):
 
 
 @torch.no_grad()
-def test_a_prompt_is_read_as_it_comes(asked):
+def test_a_prompt_is_read_as_it_comes(asked, monkeypatch):
     """Pictures and films in parts, text between: what the cache holds then is that of one pass."""
     model, _, _ = asked
+    monkeypatch.setitem(memory.CHUNK, "cpu", 3)
     seen = model.encode_images(grids(5), [Layout(1, 5)])
     text = some_ids(model.config.lm, 1, 9)[0].tolist()
     ids = [*text[:3], chat.IMAGE, *text[3:5], chat.IMAGE, *text[5:]]
     whole = [*text[:3], *[chat.IMAGE] * 12, *text[3:5], *[chat.IMAGE] * 8, *text[5:]]
     want = answer(model, model.embed(torch.tensor([whole]), seen), 5)
     cache = KVCache(model.config.lm, 1, 40, seen)
-    rest = longva.prefill_prompt(model, ids, [iter([seen[:4], seen[4:12]]), [seen[12:]]], cache, 3)
+    rest = longva.prefill_prompt(model, ids, [iter([seen[:4], seen[4:12]]), [seen[12:]]], cache)
     assert rest == text[5:] and cache.length == 25
-    mark = cache.mark()
     for _ in range(2):  # asked twice about the same pictures
-        cache.rewind(mark)
+        cache.length = 25
         assert list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], 5)) == want
 
 
@@ -717,11 +598,11 @@ def test_suffixes_tell_the_truth(tmp_path):
         args = seeing_batch(model)
         model.model.checkpointing = "full"
         model(*args)[0].sum().backward()
-        nll(*loss_case(), chunk=4)[0].sum().backward()
         with torch.no_grad():
             seen = torch.cat(list(longva.encode_video(model, unires.frames(film, 28), batch=2)))
             x = model.embed(args[0][:1], seen[:8])
-            list(generate(model, x, [], 4, 6))  # the last portion has four
+            longva.prefill(model, x, KVCache(model.config.lm, 1, 16, x), 6)  # the last portion has four
+            list(generate(model, x, [], 4))
             cache = KVCache(model.config.lm, 1, 16, x)
             read(model, x, cache, [9, 1, 6])
             read(model, x[:, :6].expand(3, -1, -1), cache.branch(7, 3, 9), [4, 1, 1])
@@ -856,7 +737,7 @@ def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
 
 def test_a_chat_goes_on_after_mistakes(folder, monkeypatch, capsys):
     typed = "what <image>?\nwhy?\n" + "why? " * 99 + "\nwh\udcffy?\nwhy?\n"
-    monkeypatch.setattr(longva, "CHAT", 90)
+    monkeypatch.setattr(chat, "CHAT", 90)
     out, err = chatting(folder, monkeypatch, capsys, typed)
     assert "<image> cannot be asked for in a chat" in err and "tokens do not fit in" in err and "Ctrl-D ends" in err
     assert out == turns(folder, ["why?", "wh?y?", "why?"])
@@ -867,8 +748,8 @@ def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsy
     """Under torchrun frames are dealt out, the cache is spread, and a chat is typed once; 60 frames are 240 tokens."""
     for i in range(60):
         Image.fromarray(np.random.RandomState(i).randint(0, 255, (32, 40, 3), np.uint8)).save(tmp_path / f"{i:02}.png")
-    words = ["how many?", "--weights", folder / "model", "--video", tmp_path, "--frames", 60, "--batch", 25]
-    words = [str(word) for word in [*words, "--chunk", 150, "--chat", "--max-tokens", 12, "--device", "cpu"]]
+    words = ["how many?", "--weights", folder / "model", "--video", tmp_path, "--frames", 60]
+    words = [str(word) for word in [*words, "--chat", "--max-tokens", 12, "--device", "cpu"]]
     typed = "and then?\nwhy?\n"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "longva.py"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -911,15 +792,11 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
     ({"video": "frames", "frames": 0}, "--frames 0 makes no sense; give 1 or more"),
     ({"video": "frames", "max_tokens": 0}, "--max-tokens 0 makes no sense"),
-    ({"video": "frames", "batch": -1}, "--batch -1 makes no sense"),
-    ({"video": "frames", "chunk": 0}, "--chunk 0 makes no sense"),
     ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no sense"),
     ({"image": ("frames/0.png",), "top_p": 1.5}, "top_p 1.5 is impossible"),
-    ({"image": ("frames/0.png",), "template": "qwen"}, "unknown template 'qwen'"),
     ({"video": "frames", "weights": "blind"}, "cannot see"),
     ({"image": ("frames/0.png",), "question": __file__}, "is a file where the question should stand"),
     ({"image": ("frames/0.png",), "max_tokens": 10**12}, "tokens take .* GB can be had; give fewer"),
-    ({"video": "frames", "seed": 2**70}, "too large"),
     ({"image": ("frames/0.png",), "question": "<image> or <image>?"}, "2 placeholder.* for 1 picture"),
 ])  # fmt: skip
 def test_user_errors_are_one_sentence(folder, settings, message):

@@ -333,6 +333,11 @@ def check_resume(world, out):
     assert sorted(p.name for p in folder.iterdir()) == ["step-1", "step-2"]
 
 
+def heads(L, H, G, K):
+    """The sizes of a model that a cache is made for."""
+    return LMConfig(num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=K)
+
+
 def recite(cache, world, x, chunk):
     """Feed q, k, v of further tokens, one triple per layer, to a cache; what it answers in each layer, whole."""
     T, answers, shared = x[0][0].shape[1], [], []
@@ -354,31 +359,24 @@ def recite(cache, world, x, chunk):
 
 
 def check_cache(world, out):
-    """Prompts of many lengths, single tokens, a dialogue that is forgotten; in two layers, against dense attention."""
-    reads = [(5, 64), (45, 24), (1, 8), (1, 8), "mark", (27, 9), (1, 8), "rewind", (75, 32), (1, 64), (19, 64), (1, 1)]
-    for dtype, bound, B, H, G, K in [(torch.float64, 1e-12, 2, 4, 2, 13), (torch.float32, 1e-5, 1, 7, 1, 8)]:
-        cache = ring.ShardedCache(world, 2, B, 200, G, K, torch.empty(0, dtype=dtype))
+    """Prompts of many lengths, and single tokens; in two layers, against dense attention."""
+    reads = [(5, 64), (45, 24), (1, 8), (1, 8), (27, 9), (1, 8), (75, 32), (1, 64), (19, 64), (1, 1)]
+    for dtype, bound, B, H, G, K in [(torch.float64, 1e-12, 2, 4, 2, 14), (torch.float32, 1e-5, 1, 7, 1, 8)]:
+        cache = ring.ShardedCache(heads(2, H, G, K), B, 200, torch.empty(0, dtype=dtype), world)
         known = [[torch.empty(B, 0, n, K, dtype=dtype) for n in (H, G, G)]] * 2
-        for seed, read in enumerate(reads):
-            if read == "mark":
-                mark, remembered = cache.mark(), known
-            elif read == "rewind":
-                cache.rewind(mark)
-                known = remembered
-            else:
-                T, chunk = read
-                new = [[noise(B, T, n, K, seed=10 * seed + 3 * layer + i).to(dtype) for i, n in enumerate((H, G, G))] for layer in range(2)]  # fmt: skip
-                known = [[torch.cat(pair, 1) for pair in zip(*both)] for both in zip(known, new)]
-                for o, qkv in zip(recite(cache, world, new, chunk), known):
-                    assert o.dtype == dtype
-                    assert worst([o], [dense(*qkv)[:, -T:]]) <= bound, (dtype, T, chunk)
+        for seed, (T, chunk) in enumerate(reads):
+            new = [[noise(B, T, n, K, seed=10 * seed + 3 * layer + i).to(dtype) for i, n in enumerate((H, G, G))] for layer in range(2)]  # fmt: skip
+            known = [[torch.cat(pair, 1) for pair in zip(*both)] for both in zip(known, new)]
+            for o, qkv in zip(recite(cache, world, new, chunk), known):
+                assert o.dtype == dtype
+                assert worst([o], [dense(*qkv)[:, -T:]]) <= bound, (dtype, T, chunk)
             assert cache.length == known[0][0].shape[1]
 
 
 def check_full_cache(world, out):
     """However it is filled, no rank runs out of room before the whole is full; then a sentence says so."""
     S = 3 * ring.REPLICATED
-    cache = ring.ShardedCache(world, 1, 1, S, 1, 2, torch.empty(0))
+    cache = ring.ShardedCache(heads(1, 1, 1, 2), 1, S, torch.empty(0), world)
     for T in [ring.REPLICATED, 2 * world.ranks + 1, ring.REPLICATED, 1]:
         recite(cache, world, [[noise(1, T, 1, 2).float()] * 3], 8 if T < ring.REPLICATED else S)
     while left := S - cache.length:
@@ -410,7 +408,7 @@ def check_answer(world, out):
         p.normal_(0, 0.1 if "embed" in name else 1 if p.ndim > 1 else 0.5)  # so that it says more than one thing
     x = model.embed(torch.randint(0, 97, (1, 203)))
     said, scores = say_ten(model, x, longva.KVCache(config, 1, 220, x), 50)
-    ours, our_scores = say_ten(model, x, ring.ShardedCache(world, 2, 1, 220, 2, 4, x), 50)
+    ours, our_scores = say_ten(model, x, ring.ShardedCache(config, 1, 220, x, world), 50)
     assert ours == said and len(set(said)) > 3
     assert_close(our_scores, scores, rtol=0, atol=1e-5)  # scores are fp32
 

@@ -76,7 +76,8 @@ def test_frequencies_equal_transformers(scaling, K, theta):
     for S in (100, 8192, 50_000):
         kind = ours.rope_scaling.rope_type
         frequency, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), seq_len=S)
-        found = longva.rope_frequencies(K, theta, ours.rope_scaling, S, torch.device("cpu"))
+        base = ours.rope_scaling.base(theta, K, S)
+        found = ours.rope_scaling.scale(base ** (-torch.arange(0, K, 2) / K), base)
         assert_close(found, frequency, rtol=1e-6, atol=0)
         assert ours.rope_scaling.amplitude == pytest.approx(amplitude, rel=1e-12)
 

@@ -64,6 +64,15 @@ def test_the_plain_loss_would_be_seen():
     assert seen.largest == S * V
 
 
+def test_the_mlp_in_tiles():
+    """Forward and backward make no tensor of [T, F]."""
+    mlp, x = lm().model.layers[0].mlp, torch.randn(1, S, D, requires_grad=True)
+    mlp.tile = 64
+    with Seen() as seen:
+        mlp(x).sum().backward()
+    assert seen.largest == S * D < S * F_
+
+
 def kept(T, **how):
     """Bytes of all memories that backward will read, parameters left out."""
     model, memories = lm(**how), {}

@@ -17,8 +17,9 @@ import longva
 import ring
 import unires
 import vniah
-from data import chat, niah, runs, synthetic, tokenizer, weights
+from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
+from data.config import to_dict
 from tests import bench_needles, ranks, shapes
 
 torch.set_num_threads(1)
@@ -40,7 +41,7 @@ def folders(tmp_path_factory):
     }.items():
         stream = ((n, 20 * t if t.ndim > 1 and "vision" not in n else t) for n, t in weights.init_weights(model, 0))
         weights.copy_tokenizer(synthetic.TOKENIZER, at / name)
-        weights.write(at / name, stream, longva.to_dict(model.config))
+        weights.write(at / name, stream, to_dict(model.config))
     return at
 
 
@@ -161,13 +162,13 @@ def test_the_slow_test_against_a_sequence_written_out(cfg, folders):
 
 def listen(monkeypatch):
     """The logits of what each call scores, whichever engine calls: a random model is right by luck alone."""
-    heard, real = [], longva.count_correct
+    heard, real = [], evaluate.count_correct
 
     def hits(h_BTD, head_VD, targets_BT, *rest):
         heard.append((h_BTD[targets_BT != chat.IGNORE] @ head_VD.T)[None])
         return real(h_BTD, head_VD, targets_BT, *rest)
 
-    monkeypatch.setattr(longva, "count_correct", hits)
+    monkeypatch.setattr(evaluate, "count_correct", hits)
     monkeypatch.setattr(longva.LM, "logits", lambda self, h: heard.append(x := self.lm_head(h).float()) or x)
     return heard
 
@@ -419,7 +420,7 @@ def whole_run(world, cfg):
 
 def ring_on_ranks(world, folder, cfgs):
     """--engine ring: leave the logits of the places that this rank holds, and see that it pads to 2 * ranks."""
-    cfg, real, heard = cfgs["logits"], longva.count_correct, []
+    cfg, real, heard = cfgs["logits"], evaluate.count_correct, []
 
     def hits(h_BTD, head_VD, targets_BT, *rest):
         assert h_BTD.shape[1] % 2 == 0
@@ -429,11 +430,11 @@ def ring_on_ranks(world, folder, cfgs):
 
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
     film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, None, 2), model, words, world)
-    jobs, longva.count_correct = film.groups([(n, d) for n in cfg.frames for d in cfg.depths]), hits
+    jobs, evaluate.count_correct = film.groups([(n, d) for n in cfg.frames for d in cfg.depths]), hits
     try:
         lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
     finally:
-        longva.count_correct = real
+        evaluate.count_correct = real
     torch.save((lines, heard), folder / f"heard-{world.rank}.pt")
 
 
