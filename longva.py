@@ -293,7 +293,7 @@ class LongVA(LM):
         attend: Attend = causal_attend,
         visual_index: Tensor | None = None,
         positions: Tensor | None = None,
-        score: Callable[[Tensor, Tensor, Tensor], tuple] | None = None,
+        score: Callable = nll,
     ) -> tuple:
         """Training loss or score as in LM.forward, with visual tokens at the positions of chat.IMAGE.
 
@@ -303,7 +303,7 @@ class LongVA(LM):
         visual_tokens = self.encode_images(pixels_NCYX, layout)
         visual_tokens = visual_tokens if visual_index is None else visual_tokens[visual_index]
         h_BTD = self.model(self.embed(ids_BT, visual_tokens, positions), pos_T, attend)
-        return (score or nll)(h_BTD, self.lm_head.weight, targets_BT)
+        return score(h_BTD, self.lm_head.weight, targets_BT)
 
 
 # ---- machinery: KV cache, generation, loading ----------------------------------------------------

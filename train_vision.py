@@ -43,7 +43,7 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, llava, runs, tokenizer, weights
+from data import chat, evaluate, llava, runs, tokenizer, weights
 from data.config import check_trainable, to_dict
 from data.flags import at_least, run, setting
 from data.llava import Dataset, Example
@@ -416,7 +416,7 @@ def held_out_score(
                     hits, tries = nll_B[0::2] < nll_B[1::2], torch.ones_like(nll_B[0::2])
                     nll_B, count_B = nll_B[0::2], count_B[0::2]
                 else:
-                    hits, tries = model(*batch.model_inputs, score=longva.count_correct)
+                    hits, tries = model(*batch.model_inputs, score=evaluate.count_correct)
                 sums += torch.stack([x.sum().double() for x in (nll_B, count_B, hits, tries)])
     loss, targets, hits, tries = ring.all_reduce_sum(sums, world).tolist()
     return loss / targets, hits / tries
