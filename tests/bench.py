@@ -1,471 +1,375 @@
-"""How fast and how small: this code beside transformers, on this machine, with the same weights, in one run.
+"""How fast and how small: this code beside transformers, torch or one process, on this machine, in one run.
 
-What      Each case computes one thing twice, here and there, and both must give the same result. They run in turns,
-          ours and theirs, three times, and the best of each counts. What is timed is the CPU time of the process, on
-          one thread: other work on the machine disturbs it by some 10 %, where it spoils wall time.
-          Memory is measured in a process of its own for each side: how far it grows above the loaded model (Linux).
-Paper     None: the models here are random, and of sizes at which arithmetic outweighs overhead on one core.
+What      Each case computes one thing twice, and both results must agree. Time is CPU time of one thread, the best of
+          some rounds in turns: other work on the machine disturbs it by some 10 %, where it spoils wall time.
+          Memory is growth above the loaded model, in a process of its own for each side (Linux).
+Paper     `needles` has the grid of Sec. 4; the models are random, so large that arithmetic outweighs overhead.
 Run       python tests/bench.py model            about 4 minutes on an idle core
           python tests/bench.py train            about 15 minutes, and 15 GB of memory for their side
-          python tests/bench.py ring             two minutes on two cores; see bench_ring.py
-          python tests/bench.py vision           four minutes; see bench_vision.py
+          python tests/bench.py ring             two ranks against one process, a minute on two cores
+          python tests/bench.py needles          tokens that shared prefixes save, by count; seconds
           python tests/bench.py model --quick    toy sizes: only shows that every case still runs and agrees
-Key       that of longva.py
-Deviates  Nothing to deviate from. Theirs runs as people run it: `generate`, sdpa, its own growing cache, `labels`.
+Dimensions  those of longva.py
+Differs   Theirs runs as people run it: `generate`, sdpa, its own growing cache, `labels`.
 
-A ratio above 1 means that ours takes less time; a share below 1, that ours takes less memory.
+Ratios fail nothing: they are for people to read. The exit code is 1 where results differ.
 """
 
+import argparse
 import gc
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import longva
-from clip import ClipVision
-from data import chat, weights
-from data.config import ClipConfig
+import ring
+import vniah
+from data import chat
+from data.config import LMConfig
+from tests import ranks
 
-# parameters of which 512 rows of the gradient are compared
-LOOKED_AT = ["h", "head", "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
-             "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]  # fmt: skip
-NEW = 64  # tokens said in a decoding case
-PAGE = 4 / 1024  # MB; no growth is less than one
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors leave at once: the peak is of tensors, the same each time
+# Parameters of which 512 rows of the gradient are compared.
+COMPARED = ["h", "head", "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+COMPARED += ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 Found = dict[str, Tensor]
-Run = Callable[[int], Tensor | Found]  # n tokens or grids -> what was computed
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of the table: `make` writes the weights; `ours` and `theirs` load them, and return what to run on n."""
-
-    name: str
-    make: Callable[[Path, dict], None]
-    ours: Callable[[Path, int], Run]
-    theirs: Callable[[Path, int], Run]
-    sizes: dict  # of the model
-    n: int  # tokens or grids
-    wanted: float
-    bound: str  # what limits the ratio
-    quick: tuple[dict, int]  # sizes and n of the smoke test
-    error: float = 1e-5  # allowed, as a share of the largest value
-    memory: bool = False
-    rounds: int = 3
-    learns: bool = False  # forward and backward
+def report(name: str, ours: float, theirs: float, target: str, found: Found, want: Found, error: float) -> bool:
+    """Print a line of the table: theirs / ours, or ours / theirs where the target is an upper bound. Do they agree?"""
+    assert found.keys() == want.keys(), f"{[*found]} here, {[*want]} there"
+    worst = max((difference(found[key], want[key]) for key in found), default=0.0)
+    ratio = ours / theirs if target.startswith("<=") else theirs / ours
+    verdict = "" if worst <= error else "WRONG"
+    print(f"{name:<44}{ours:>14,.3f}{theirs:>16,.3f}{ratio:>8.2f}  {target:<8}{worst:<9.1e}{verdict}", flush=True)
+    return worst <= error
 
 
-# ---- models and inputs ---------------------------------------------------------------------------
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference as a share of the largest value; exactly 0 where the bits are equal."""
+    assert a.shape == b.shape, f"{list(a.shape)} here, {list(b.shape)} there"
+    return 0.0 if torch.equal(a, b) else ((a.double() - b).abs().max() / b.abs().max()).item()
 
 
-def randomise(model: torch.nn.Module) -> None:
-    """Every parameter random, biases and norms too, about as large as a trained one."""
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        std = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
-        p.data.normal_(0, std, generator=generator).add_("norm" in name and name.endswith("weight"))
+def random(*shape: int, seed: int = 1) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_lm(folder: Path, sizes: dict) -> None:
-    """Write a Qwen2 of random weights."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    config = {name: sizes[letter] for name, letter in zip(names, "DFLV")} | {
-        "num_attention_heads": sizes["H"], "num_key_value_heads": sizes["G"], "head_dim": sizes["K"],
-        "max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "tie_word_embeddings": False,
-    }  # fmt: skip
-    model = Qwen2ForCausalLM(Qwen2Config(**config))
-    randomise(model)
-    model.save_pretrained(folder)
-
-
-def make_tower(folder: Path, sizes: dict) -> None:
-    """Write a CLIP vision tower of random weights."""
-    model = CLIPVisionModel(CLIPVisionConfig(**sizes))
-    randomise(model)
-    model.save_pretrained(folder)
-
-
-def their(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    """Load a model as people do, then into memory of its own: pages of a mapped file come and go, and are counted."""
-    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    for p in model.parameters():
-        p.data = p.data.clone()
-    return model
-
-
-def their_words(model: Qwen2ForCausalLM, ids_1T: Tensor, count: int, **cache: DynamicCache) -> Tensor:
-    """What their `generate` says, greedily."""
-    how = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **how, **cache)[0, ids_1T.shape[1] :]
-
-
-def some_ids(V: int, T: int) -> Tensor:
+def random_ids(V: int, T: int) -> Tensor:
     """A prompt, ids_1T."""
     return torch.randint(V, (1, T), generator=torch.Generator().manual_seed(1))
 
 
-def some_pixels(config: ClipConfig | CLIPVisionConfig, N: int) -> Tensor:
-    """Grids, pixels_NCYX."""
-    side = config.image_size
-    return torch.randn(N, 3, side, side, generator=torch.Generator().manual_seed(1))
+# ---- model, train: one side of a case, as a function to be measured ------------------------------
 
 
-# ---- the cases -----------------------------------------------------------------------------------
+def load(side: str, sizes: dict) -> nn.Module:
+    """A Qwen2 with the same random weights on both sides."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = LMConfig(**sizes)
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, rope_theta=config.rope_theta))
+    generator = torch.Generator().manual_seed(0)
+    for name, p in theirs.named_parameters():
+        std = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1  # about as large as trained ones
+        p.data.normal_(0, std, generator=generator).add_("norm" in name and name.endswith("weight"))
+    if side == "theirs":
+        return theirs.eval()
+    ours = longva.LM(config)
+    ours.load_state_dict(theirs.state_dict())
+    return ours.eval()
 
 
-def our_prefill(folder: Path, n: int) -> Run:
-    """Read a prompt into a new cache, `longva.CHUNK` tokens at a time: logits of the last position."""
-    model = longva.load(folder)
+def answer(side: str, sizes: dict, n: int, new: int, past: int = 0) -> Callable[[], Found]:
+    """Greedy generation of `new` tokens after n, of which `past` are in the cache before time is taken."""
+    model, ids_1T = load(side, sizes), random_ids(sizes["vocab_size"], n)
+    if side == "ours":
+        x_1TD = model.embed(ids_1T)
+        make_cache = partial(longva.KVCache, model.model.config, 1, n + new, model.lm_head.weight)
+        cache = make_cache() if past else None
+        if past:
+            longva.prefill(model, x_1TD[:, :past], cache)
 
-    def prefill(T: int) -> Tensor:
-        ids_1T = some_ids(model.config.vocab_size, T)
-        cache = longva.KVCache(model.config, 1, T, model.lm_head.weight)
-        return model.logits(longva.prefill(model, model.embed(ids_1T), cache)[:, -1])
+        def run() -> Found:
+            kept = cache or make_cache()
+            kept.length = past
+            return {"ids": torch.tensor(list(longva.generate(model, x_1TD[:, past:], kept, [], new)))}
 
-    return prefill
+        return run
+    from transformers import DynamicCache
 
+    settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if past:
+        settings["past_key_values"] = DynamicCache()
+        model(ids_1T[:, :past], use_cache=True, logits_to_keep=1, past_key_values=settings["past_key_values"])
 
-def their_prefill(folder: Path, n: int) -> Run:
-    """The same, in one piece."""
-    model = their(Qwen2ForCausalLM, folder)
-
-    def prefill(T: int) -> Tensor:
-        ids_1T = some_ids(model.config.vocab_size, T)
-        return model(ids_1T, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1).logits[:, -1]
-
-    return prefill
-
-
-def our_decode(folder: Path, n: int) -> Run:
-    """Say NEW tokens after a context of n, which was read before."""
-    model = longva.load(folder)
-    cache = longva.KVCache(model.config, 1, n + NEW, model.lm_head.weight)
-    x_1TD = model.embed(some_ids(model.config.vocab_size, n))
-    longva.prefill(model, x_1TD[:, :-1], cache)
-    mark = cache.length
-
-    def decode(n: int) -> Tensor:
-        cache.length = mark
-        return torch.tensor(list(longva.generate(model, x_1TD[:, -1:], cache, [], NEW)))
-
-    return decode
-
-
-def their_decode(folder: Path, n: int) -> Run:
-    """The same by their `generate`."""
-    model, cache = their(Qwen2ForCausalLM, folder), DynamicCache()
-    ids_1T = some_ids(model.config.vocab_size, n)
-    model(ids_1T[:, :-1], use_cache=True, past_key_values=cache, logits_to_keep=1)
-
-    def decode(n: int) -> Tensor:
-        cache.crop(n - 1 - cache.get_seq_length())  # how many to drop, as a number below 0
-        return their_words(model, ids_1T, NEW, past_key_values=cache)
-
-    return decode
-
-
-def our_features(folder: Path, n: int) -> Run:
-    """Patch features of the layer before the last, where LLaVA and LongVA read."""
-    sizes = json.loads((folder / "config.json").read_text())
-    model = ClipVision(ClipConfig.from_dict(sizes)).eval().requires_grad_(False)
-    prefix = weights.TOWER
-    weights.fill_from(model, ((name.removeprefix(prefix), x) for name, x in weights.read_tower(folder)))
-    return lambda N: model(some_pixels(model.config, N))
-
-
-def their_features(folder: Path, n: int) -> Run:
-    """The same as LLaVA takes them: all layers, all hidden states, then a choice."""
-    model = their(CLIPVisionModel, folder)
-    return lambda N: model(some_pixels(model.config, N), output_hidden_states=True).hidden_states[-2][:, 1:]
-
-
-def our_first_word(folder: Path, n: int) -> Run:
-    """Read a long prompt and say one token."""
-    model = longva.load(folder)
-
-    def say(T: int) -> Tensor:
-        x_1TD = model.embed(some_ids(model.config.vocab_size, T))
-        cache = longva.KVCache(model.config, 1, T + 1, model.lm_head.weight)
-        return torch.tensor(list(longva.generate(model, x_1TD, cache, [], 1)))
-
-    return say
-
-
-def their_first_word(folder: Path, n: int) -> Run:
-    """The same by their `generate`."""
-    model = their(Qwen2ForCausalLM, folder)
-    return lambda T: their_words(model, some_ids(model.config.vocab_size, T), 1)
-
-
-def some_lesson(V: int, T: int, eighths: int) -> tuple[Tensor, Tensor]:
-    """Ids and what should follow each (ids_1T, targets_1T), where only so many eighths of them ask for an answer."""
-    ids_1T = some_ids(V, T)
-    asked_T = torch.arange(T) % 8 < eighths
-    targets_1T = ids_1T.roll(-1, 1).where(asked_T, chat.IGNORE)
-    targets_1T[:, -1] = chat.IGNORE
-    return ids_1T, targets_1T
-
-
-def learnt(loss: Tensor, model: torch.nn.Module) -> Found:
-    """Go backward: the loss and some of the gradients, of which none is left in the model."""
-    loss.backward()
-    gradients = dict(model.named_parameters())
-    found = {name: gradients[name].grad[:512].clone() for name in LOOKED_AT if name in gradients}
-    model.zero_grad()
-    return found | {"loss": loss.detach()}
-
-
-def our_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
-    """Forward and backward of a training step, without the optimizer."""
-    model = longva.load(folder).requires_grad_()
-    model.model.checkpointing = "full" if remat else "none"
-
-    def step(T: int) -> Found:
-        ids_1T, targets_1T = some_lesson(model.config.vocab_size, T, eighths)
-        nll_1, count_1 = model(ids_1T, torch.arange(T), targets_1T)
-        return learnt(nll_1.sum() / count_1.sum(), model)
-
-    return step
-
-
-def their_step(folder: Path, n: int, eighths: int, remat: bool = False) -> Run:
-    """The same with `labels`, which they shift themselves."""
-    model = their(Qwen2ForCausalLM, folder).train()
-    if remat:  # renamed in transformers 5
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-
-    def step(T: int) -> Found:
-        ids_1T, targets_1T = some_lesson(model.config.vocab_size, T, eighths)
-        labels_1T = F.pad(targets_1T, (1, -1), value=chat.IGNORE)
-        return learnt(model(ids_1T, labels=labels_1T, use_cache=False).loss, model)
-
-    return step
-
-
-def make_head(folder: Path, sizes: dict) -> None:
-    """Write a random head."""
-    head_VD = torch.randn(sizes["V"], sizes["D"], generator=torch.Generator().manual_seed(0)) * sizes["D"] ** -0.5
-    save_file({"head": head_VD}, folder / "head")
-
-
-def a_loss(folder: Path, n: int, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
-    """Forward and backward of a summed loss(h_TD, head_VD, targets_T), with 7/8 of the targets."""
-    head_VD = load_file(folder / "head")["head"].clone()
-    model = torch.nn.ParameterDict({"head": head_VD})
-
-    def run(T: int) -> Found:
-        V, D = model["head"].shape
-        model["h"] = torch.randn(T, D, generator=torch.Generator().manual_seed(1))
-        return learnt(loss(model["h"], model["head"], some_lesson(V, T, 7)[1][0]), model)
+    def run() -> Found:
+        if past:  # how many tokens to drop, as a number below 0
+            settings["past_key_values"].crop(past - settings["past_key_values"].get_seq_length())
+        return {"ids": model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **settings)[0, n:]}
 
     return run
 
 
-def chunked_loss(h_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Ours."""
-    return longva.nll(h_TD[None], head_VD, targets_T[None])[0].sum()
+def gradients(loss: Tensor, model: nn.Module) -> Found:
+    """Go backward: the loss and some of the gradients, of which none is left in the model."""
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    found = {name: parameters[name].grad[:512].clone() for name in COMPARED if name in parameters}
+    model.zero_grad()
+    return found | {"loss": loss.detach()}
 
 
-def plain_loss(h_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The loss that holds all the logits."""
-    return F.cross_entropy(h_TD @ head_VD.T, targets_T, reduction="sum")
+def random_targets(V: int, T: int, eighths: int) -> tuple[Tensor, Tensor]:
+    """(ids_1T, targets_1T): so many eighths of the ids have a target."""
+    ids_1T = random_ids(V, T)
+    targets_1T = ids_1T.roll(-1, 1).where(torch.arange(T) % 8 < eighths, chat.IGNORE)
+    targets_1T[:, -1] = chat.IGNORE
+    return ids_1T, targets_1T
 
 
-def torchs_loss(h_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Torch's own chunked loss."""
-    how = {"reduction": "sum", "ignore_index": chat.IGNORE, "options": torch.nn.LinearCrossEntropyOptions()}
-    return F.linear_cross_entropy(h_TD, head_VD, targets_T, **how)
+def step(side: str, sizes: dict, n: int, eighths: int, checkpointing: bool = False) -> Callable[[], Found]:
+    """Forward and backward of a training step, without the optimizer."""
+    model = load(side, sizes).train().requires_grad_()
+    ids_1T, targets_1T = random_targets(sizes["vocab_size"], n, eighths)
+    if side == "ours":
+        model.model.checkpointing = "full" if checkpointing else "none"
+
+        def run() -> Found:
+            nll_1, count_1 = model(ids_1T, torch.arange(n), targets_1T)
+            return gradients(nll_1.sum() / count_1.sum(), model)
+
+        return run
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    labels_1T = F.pad(targets_1T, (1, -1), value=chat.IGNORE)  # they shift them back
+    return lambda: gradients(model(ids_1T, labels=labels_1T, use_cache=False).loss, model)
 
 
-def lm(D: int, F_: int, L: int, H: int, G: int, K: int, V: int) -> dict:
-    """Sizes by their letters."""
-    return {"D": D, "F": F_, "L": L, "H": H, "G": G, "K": K, "V": V}
+def loss(side: str, sizes: dict, n: int) -> Callable[[], Found]:
+    """Forward and backward of the loss alone, with 7/8 of the targets; theirs has all logits in memory."""
+    V, D = sizes["vocab_size"], sizes["hidden_size"]
+    model = nn.ParameterDict({"head": random(V, D, seed=0) * D**-0.5, "h": random(n, D)})
+    targets_1T = random_targets(V, n, 7)[1]
+
+    def run() -> Found:
+        if side == "ours":
+            total = longva.nll(model["h"][None], model["head"], targets_1T)[0].sum()
+        else:
+            total = F.cross_entropy(model["h"] @ model["head"].T, targets_1T[0], reduction="sum")
+        return gradients(total, model)
+
+    return run
 
 
-def tower(E: int, F_: int, L: int, H: int, side: int) -> dict:
-    """Sizes under their names."""
-    sizes = {"hidden_size": E, "intermediate_size": F_, "num_hidden_layers": L, "num_attention_heads": H}
-    return sizes | {"patch_size": 14, "image_size": side}
+@dataclass(frozen=True)
+class Case:
+    """Lines of the table: make(side, sizes, n) returns what to run, measured for time, for memory or for both."""
+
+    name: str
+    make: Callable[[str, dict, int], Callable[[], Found]]
+    sizes: dict
+    n: int  # tokens
+    speed: float | None  # target: times as fast
+    share: float | None  # target: share of memory
+    quick: tuple[dict, int]  # toy sizes and n
+    error: float = 1e-5  # allowed, as a share of the largest value
+    rounds: int = 3
 
 
-TOY, TOY_TOWER, VIT_L = lm(32, 64, 2, 4, 2, 8, 64), tower(32, 64, 3, 2, 56), tower(1024, 4096, 24, 16, 336)
-MODEL = [
-    Case("dense prefill, 1,024 tokens", make_lm, our_prefill, their_prefill, lm(1024, 4096, 6, 8, 2, 128, 8192), 1024,
-         0.97, "matrix products, the same on both sides", (TOY, 32)),
-    Case("decoding, small model", make_lm, our_decode, their_decode, lm(128, 352, 4, 4, 2, 32, 2048), 32,
-         1.5, "Python around some 300 small operations per token", (TOY, 32), error=0, rounds=12),
-    Case("decoding after 8k tokens", make_lm, our_decode, their_decode, lm(512, 1408, 8, 8, 2, 64, 32768), 8192,
-         1.4, "memory: reading weights; theirs copies all keys as well", (TOY, 64), error=0),
-    Case("CLIP features, 2 grids", make_tower, our_features, their_features, VIT_L, 2,
-         1.15, "matrix products, of 23 blocks for 24", (TOY_TOWER, 2), error=0),
-    Case("CLIP features, 4 grids", make_tower, our_features, their_features, VIT_L, 4,
-         0.6, "activations of one MLP; theirs 25 hidden states as well", (TOY_TOWER, 500), error=0, memory=True),
-    Case("prompt of 32k tokens", make_lm, our_first_word, their_first_word, lm(512, 2752, 2, 2, 1, 64, 32768), 32768,
-         0.6, "mask of a chunk; theirs the MLP of the whole prompt", (TOY, 3072), error=0, memory=True),
-]  # fmt: skip
-WORDS = 151_936
-STEP, LONG_STEP = lm(512, 1408, 8, 8, 2, 64, WORDS), lm(256, 704, 4, 4, 2, 64, WORDS)
-SHORT, LONG = {"eighths": 7}, {"eighths": 4, "remat": True}
+def lm(D: int, F_: int, L: int, H: int, G: int, V: int) -> dict:
+    """Sizes of a language model by their letters."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return dict(zip((*names, "vocab_size"), (D, F_, L, H, G, V)))
 
 
-def both(name: str, case: tuple, n: int, quick: tuple, speed: float, share: float, bound: str, rounds: int) -> list:
-    """A training case twice: for its time and for its memory."""
-    (make, ours, theirs, sizes), rest = case, {"learns": True, "error": 1e-4, "rounds": rounds}
-    how = {"make": make, "ours": ours, "theirs": theirs, "sizes": sizes, "n": n, "quick": quick}
-    return [
-        Case(f"{name}: time", wanted=speed, bound=f"matrix products; {bound}", **how, **rest),
-        Case(f"{name}: memory", wanted=share, bound="gradients; theirs all logits", memory=True, **how, **rest),
-    ]
+TOY, SMALL, WIDE = lm(32, 64, 2, 4, 2, 64), lm(128, 352, 4, 4, 2, 2048), lm(1024, 4096, 6, 8, 2, 8192)
+DEEP, LONG_PROMPT = lm(512, 1408, 8, 8, 2, 32768), lm(512, 2752, 2, 2, 1, 32768) | {"head_dim": 64}
+STEP, LONG_STEP = DEEP | {"vocab_size": 151_936}, lm(256, 704, 4, 4, 2, 151_936)
+SHORT, LONG = partial(step, eighths=7), partial(step, eighths=4, checkpointing=True)
+PROMPT, DECODE = partial(answer, new=1), partial(answer, new=64, past=31)
+CASES = {
+    "model": [
+        Case("prefill of 1,024 tokens", PROMPT, WIDE, 1024, 0.97, None, (TOY, 32), 0),
+        Case("decoding, small model", DECODE, SMALL, 32, 1.5, None, (TOY, 32), 0, 12),
+        Case("decoding after 8,000 tokens", partial(DECODE, past=8191), DEEP, 8192, 1.4, None, (TOY, 8192), 0),
+        Case("prompt of 32,000 tokens", PROMPT, LONG_PROMPT, 32768, None, 0.6, (TOY, 3072), 0),
+    ],
+    "train": [
+        Case("step of 2,000 tokens", SHORT, STEP, 2048, 1.25, 0.3, (TOY, 64), 1e-4, 2),
+        Case("step of 8,000, activation checkpointing", LONG, LONG_STEP, 8192, 2, 0.08, (TOY, 64), 1e-4, 1),
+        Case("loss alone, against F.cross_entropy", loss, LONG_STEP, 8192, 1.5, 0.05, (TOY, 700), 1e-4, 1),
+    ],
+}
 
 
-TRAIN = [
-    *both("step, 2k tokens", (make_lm, partial(our_step, **SHORT), partial(their_step, **SHORT), STEP), 2048, (TOY, 32),
-          1.25, 0.3, "theirs the head of ignored tokens, too", 2),
-    *both("step, 8k, remat", (make_lm, partial(our_step, **LONG), partial(their_step, **LONG), LONG_STEP), 8192,
-          (TOY, 64), 2.0, 0.08, "half of the tokens are ignored", 1),
-    *both("loss, 8k tokens", (make_head, partial(a_loss, loss=chunked_loss), partial(a_loss, loss=plain_loss), LONG_STEP),
-          8192, (TOY, 700), 2.0, 0.05, "theirs fresh memory as well", 1),
-]  # fmt: skip
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    case = (make_head, partial(a_loss, loss=chunked_loss), partial(a_loss, loss=torchs_loss), LONG_STEP)
-    TRAIN += both("loss, beside torch's", case, 8192, (TOY, 700), 3.0, 1.5, "theirs in smaller pieces", 1)
-CASES = {"model": MODEL, "train": TRAIN}
-APART = ("ring", "vision", "needles")  # each a script of its own
-
-
-# ---- measurements --------------------------------------------------------------------------------
-
-
-def cpu_seconds(run: Run, n: int) -> tuple[float, Tensor | Found]:
+def cpu_seconds(run: Callable) -> tuple[float, Found]:
     """CPU time of one call, and its result."""
     gc.collect()
-    begun = time.process_time()
-    result = run(n)
-    return time.process_time() - begun, result
+    began = time.process_time()
+    result = run()
+    return time.process_time() - began, result
 
 
-def resident(field: str) -> float:
-    """Memory of this process in MB: VmRSS, what it holds now, or VmHWM, the most it held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+def peak_memory(group: str, index: int, side: str, quick: bool) -> tuple[float, dict]:
+    """(MB by which memory grows at most, result as arrays) of one side of a case, after a run in toy sizes."""
 
+    def resident(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
-def alone(case: Case, side: str, folder: Path, n: int) -> float:
-    """One side of a memory case: by how many MB it grows at most; the result is left in the folder.
-
-    A short run comes first, so that late imports are not taken for growth.
-    """
-    run = getattr(case, side)(folder, n)
-    run(1)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = resident("VmRSS")
-    save_file(named(run(n)), folder / f"{side}.result")
-    return max(resident("VmHWM") - before, PAGE)
-
-
-def measure_memory(case: Case, folder: Path, quick: bool) -> tuple[float, float, Found, Found]:
-    """Both sides, each in a process of its own: MB, MB, results."""
-    grown = []
-    for side in ("ours", "theirs"):
-        if quick:  # here, since a process of its own would begin with five seconds of imports
-            grown.append(alone(case, side, folder, case.quick[1]))
-        else:
-            command = [sys.executable, sys.argv[0], "alone", case.name, side, str(folder)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC)
-            grown.append(float(done.stdout.split()[-1]))
-    return *grown, *(load_file(folder / f"{side}.result") for side in ("ours", "theirs"))
-
-
-def measure_time(case: Case, folder: Path, n: int, rounds: int) -> tuple[float, float, Found, Found]:
-    """Both sides here, in turns: the best seconds of each, results."""
-    runs = case.ours(folder, n), case.theirs(folder, n)
-    turns = [[cpu_seconds(run, n) for run in runs] for _ in range(rounds)]
-    ours, theirs = zip(*turns)
-    best = (min(seconds for seconds, _ in side) for side in (ours, theirs))
-    return *best, named(ours[0][1]), named(theirs[0][1])
-
-
-def named(result: Tensor | Found) -> Found:
-    """What was computed, by name."""
-    found = result if isinstance(result, dict) else {"result": result}
-    return {name: x.contiguous() for name, x in found.items()}
-
-
-def difference(mine: Tensor, other: Tensor) -> float:
-    """The largest difference as a share of the largest value; exactly 0 where the bits are equal."""
-    assert mine.shape == other.shape, f"{list(mine.shape)} here, {list(other.shape)} there"
-    if torch.equal(mine, other):
-        return 0.0
-    return ((mine - other).abs().max() / other.abs().max()).item()
-
-
-def measure(case: Case, quick: bool) -> bool:
-    """Print a case's line of the table; did both sides agree?"""
-    sizes, n = case.quick if quick else (case.sizes, case.n)
-    with tempfile.TemporaryDirectory() as name, torch.inference_mode(not case.learns):
-        case.make(folder := Path(name), sizes)
+    torch.set_num_threads(1)
+    case = CASES[group][index]
+    with torch.inference_mode(group == "model"):
+        case.make(side, *case.quick)()  # so that late imports are not taken for growth
+        run = case.make(side, *(case.quick if quick else (case.sizes, case.n)))
         gc.collect()
-        if case.memory:
-            ours, theirs, mine, other = measure_memory(case, folder, quick)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = resident("VmRSS")
+        found = run()
+        grown = resident("VmHWM") - before
+    return max(grown, 4 / 1024), {name: x.numpy() for name, x in found.items()}  # no growth is less than a page
+
+
+def measure(group: str, index: int, quick: bool) -> bool:
+    """Print a case's lines; do both sides agree?"""
+    case, sides, agree = CASES[group][index], ("ours", "theirs"), True
+    if case.speed:
+        with torch.inference_mode(group == "model"):
+            runs_ = [case.make(side, *(case.quick if quick else (case.sizes, case.n))) for side in sides]
+            turns = [[cpu_seconds(run) for run in runs_] for _ in range(1 if quick else case.rounds)]
+        seconds = [min(seconds for seconds, _ in turn) for turn in zip(*turns)]
+        found, want = (result for _, result in turns[0])
+        agree = report(f"{case.name}: s", *seconds, f">= {case.speed}", found, want, case.error)
+        del runs_, turns
+    if case.share:
+        if quick:
+            both = [peak_memory(group, index, side, quick) for side in sides]
         else:
-            ours, theirs, mine, other = measure_time(case, folder, n, 1 if quick else case.rounds)
-    assert mine.keys() == other.keys(), f"{[*mine]} here, {[*other]} there"
-    error = max(difference(mine[name], other[name]) for name in mine)
-    if case.memory:
-        ratio, unit, sign = ours / theirs, "MB", "<="
-        fits = ratio <= case.wanted
-    else:
-        ratio, unit, sign = theirs / ours, "s ", ">="
-        fits = ratio >= case.wanted
-    agree = error <= case.error
-    verdict = "WRONG" if not agree else "agrees" if quick else "ok" if fits else "short"
-    print(
-        f"{case.name:<28}{ours:>10.3f} {unit}{theirs:>10.3f} {unit}{ratio:>7.2f}  {sign} {case.wanted:<6}"
-        f"{verdict:<7}{error:<9.1e}{case.bound}",
-        flush=True,
-    )
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors leave at once, so that the peak is theirs
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+                both = [pool.submit(peak_memory, group, index, side, quick).result() for side in sides]
+        found, want = ({name: torch.as_tensor(x) for name, x in arrays.items()} for _, arrays in both)
+        megabytes = [mb for mb, _ in both]
+        agree &= report(f"{case.name}: MB", *megabytes, f"<= {case.share}", found, want, case.error)
     return agree
 
 
-def main(arguments: list[str], known: dict[str, list[Case]] = CASES) -> int:
-    """Measure a group of cases: 0, or 1 where results differ. Ratios fail nothing: they are for people to read."""
+# ---- ring ----------------------------------------------------------------------------------------
+
+
+def forward_and_backward(attend: Callable, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> None:
+    """Attend and compute the gradients of q, k, v."""
+    attend(0, *(x.requires_grad_() for x in (q, k, v))).backward(do)
+
+
+def time_ring(world: ring.World, out: Path, S: int, rounds: int) -> None:
+    """Rank 0 writes CPU seconds, added over the ranks, of one process (computed by each rank) and of the ring."""
+    whole, idx_T = [random(1, S, heads, 64) for heads in (8, 2, 2, 8)], ring.zigzag_index(S, world)
+    sides = [(longva.causal_attend, whole), (ring.zigzag_attend(world), [x[:, idx_T] for x in whole])]
+    seconds = []
+    for _ in range(1 + rounds):  # the first warms up
+        for attend, x in sides:
+            ring.all_reduce_sum(torch.zeros(1), world)  # the ranks begin together; who waits takes no CPU time
+            seconds.append(cpu_seconds(partial(forward_and_backward, attend, *x))[0])
+    total = ring.all_reduce_sum(torch.tensor(seconds, dtype=torch.float64), world)
+    if world.rank == 0:
+        torch.save(total.view(-1, 2)[1:].min(0).values.tolist(), out)
+
+
+def measure_ring(quick: bool) -> bool:
+    """Print CPU time of two ranks beside that of one process; test_ring.py compares what they compute."""
+    S, rounds = (64, 1) if quick else (8192, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks.run(2, [time_ring], out := Path(folder) / "found", S, rounds)
+        one, two = torch.load(out)
+    return report(f"ring, 2 ranks, one process, {S:,} tokens: s", two, one / 2, "<= 1.06", {}, {}, 0)
+
+
+# ---- needles -------------------------------------------------------------------------------------
+
+QUESTIONS, ANSWERS, PRE = (81, 52, 34, 46, 58), (1, 1, 3, 1, 1), 14  # tokens of the five of lmms-lab/v_niah_needles
+Read = tuple[int, int, int]  # rows, tokens of each, tokens known before
+
+
+def work(reads: Iterable[Read]) -> tuple[int, int]:
+    """(tokens that pass through the layers, pairs of a query and a key that it may see)."""
+    reads = list(reads)
+    return sum(B * T for B, T, _ in reads), sum(B * (T * known + T * (T + 1) // 2) for B, T, known in reads)
+
+
+def cache_reads(film: vniah.VisualNIAH, cells: list[tuple[int, float]]) -> Iterable[Read]:
+    """What --engine cache reads in one process, with --max-new-tokens 0 and without distractors."""
+    pre, M, known = film.prefix_1TD.shape[1], film.haystack_NMD.shape[1], 0
+    yield 1, pre, 0
+    for group in film.groups(cells):
+        if group.insert_at > known:
+            yield 1, (group.insert_at - known) * M, pre + known * M
+            known = group.insert_at
+        B, first, here = len(group.needle_ids), group.needle_ids[0], pre + group.insert_at * M
+        yield B, M, here
+        here += M
+        for length, _ in group.cells:
+            if tail := pre + (length + 1) * M - here:
+                yield B, tail, here
+            here += tail
+            yield B, len(film.question_ids[first]) - 1, here
+            yield B, len(film.answer_ids[first]), here + len(film.question_ids[first]) - 1
+
+
+def single_reads(film: vniah.VisualNIAH, cells: list[tuple[int, float]]) -> Iterable[Read]:
+    """One pass for each probe: prompt, needle and haystack, question, and the answer but for its last token."""
+    pre, M = film.prefix_1TD.shape[1], film.haystack_NMD.shape[1]
+    for length, _ in cells:
+        for question, answer in zip(film.question_ids, film.answer_ids):
+            yield 1, pre + (length + 1) * M + len(question) + len(answer) - 1, 0
+
+
+def paper_work() -> dict[str, tuple[int, int]]:
+    """The work of each engine on the paper's grid of 450 probes; nothing is run."""
+    cfg = vniah.resolve(vniah.Config(protocol="paper"))
+    film = vniah.VisualNIAH.__new__(vniah.VisualNIAH)  # without a model: enough to group probes
+    film.cfg, film.dynamic, film.prefix_1TD = cfg, False, torch.empty(1, PRE, 0)
+    film.haystack_NMD, film.distractor_NMD = torch.empty(0, 144, 0), torch.empty(0, 144, 0)
+    film.question_ids, film.answer_ids = [[0] * n for n in QUESTIONS], [[0] * n for n in ANSWERS]
+    cells = [(length, depth) for length in cfg.frames for depth in cfg.depths]
+    return {"ring": work(single_reads(film, cells)), "cache": work(cache_reads(film, cells))}
+
+
+def measure_needles(_quick: bool) -> bool:
+    """Print the work on the paper's grid; nothing is run."""
+    single, ours = paper_work().values()
+    for i, name in enumerate(("million tokens", "million query-key pairs")):
+        report(f"450 probes: {name}", ours[i] / 1e6, single[i] / 1e6, ">= 1.6", {}, {}, 0)
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """Measure a group of cases: 0, or 1 where results differ."""
+    groups = {name: [partial(measure, name, i) for i in range(len(cases))] for name, cases in CASES.items()}
+    groups |= {"ring": [measure_ring], "needles": [measure_needles]}
+    parser = argparse.ArgumentParser(description="Benchmarks on a CPU.")
+    parser.add_argument("group", choices=groups, help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: only shows that every case runs and agrees")
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if arguments[:1] == ["alone"]:  # called by measure_memory
-        _, name, side, folder = arguments
-        case = next(case for cases in known.values() for case in cases if case.name == name)
-        with torch.inference_mode(not case.learns):
-            print(alone(case, side, Path(folder), case.n))
-        return 0
-    if not arguments or arguments[0] not in [*known, *APART] or arguments[1:] not in ([], ["--quick"]):
-        print(f"usage: python tests/bench.py {'|'.join([*known, *APART])} [--quick]")
-        return 2
-    if arguments[0] not in known:  # a ring's ranks are made from a process that did not import transformers
-        script = Path(__file__).with_name(f"bench_{arguments[0]}.py")
-        return subprocess.run([sys.executable, script, *arguments[1:]]).returncode
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32, one thread")
-    print(f"{'case':<28}{'ours':>10}   {'theirs':>10}   {'ratio':>6}  {'wanted':<16}{'error':<9}what bounds it")
-    agree = [measure(case, quick="--quick" in arguments) for case in known[arguments[0]]]
+    print(f"torch {torch.__version__}, float32, one thread")
+    print(f"{'':<44}{'ours':>14}{'theirs':>16}{'ratio':>8}  {'target':<8}error")
+    agree = [run(given.quick) for run in groups[given.group]]
     return 0 if all(agree) else 1
 
 

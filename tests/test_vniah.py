@@ -20,7 +20,7 @@ import vniah
 from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from data.config import to_dict
-from tests import bench_needles, ranks, shapes
+from tests import bench, ranks, shapes
 
 torch.set_num_threads(1)
 EYE = clip.ClipConfig(16, 32, 2, 2, 8, synthetic.SIDE)
@@ -515,7 +515,7 @@ def test_one_process_rings_alone(undrawn, shipped):
 
 
 def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
-    """What bench_needles counts is what the engine reads."""
+    """What bench.py counts is what the engine reads."""
     write_needles(tmp_path / "needles")
     cfg = replace(cfg, needles=tmp_path / "needles", frames=(3, 6, 8), depths=(0.0, 0.4, 0.5, 1.0), max_new_tokens=0)
     model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
@@ -529,22 +529,22 @@ def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
 
     monkeypatch.setattr(longva, "prefill", read)
     lines = [line for job in jobs for found in film.probe(job, jobs) for line in found]
-    assert done == list(bench_needles.cache_reads(film, cells))
-    singles = list(bench_needles.single_reads(film, cells))
+    assert done == list(bench.cache_reads(film, cells))
+    singles = list(bench.single_reads(film, cells))
     assert len(singles) == len(lines)
     tokens = sum(line["tokens"] for line in lines) + sum(
         len(film.answer_ids[i]) - 1 for i in [i for i, ids in enumerate(film.answer_ids) if ids]
     ) * len(cells)
-    assert bench_needles.work(singles)[0] == tokens
+    assert bench.work(singles)[0] == tokens
 
 
 def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
-    table = bench_needles.paper_work()
+    table = bench.paper_work()
     single, ours = table.values()
     assert single[0] == sum(
         5 * 6 * (14 + 144 * (n + 1) + 5) + 6 * (76 + 47 + 29 + 41 + 53 + 2) for n in range(200, 3001, 200)
     )
-    assert single[0] / ours[0] >= bench_needles.WANTED and single[1] / ours[1] >= bench_needles.WANTED
+    assert single[0] / ours[0] >= 1.6 and single[1] / ours[1] >= 1.6
 
 
 # ---- the protocol --------------------------------------------------------------------------------
