@@ -1,9 +1,9 @@
 """Context parallelism: one long sequence on many processes, with exact attention and gradients (zigzag ring attention).
 
 What      First the paper's idea: which tokens a rank holds, attention to one block of keys, the merge of two blocks by
-          their log-sum-exp, the ring forward and backward. Then the machinery around it: processes and sums over
-          ranks, a KV cache sharded over ranks, fast kernels, sharded parameters (FSDP2), saved state. This is the only
-          file that knows of more than one process; with one, no group is started and every function is the identity.
+          their log-sum-exp, the ring forward and backward. Then processes and sums over ranks, a KV cache sharded over
+          ranks, sharded parameters (FSDP2), saved state. This is the only file that knows of more than one process;
+          with one, no group is started and every function is the identity.
 Paper     Sec. 3.1: ring attention (arXiv 2310.01889) in zigzag order, FlashAttention-2, parameter offload.
 Run       not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
 Dimensions  B batch   T tokens held here   S tokens of the whole sequence, or of a block of keys   R ranks
@@ -12,14 +12,10 @@ Differs   K and V travel with their G heads, not repeated to H: 7 times fewer by
           dK and dV make R - 1 hops instead of R: what a rank computes for its own keys never leaves it.
           Sums are fp32, as the release's, and fp64 for fp64: errors do not grow with R.
           The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
-          flash-attn is one kernel of five, used where asked for: torch ships FlashAttention-2 with its log-sum-exp.
 """
 
-import ctypes
 import math
 import os
-import signal
-import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,19 +33,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from data import checkpoint
 from data.config import LMConfig
+from data.memory_saving import FAST_KERNELS, best_kernel
+from data.runs import pick_device
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 DocumentStarts = list[list[int]]  # where documents begin in each row of a batch
 Partial = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of the run, or of one ring: `rank` of `ranks`, computing on `device`."""
+    """This process among those of the run, or of one ring: number `rank` of `ranks`, computing on `device`."""
 
     rank: int
     ranks: int
@@ -70,23 +66,22 @@ def zigzag_index(S: int, world: World) -> Tensor:
 
     A causal query attends to all keys before it, so a late chunk costs more than an early one. One early and one late
     chunk cost the same on every rank (load balancing). The positions are also the token's position ids.
-    Raises ValueError if S tokens cannot be dealt out evenly. One process takes any length, in order.
+    Raises ValueError if 2R does not divide S. One process takes any length, in order.
     """
     if world.ranks == 1:
         return torch.arange(S, device=world.device)
     chunks = 2 * world.ranks
     if S % chunks or S == 0:
-        legal = max(chunks, math.ceil(S / chunks) * chunks)
-        dealt = f"{S} tokens cannot be dealt to {world.ranks} ranks in {chunks} equal chunks"
-        raise ValueError(f"{dealt}; the next length that can is {legal} tokens")
+        legal, uneven = max(chunks, math.ceil(S / chunks) * chunks), f"{S} tokens do not make {chunks} equal chunks"
+        raise ValueError(f"{uneven}, two for each rank; the next length that does is {legal} tokens")
     chunk = torch.arange(S, device=world.device).chunk(chunks)
     return torch.cat([chunk[world.rank], chunk[-1 - world.rank]])
 
 
 # ---- attention to one block of keys --------------------------------------------------------------
 # A kernel is two functions: (q, k, v, causal) -> (o, lse) and (do, q, k, v, o, lse, causal) -> (dq, dk, dv). Given a
-# block of the keys, but o and lse of *all* keys, the second yields that block's share of the gradients. These two are
-# what every fast kernel below computes; they write all logits to memory, which the fast ones never do.
+# block of the keys, but o and lse of *all* keys, the second yields that block's share of the gradients. The two
+# here write all logits to memory; FlashAttention, for a CPU or a GPU, computes the same without.
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -125,12 +120,31 @@ def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # 
     return dq_BTGQK.flatten(2, 3).to(q_BTHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGK.to(v_BSGK.dtype)
 
 
+KERNELS = {"math": (math_forward, math_backward), **FAST_KERNELS}  # see data/memory_saving.py
+
+
+def block_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None) -> Partial:
+    """Attend to one block of keys: (o_BTHK, lse_BHT), to be merged with other blocks. No gradient.
+
+    `lse` is contiguous, fp32 (fp64 for fp64). `causal`: square blocks alone, for kernels disagree about others.
+    """
+    assert k_BSGK.shape[1] > 0, "an empty block crashes the CPU kernel: leave it out, it adds nothing"
+    assert not causal or q_BTHK.shape[1] == k_BSGK.shape[1], "causal needs as many queries as keys"
+    return KERNELS[kernel or best_kernel(q_BTHK)][0](q_BTHK, k_BSGK, v_BSGK, causal)
+
+
+def block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal, kernel=None):  # noqa: ANN001, ANN201
+    """This block's share of (dq_BTHK, dk_BSGK, dv_BSGK); `o` and `lse` are those of all blocks, merged."""
+    backward = KERNELS[kernel or best_kernel(q_BTHK)][1]
+    return backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
+
+
 def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> Partial:
     """Attention over two disjoint sets of keys from attention over each, as new fp32 tensors (fp64 for fp64).
 
-    The online softmax: o = (1 - w) o + w o' with w = sigmoid(lse' - lse), since exp(lse) is the sum of the softmax's
-    denominator; lse = log(exp(lse) + exp(lse')). Only differences are exponentiated, so no logit is too
-    large. A row without keys has lse = -inf and any finite o; its weight is 0.
+    The online softmax: o = (1 - w) o + w o' with w = sigmoid(lse' - lse), since exp(lse) is the softmax's denominator;
+    lse = log(exp(lse) + exp(lse')). Only differences are exponentiated, so no logit is too large. A row without keys
+    has lse = -inf and any finite o; its weight is 0.
     """
     gap_BHT = (new_lse_BHT - lse_BHT).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]  # nan: neither saw a key; keep the old row
@@ -144,7 +158,7 @@ def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tens
 
 
 class VisibleBlock(NamedTuple):
-    """Queries and the keys they attend to: rows b of the batch, our positions t, positions s of the keys at hand."""
+    """Queries and the keys they attend to: rows b of the batch, positions t of our queries, s of the received keys."""
 
     b: slice
     t: slice
@@ -184,8 +198,8 @@ def document_blocks(hop: int, world: World, T: int, starts: list[int]) -> Iterat
         ends = [*starts[first + 1 : last], begin + size]
         if our_chunk == their_chunk:
             for start, end in zip([begin, *ends], ends):
-                here = slice(start - begin + i * size, end - begin + i * size)
-                yield here, here, True
+                document = slice(start - begin + i * size, end - begin + i * size)
+                yield document, document, True
         elif their_chunk < our_chunk and (doc_start := max(starts[first] - their_chunk * size, 0)) < size:
             yield slice(i * size, i * size + ends[0] - begin), slice(j * size + doc_start, (j + 1) * size), False
 
@@ -276,8 +290,8 @@ class Ring(torch.autograd.Function):
         return *ring_backward(do_BTHK.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStarts | None = None) -> Attend:
-    """The model's `attend` for a sequence dealt out by `zigzag_index` (Sec. 3.1); one process: plain causal.
+def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStarts | None = None) -> Callable:
+    """The model's `attend` for a sequence divided by `zigzag_index` (Sec. 3.1); one process: plain causal.
 
     Every rank must hold equally many tokens and call it in the same order. `kernel` forces one of KERNELS.
     `starts`: where documents begin in each row of the batch, the first at 0, if none may attend to another (ours).
@@ -291,47 +305,39 @@ def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStart
 
 
 # The paper's Sec. 3.1 ends here. What follows makes it run on many machines, fast, and restartable.
-# ---- processes -----------------------------------------------------------------------------------
+# ---- processes, and sums over them ---------------------------------------------------------------
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too, for tensors offloaded to the CPU
 TIMEOUT = timedelta(minutes=10)  # for one exchange: longer than any rank keeps others waiting, e.g. to save
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def start(device: str = "auto") -> World:
-    """Join the other processes that torchrun started, if it did; alone, no process group is made.
+    """Join the other processes that torchrun started, if it did; one process starts no group.
 
-    `device`: "cpu", "cuda", or "auto" for CUDA where there is any. Raises ValueError if this machine has
-    fewer GPUs than processes.
+    `device`: "cpu", "cuda", or "auto". Raises ValueError if this machine has fewer GPUs than processes.
     """
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # as torchrun sets them
-    rank, ranks, local, here = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    rank, ranks, local_rank, local_ranks = (int(os.environ.get(name, default)) for name, default in names.items())
     set_cuda_defaults()
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind not in BACKENDS:
-        raise ValueError(f"device {device!r} is not known; choose auto, cpu or cuda")
+    kind = pick_device(device)
     if kind == "cuda":
-        if here > (found := torch.cuda.device_count()):
+        if local_ranks > (found := torch.cuda.device_count()):
             fix = f"start torchrun with --nproc-per-node {found}" if found else "choose --device cpu"
-            raise ValueError(f"{here} process(es) here need one GPU each, but torch sees {found}; {fix}")
-        torch.cuda.set_device(local)
+            raise ValueError(f"{local_ranks} process(es) need one GPU each, but torch sees {found}; {fix}")
+        torch.cuda.set_device(local_rank)
     if ranks > 1:
-        if sys.platform == "linux":  # else ranks outlive a killed torchrun, hold the GPUs and write on
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of --max-restarts; the store may be an old one
-        store = dist.PrefixStore(attempt, store)
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=TIMEOUT))[0])
         dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
-    return World(rank, ranks, torch.device("cuda", local) if kind == "cuda" else torch.device("cpu"))
+    return World(rank, ranks, torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
 def set_cuda_defaults() -> None:
-    """Settings of torch for a GPU, of this process; to be called before the first use of one."""
+    """Settings of torch for a GPU; to be called before the first use of one."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # freed blocks of unlike sizes join
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums of a split-K matmul
     torch.backends.cudnn.allow_tf32 = False  # CLIP's convolution in float32
-    # scaled_dot_product_attention prefers cuDNN on Hopper, which builds a plan, some 40 ms, for each new shape
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # preferred on Hopper, but it makes a plan, 40 ms, for each new shape
 
 
 def stop() -> None:
@@ -363,21 +369,24 @@ def split_groups(world: World, size: int) -> RingGroup:
     return RingGroup(World(world.rank % size, size, world.device, groups[index]), index, count)
 
 
-def print0(world: World, text: str, end: str = "\n") -> None:
-    """Print on rank 0 only."""
-    if world.rank == 0:
-        print(text, end=end, flush=True)
-
-
-# ---- sums over ranks -----------------------------------------------------------------------------
-
-
 def all_reduce_sum(x: Tensor, world: World) -> Tensor:
     """Sum `x` over the ranks, for logging and for counts; carries no gradient. All ranks must call it."""
     x = x.detach().clone()
     if world.ranks > 1:
         dist.all_reduce(x, group=world.group)
     return x
+
+
+def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
+    """This rank's share of the mean loss per target over all ranks (Sec. 3.1): sum * R / count of all ranks.
+
+    `sum`: of the losses here; `count`: of their targets, 0 allowed. R, because FSDP *averages* gradients over the
+    ranks; the mean of all shares is the loss. Raises ValueError, on all ranks alike, if no rank has a target.
+    """
+    everywhere = all_reduce_sum(count, world)
+    if everywhere == 0:
+        raise ValueError("this batch has no target on any rank, so it has no loss; check the data's masks")
+    return sum * (world.ranks / everywhere)
 
 
 def all_gather(x: Tensor, world: World) -> list[Tensor]:
@@ -387,6 +396,22 @@ def all_gather(x: Tensor, world: World) -> list[Tensor]:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world.ranks)]
     dist.all_gather(parts, x.detach().contiguous(), world.group)
     return parts
+
+
+def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
+    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second, until none is left.
+
+    T is at most `rows`; ranks may have different numbers of parts. `none_0D` gives width, dtype and device.
+    """
+    parts = iter(parts)
+    if world.ranks == 1:
+        yield from parts
+        return
+    while any(counts := all_gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
+        gathered = all_gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
+        joined = torch.cat([x_TD[:n] for x_TD, n in zip(gathered, counts)])
+        del gathered, mine  # free them while the caller computes
+        yield joined
 
 
 def long_timeout_group(world: World) -> World:
@@ -404,172 +429,9 @@ def broadcast_text(read: Callable[[], str], world: World) -> str:
     return box[0]
 
 
-def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
-    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second, until none is left.
-
-    T is at most `rows`; ranks may have different numbers of parts. `none_0D` tells width, dtype and device.
-    """
-    parts = iter(parts)
-    if world.ranks == 1:
-        yield from parts
-        return
-    while any(counts := all_gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
-        gathered = all_gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
-        joined = torch.cat([x_TD[:n] for x_TD, n in zip(gathered, counts)])
-        del gathered, mine  # not to be held while the caller reads
-        yield joined
-
-
-def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
-    """This rank's part of the mean loss per target over all ranks (Sec. 3.1).
-
-    `sum`: the local sum of losses; `count`: how many targets it has, or all parts of a step together have; 0
-    allowed. The value is sum * R / global count, because sharded parameters *average* gradients over the R ranks;
-    its mean over ranks is the loss.
-    Raises ValueError, on all ranks alike, if no rank has a target.
-    """
-    everywhere = all_reduce_sum(count, world)
-    if everywhere == 0:
-        raise ValueError("this batch has no target on any rank, so it has no loss; check the data's masks")
-    return sum * (world.ranks / everywhere)
-
-
-# ---- fast kernels --------------------------------------------------------------------------------
-
-
-def cpu_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
-    """What torch's scaled_dot_product_attention runs on a CPU, here with its log-sum-exp."""
-    heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    o_BHTK, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
-    return o_BHTK.transpose(1, 2), lse_BHT.contiguous()
-
-
-def cpu_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of cpu_forward."""
-    heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return tuple(x.transpose(1, 2) for x in backward(*heads_first, lse_BHT, 0.0, causal))
-
-
-def cuda_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
-    """FlashAttention-2 as torch ships it: bf16 or fp16, K a multiple of 8 and at most 256."""
-    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
-    forward = torch.ops.aten._flash_attention_forward
-    return forward(q_BTHK, k_BSGK, v_BSGK, None, None, T, S, 0.0, causal, False)[:2]
-
-
-def cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of cuda_forward. The kernel reads lse through its address, so it must be contiguous."""
-    given = do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT.contiguous(), None, None
-    # there is no dropout, so its random state is not read
-    rng_state = [torch.zeros(n, dtype=torch.uint64, device=q_BTHK.device) for n in (2, 0)]
-    backward = torch.ops.aten._flash_attention_backward
-    return backward(*given, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal, *rng_state)
-
-
-def cudnn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
-    """Attention of cuDNN, made for Hopper: bf16 or fp16. Its lse has a fourth axis of length 1."""
-    heads_first = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    forward = torch.ops.aten._scaled_dot_product_cudnn_attention
-    o_BHTK, lse_BHT1 = forward(*heads_first, None, True, 0.0, causal)[:2]
-    return o_BHTK.transpose(1, 2), lse_BHT1.squeeze(-1).contiguous()
-
-
-def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of cudnn_forward; FlashAttention-2 where cuDNN's own are in doubt."""
-    if not causal and k_BSGK.shape[1] % 128 == 64:  # NaN on Hopper for lse < -89 (pytorch #196678; seen on an H100)
-        return cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
-    heads_first = (x.transpose(1, 2) for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK))
-    # there is no dropout, so its random state is not read
-    rng_state = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]
-    rest = None, None, None, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal
-    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-    return tuple(
-        x.transpose(1, 2) for x in backward(*heads_first, lse_BHT.unsqueeze(-1).contiguous(), *rng_state, *rest)
-    )
-
-
-def flash_attn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
-    """The flash-attn package, 2.7 or newer: FlashAttention-2 in bf16 or fp16, K at most 256."""
-    from flash_attn import flash_attn_func  # builds on CUDA machines only
-
-    return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, causal=causal, return_attn_probs=True)[:2]
-
-
-def flash_attn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of flash_attn_forward, by the package's inner function: the public one knows no other o and lse."""
-    from flash_attn.flash_attn_interface import _flash_attn_backward
-
-    given = [x.contiguous() for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT)]
-    grads = tuple(torch.empty_like(x) for x in given[1:4])  # filled in place
-    plain = {"dropout_p": 0.0, "softmax_scale": q_BTHK.shape[-1] ** -0.5, "softcap": 0.0, "alibi_slopes": None}
-    window = {"causal": causal, "window_size_left": -1, "window_size_right": -1}
-    _flash_attn_backward(*given, *grads, **plain, **window, deterministic=torch.are_deterministic_algorithms_enabled())
-    return grads
-
-
-KERNELS = {
-    "math": (math_forward, math_backward),
-    "cpu": (cpu_forward, cpu_backward),
-    "cuda": (cuda_forward, cuda_backward),
-    "cudnn": (cudnn_forward, cudnn_backward),
-    "flash_attn": (flash_attn_forward, flash_attn_backward),
-}
-
-
-def fastest_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    """For many blocks of few shapes, as in training on sequences of one length; None: `best_kernel` of each block.
-
-    On an H100 cuDNN takes 0.6 of FlashAttention-2's time forward and 0.8 backward, but makes a plan for each shape.
-    """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return "cudnn" if hopper and dtype == torch.bfloat16 else None
-
-
-def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, separate_documents: bool) -> None:
-    """Raise ValueError, one sentence, if `kernel` cannot run with these; "auto" and "math" take everything."""
-    if kernel in ("auto", "math"):
-        return
-    if kernel == "cpu":
-        if device.type == "cuda":
-            raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
-        return
-    if device.type == "cpu":
-        raise ValueError(f"--kernel {kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
-    if kernel == "cudnn" and separate_documents:
-        raise ValueError("--kernel cudnn would make a plan for each document's length; leave --kernel at auto")
-    if dtype == torch.float32:
-        raise ValueError(f"--kernel {kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
-
-
-def best_kernel(q_BTHK: Tensor) -> str:
-    """The one of KERNELS that takes these queries, whatever their number, and needs nothing but torch."""
-    if q_BTHK.device.type != "cuda":
-        return "cpu" if q_BTHK.device.type == "cpu" else "math"
-    K, half = q_BTHK.shape[-1], q_BTHK.dtype in (torch.bfloat16, torch.float16)
-    fits = half and K % 8 == 0 and K <= 256 and torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
-    return "cuda" if fits else "math"
-
-
-def block_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None) -> Partial:
-    """Attend to one block of keys: (o_BTHK, lse_BHT), to be merged with other blocks. No gradient.
-
-    `lse` is contiguous, fp32 (fp64 for fp64). `causal`: square blocks alone, for kernels disagree about others.
-    """
-    assert k_BSGK.shape[1] > 0, "an empty block crashes the CPU kernel: leave it out, it adds nothing"
-    assert not causal or q_BTHK.shape[1] == k_BSGK.shape[1], "causal needs as many queries as keys"
-    return KERNELS[kernel or best_kernel(q_BTHK)][0](q_BTHK, k_BSGK, v_BSGK, causal)
-
-
-def block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal, kernel=None):  # noqa: ANN001, ANN201
-    """This block's share of (dq_BTHK, dk_BSGK, dv_BSGK); `o` and `lse` are those of all blocks, merged."""
-    backward = KERNELS[kernel or best_kernel(q_BTHK)][1]
-    return backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
-
-
 # ---- a KV cache sharded over ranks ---------------------------------------------------------------
-# A video's keys and values stay on the rank that computed them (3,000 frames: 25 GB for Qwen2-7B), and queries travel,
-# for a chunk is short and its past long ("pass-Q", arXiv 2411.01783). An output comes back beside its log-sum-exp.
+# Keys and values stay on the rank that computed them (3,000 frames: 25 GB for Qwen2-7B). Queries travel, since a chunk
+# is short and its past long ("pass-Q", arXiv 2411.01783); outputs come back, each with its log-sum-exp.
 
 REPLICATED = 128  # tokens; so few are computed by every rank: reading the weights takes longer than using them
 
@@ -602,18 +464,17 @@ class ShardedCache:
     def __init__(self, lm: LMConfig, B: int, S: int, reference: Tensor, world: World):
         self.world, self.S = world, S
         self.sharded, self.lengths = False, (0,) * world.ranks  # tokens on each rank, which all ranks know
-        # lengths differ by a replicated piece at most
-        room = math.ceil(S / world.ranks) + max(REPLICATED, 2 * world.ranks)
+        room = math.ceil(S / world.ranks) + max(REPLICATED, 2 * world.ranks)  # lengths differ by one piece at most
         shape = lm.num_hidden_layers, B, room, lm.num_key_value_heads, lm.head_width
         self.k_LBSGK, self.v_LBSGK = (reference.new_empty(shape) for _ in range(2))
 
     @property
     def length(self) -> int:
-        """Tokens read so far, on all ranks together."""
+        """Tokens in the cache, on all ranks together."""
         return sum(self.lengths)
 
     def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-        """How to read T more tokens: slices of about `chunk`, and which places of each are computed here (int64).
+        """Split T more tokens into slices of about `chunk`, each with the indices computed on this rank (int64).
 
         The last token is always in a replicated piece, so that every rank can tell what follows it.
         """
@@ -641,11 +502,10 @@ class ShardedCache:
 
     def attend(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         """Attend to this piece, causally, and to all that came before it; keep the piece. No gradient."""
-        T, rank = q_BTHK.shape[1], self.world.rank
-        qkv = q_BTHK, k_BTGK, v_BTGK
-        own = ring_forward(*qkv, self.world) if self.sharded else block_attention(*qkv, True)
-        parts = torch.stack([join_o_lse(*own), *(self.past(layer, q_BTHK) if self.length else ())])
-        weights = parts[..., -1:].softmax(0)
+        T, rank, qkv = q_BTHK.shape[1], self.world.rank, (q_BTHK, k_BTGK, v_BTGK)
+        within = ring_forward(*qkv, self.world) if self.sharded else block_attention(*qkv, True)
+        parts = torch.stack([join_o_lse(*within), *(self.past(layer, q_BTHK) if self.length else ())])
+        weights = parts[..., -1:].softmax(0)  # `merge` of all parts at once
         owner = self.lengths.index(min(self.lengths))
         lengths = tuple(n + T if self.sharded or r == owner else n for r, n in enumerate(self.lengths))
         if (old := self.lengths[rank]) < (new := lengths[rank]):
@@ -655,7 +515,7 @@ class ShardedCache:
         return (parts[..., :-1] * weights).sum(0).to(q_BTHK.dtype)
 
 
-# ---- sharded parameters --------------------------------------------------------------------------
+# ---- sharded parameters, saved state -------------------------------------------------------------
 
 
 def shard_parameters(model: nn.Module, units: Iterable, world: World, offload=False, param_dtype=None) -> None:  # noqa: ANN001
@@ -665,29 +525,27 @@ def shard_parameters(model: nn.Module, units: Iterable, world: World, offload=Fa
     state in CPU memory (Sec. 3.1). `param_dtype`, a torch.dtype or None: what to compute in; shards keep their dtype,
     and gradients are summed in fp32. One process that asks for neither keeps a plain model.
     """
-    assert not any(b.is_meta for b in model.buffers()), "no one fills buffers: compute them instead"
-    home = torch.device("cpu") if offload else world.device
-    if offload and world.device.type == "cuda":  # torchrun allows one thread, and a CPU core would do AdamW alone
-        cores, here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, cores // here))
+    device = torch.device("cpu") if offload else world.device  # of the shards
+    if offload and world.device.type == "cuda":  # torchrun allows one thread, and one CPU core would do all of AdamW
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world.ranks == 1 and not offload and param_dtype is None:
-        own: dict[nn.Parameter, nn.Parameter] = {}  # to_empty would give tied parameters two memories
+        materialised: dict[nn.Parameter, nn.Parameter] = {}  # to_empty would give tied parameters two memories
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
-                if p.is_meta and p not in own:
-                    own[p] = nn.Parameter(torch.empty_like(p, device=home), p.requires_grad)
-                setattr(module, name, own.get(p, p))
-        model.to(home)
+                if p.is_meta and p not in materialised:
+                    materialised[p] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+                setattr(module, name, materialised.get(p, p))
+        model.to(device)
         return
-    if not dist.is_initialized():  # alone: FSDP2 wants a group even so
+    if not dist.is_initialized():  # FSDP2 needs a group even of one process
         dist.init_process_group(BACKENDS[world.device.type], store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
+    offload_policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(world.device.type, (world.ranks,))
     for module in [*units, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
     if any(p.is_meta for p in model.parameters()):
-        model.to_empty(device=home)
+        model.to_empty(device=device)
 
 
 @contextmanager
@@ -700,21 +558,17 @@ def no_grad_reshard(model: nn.Module) -> Iterator[None]:
 
 
 def local_shard(x: Tensor) -> tuple[Tensor, int]:
-    """The part of `x` in this process, as memory to write to, and its first row's number in the whole."""
+    """The part of `x` on this rank, as memory to write to, and its first row's number in the whole."""
     x = x.detach()
     if not isinstance(x, DTensor):
         return x, 0
-    per_rank = math.ceil(x.shape[0] / x.device_mesh.size())  # FSDP2 deals rows out as torch.chunk does
+    per_rank = math.ceil(x.shape[0] / x.device_mesh.size())  # FSDP2 divides rows as torch.chunk does
     return x.to_local(), min(x.device_mesh.get_rank() * per_rank, x.shape[0])
 
 
 def copy_shard(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor into a plain parameter, or this rank's rows of it into a sharded one.
-
-    The dtype is converted. Raises ValueError if the shapes differ. Ranks may call it each for itself.
-    """
-    if parameter.shape != tensor.shape:
-        raise ValueError(f"weights of shape {[*tensor.shape]} do not fit a parameter of {[*parameter.shape]}")
+    """Copy a whole tensor into a plain parameter, or this rank's rows into a sharded one; the dtype is converted."""
+    assert parameter.shape == tensor.shape, f"{[*tensor.shape]} does not fit {[*parameter.shape]}"
     local, first = local_shard(parameter)
     local.copy_(tensor[first : first + len(local)] if isinstance(parameter, DTensor) else tensor)
 
@@ -746,26 +600,21 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return norm
 
 
-# ---- saved state ---------------------------------------------------------------------------------
-
-
-def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, world: World) -> None:
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
     """Save parameters and optimizer moments as `folder`/step-N; the last two states are kept.
 
-    All ranks call it, on one shared folder. Not saved: learning rates and batches, which are functions of the
-    step, and random numbers, of which the model draws none.
+    All ranks call it, on one shared folder. Learning rates and batches are functions of the step, so not saved.
     """
     tensors = checkpoint.tensors(model, optimizer).items()
     mine = {key: local_shard(x)[0].cpu() for key, x in tensors if isinstance(x, DTensor) or world.rank == 0}
     checkpoint.save(Path(folder), step, mine, world.rank, partial(all_gather, world=world))
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> int:
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
 
-    The number of ranks may differ from that of the save; the same number continues bit for bit. All ranks
-    call it, once, before training, for it deletes what a killed save left behind. Raises ValueError if every
-    state is damaged, if ranks see different folders, or if the state is of another model.
+    All ranks call it once, before training; it deletes what a killed save left. Another number of ranks may have
+    saved; the same number continues bit for bit. Raises ValueError as checkpoint.newest and checkpoint.restore do.
     """
     newest = checkpoint.newest(Path(folder), world.rank, partial(all_gather, world=world))
     return checkpoint.restore(newest, model, optimizer, copy_shard) if newest else 0

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, evaluate, memory, runs, synthetic, text, tokenizer, weights
+from data import chat, evaluate, memory, memory_saving, runs, synthetic, text, tokenizer, weights
 from data.config import check_trainable, to_dict, train_flop
-from data.flags import at_least, run, setting
+from data.flags import at_least, print0, run, setting
 from data.memory_saving import GradientSums
 
 # ---- one step --------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LM, lo
     source = weights.read(cfg.weights) if cfg.weights else weights.init_weights(model, cfg.seed)
     weights.fill_from(model, source, ring.copy_shard)
     size = sum(p.numel() for p in model.parameters())
-    ring.print0(world, f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
+    print0(f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
     return model, config
 
 
@@ -209,7 +209,7 @@ def make_attend(kernel: str, precision: str, group: ring.World) -> Callable[...,
         if doc_starts is not None:  # documents have many lengths, and cuDNN makes a plan for each
             return ring.zigzag_attend(group, None, doc_starts)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return ring.zigzag_attend(group, ring.fastest_kernel(group.device, dtype))
+        return ring.zigzag_attend(group, memory_saving.fastest_kernel(group.device, dtype))
 
     return attend
 
@@ -322,7 +322,7 @@ class Config:
     offload_activations: bool = setting(True, "offload checkpointed activations to CPU memory (release: train.py)")
     offload: bool = setting(True, "keep parameters and optimizer in CPU memory (Sec. 3.1)")
     mlp_tile: int = setting(0, "tokens per pass of the MLP, to save memory; 0: all (ours)", hidden=True)
-    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn"] = setting("auto", "attention kernel (ours)")
+    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn"] = setting("auto", "attention kernel (ours)")
     peak_tflop: float = setting(312.0, "peak bf16 TFLOP/s of a GPU, for mfu; H100: 989 (Sec. 3.1: A100)", hidden=True)
 
     def __post_init__(self):
@@ -375,7 +375,7 @@ def check(cfg: Config, group: ring.World, num_rings: int) -> None:
     if cfg.separate_documents and cfg.corpus == "synthetic":
         raise ValueError("synthetic texts are not packed, so there is nothing to separate; give a --corpus")
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    ring.check_kernel(cfg.kernel, group.device, dtype, cfg.separate_documents)
+    memory_saving.check_kernel(cfg.kernel, group.device, dtype, cfg.separate_documents)
     if cfg.grad_accumulation % num_rings:
         raise ValueError(
             f"--grad-accumulation {cfg.grad_accumulation} micro-batches cannot be divided evenly among {num_rings} "

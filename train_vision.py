@@ -45,7 +45,7 @@ import ring
 import unires
 from data import chat, evaluate, llava, runs, tokenizer, weights
 from data.config import check_trainable, to_dict
-from data.flags import at_least, run, setting
+from data.flags import at_least, print0, run, setting
 from data.llava import Dataset, Example
 from data.memory_saving import GradientSums
 
@@ -292,7 +292,7 @@ def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LongVA
     groups = param_groups(model, cfg.stage, cfg.lr, cfg.tower_lr)  # of the shards, which are new parameters
     trained = sum(p.numel() for group in groups for p in group["params"])
     total = sum(p.numel() for p in model.parameters())
-    ring.print0(world, f"{total:,} parameters, {trained:,} of them trained, on {world.ranks} rank(s), {world.device}")
+    print0(f"{total:,} parameters, {trained:,} of them trained, on {world.ranks} rank(s), {world.device}")
     return model, groups
 
 
@@ -319,7 +319,7 @@ def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) 
     records = llava.open_records(cfg.data, measure, cfg.max_skip_fraction, world.rank, world.ranks, all_reduce)
     if unusable := records.count - len(records):
         where = cfg.out / "unusable-*.jsonl"
-        ring.print0(world, f"{unusable:,} of {records.count:,} records are bad: {where} says why")
+        print0(f"{unusable:,} of {records.count:,} records are bad: {where} says why")
     return llava.json_dataset(records, cfg.images, cfg.frames, cfg.seed, cfg.batch)
 
 

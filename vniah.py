@@ -41,7 +41,7 @@ import ring
 import unires
 from data import chat, evaluate, niah, results, runs, synthetic, tokenizer, video, weights
 from data.config import RopeScaling, stop_ids
-from data.flags import at_least, run, setting
+from data.flags import at_least, print0, run, setting
 
 # ---- the test: one probe, one forward pass -------------------------------------------------------
 
@@ -670,7 +670,7 @@ def open_results(cfg: Config, systems: list[System], world: ring.World) -> dict:
     if cfg.plot_only:
         return run_key
     run_key |= {"weights": {str(folder): weights.hash_weights(folder) for folder in folders}}
-    ring.print0(world, "testing " + ", ".join(os.path.relpath(folder) for folder in folders))
+    print0("testing " + ", ".join(os.path.relpath(folder) for folder in folders))
     if world.rank == 0:
         if cfg.out.is_dir() and not results.cell_files(cfg.out):
             runs.lock(cfg.out)

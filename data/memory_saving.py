@@ -1,6 +1,7 @@
-"""Ways to keep a training step's memory small: recompute activations, offload them, a loss without all its logits.
+"""The same in less memory: recomputed and offloaded activations, attention and loss without all their logits.
 
 What      `recompute`: activation checkpointing. `nll`: head and cross-entropy over a chunk of positions at a time.
+          `FAST_KERNELS`: FlashAttention forward and backward, on a CPU, a GPU and by cuDNN.
           `ActivationOffload`: what each layer of one forward pass saves. On CUDA the copies run on a second stream,
           beside the computation, and the GPU holds what two layers saved, not all of them. `GradientSums`: gradients
           of offloaded parameters, summed over the micro-batches of a step.
@@ -8,8 +9,9 @@ What      `recompute`: activation checkpointing. `nll`: head and cross-entropy o
           memory is freed. Tensor.record_stream would instead keep freed blocks from being reused for as long as the
           CPU runs ahead.
 Paper     Sec. 3.1 trains on 224,000 tokens with activations on the CPU: 5.6 GB of hidden states per rank for Qwen2-7B.
-Run       imported by longva.py and by both trainings
-Dimensions  B batch   T tokens held here   D LM width   V vocabulary
+Run       imported by longva.py, ring.py and both trainings
+Dimensions  B batch   T tokens held here   S tokens of a block of keys   D LM width   V vocabulary
+          H query heads   G key/value heads   K head width
 Differs   The release copies on the stream that computes, which waits for each copy. Its loss makes all logits.
 """
 
@@ -112,6 +114,100 @@ def nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int | None = 
     losses = ChunkedNLL.apply(h_BTD[is_target_BT], head_VD, targets_BT[is_target_BT], chunk, needs_grad)
     nll_B = losses.new_zeros(len(targets_BT)).index_add(0, row, losses)
     return nll_B, is_target_BT.sum(1).float()
+
+
+# ---- attention without all its logits ------------------------------------------------------------
+# Each pair computes what ring.math_forward and ring.math_backward do, by operators of torch that give the log-sum-exp.
+
+
+def swap_axes(*tensors: Tensor) -> list[Tensor]:
+    """[B, T, H, K] as [B, H, T, K], or back."""
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def cpu_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """What torch's scaled_dot_product_attention runs on a CPU."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o_BHTK, lse_BHT = forward(*swap_axes(q_BTHK, k_BSGK, v_BSGK), 0.0, causal)
+    return o_BHTK.transpose(1, 2), lse_BHT.contiguous()
+
+
+def cpu_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of cpu_forward."""
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return swap_axes(*backward(*swap_axes(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK), lse_BHT, 0.0, causal))
+
+
+def cuda_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 as torch ships it: bf16 or fp16, K a multiple of 8 and at most 256."""
+    forward, T, S = torch.ops.aten._flash_attention_forward, q_BTHK.shape[1], k_BSGK.shape[1]
+    return forward(q_BTHK, k_BSGK, v_BSGK, None, None, T, S, 0.0, causal, False)[:2]
+
+
+def cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of cuda_forward. The kernel reads lse through its address, so it must be contiguous."""
+    given = do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT.contiguous(), None, None
+    # there is no dropout, so its random state is not read
+    rng_state = [torch.zeros(n, dtype=torch.uint64, device=q_BTHK.device) for n in (2, 0)]
+    backward = torch.ops.aten._flash_attention_backward
+    return backward(*given, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal, *rng_state)
+
+
+def cudnn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of cuDNN, made for Hopper: bf16 or fp16. Its lse has a fourth axis of length 1."""
+    forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    o_BHTK, lse_BHT1 = forward(*swap_axes(q_BTHK, k_BSGK, v_BSGK), None, True, 0.0, causal)[:2]
+    return o_BHTK.transpose(1, 2), lse_BHT1.squeeze(-1).contiguous()
+
+
+def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of cudnn_forward; FlashAttention-2 where cuDNN's own are in doubt."""
+    if not causal and k_BSGK.shape[1] % 128 == 64:  # NaN on Hopper for lse < -89 (pytorch #196678; seen on an H100)
+        return cuda_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
+    given = *swap_axes(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK), lse_BHT.unsqueeze(-1).contiguous()
+    # there is no dropout, so its random state is not read
+    rng_state = [torch.zeros((), dtype=torch.int64, device=q_BTHK.device) for _ in range(2)]
+    rest = None, None, None, q_BTHK.shape[1], k_BSGK.shape[1], 0.0, causal
+    return swap_axes(*torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*given, *rng_state, *rest))
+
+
+FAST_KERNELS = {
+    "cpu": (cpu_forward, cpu_backward),
+    "cuda": (cuda_forward, cuda_backward),
+    "cudnn": (cudnn_forward, cudnn_backward),
+}
+
+
+def best_kernel(q_BTHK: Tensor) -> str:
+    """The kernel, by its name in ring.KERNELS, that takes these queries, whatever their number."""
+    if q_BTHK.device.type != "cuda":
+        return "cpu" if q_BTHK.device.type == "cpu" else "math"
+    K, half = q_BTHK.shape[-1], q_BTHK.dtype in (torch.bfloat16, torch.float16)
+    fits = half and K % 8 == 0 and K <= 256 and torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
+    return "cuda" if fits else "math"
+
+
+def fastest_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    """For many blocks of few shapes, as in training on sequences of one length; None: `best_kernel` of each block.
+
+    On an H100 cuDNN takes 0.6 of FlashAttention-2's time forward and 0.8 backward, but makes a plan for each shape.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return "cudnn" if hopper and dtype == torch.bfloat16 else None
+
+
+def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, separate_documents: bool) -> None:
+    """Raise ValueError, one sentence, if `kernel` cannot run with these; "auto" and "math" take everything."""
+    if kernel == "cpu" and device.type == "cuda":
+        raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
+    if kernel not in ("cuda", "cudnn"):
+        return
+    if device.type == "cpu":
+        raise ValueError(f"--kernel {kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
+    if kernel == "cudnn" and separate_documents:
+        raise ValueError("--kernel cudnn would make a plan for each document's length; leave --kernel at auto")
+    if dtype == torch.float32:
+        raise ValueError(f"--kernel {kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
 
 
 # ---- activations and gradients in CPU memory -----------------------------------------------------

@@ -167,8 +167,7 @@ def usable_kernels(kit: Kit) -> list[str]:
     """Of ring.KERNELS, those that this machine can run in bf16."""
     if kit.dry:
         return ["cpu"]
-    found = ["cuda"] + ["cudnn"] * (torch.cuda.get_device_capability() >= (9, 0))
-    return found + ["flash_attn"] * (find_spec("flash_attn") is not None)
+    return ["cuda"] + ["cudnn"] * (torch.cuda.get_device_capability() >= (9, 0))
 
 
 # ---- 1 kernels -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import longva
 import ring
+from data import memory_saving
 from data.memory_saving import GradientSums
 from tests import gpu
 
@@ -84,11 +85,11 @@ def test_reading_with_a_cache_calls_flash_attention_by_its_name(monkeypatch, T, 
 def test_backward_of_cudnn_is_left_where_it_gives_no_numbers(monkeypatch, S, causal, cudnn):
     """Not causal and S = 64 (mod 128), as on 2 or 4 ranks at 224,000 tokens: seen on an H100."""
     called = []
-    monkeypatch.setattr(ring, "cuda_backward", lambda *args: called.append(args) or "flash")
+    monkeypatch.setattr(memory_saving, "cuda_backward", lambda *args: called.append(args) or "flash")
     with FakeTensorMode():
         q, k = (torch.empty(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n, heads in ((S, 28), (S, 4)))
         lse = torch.empty(1, 28, S, device="cuda")
-        got = ring.cudnn_backward(q, q, k, k, q, lse, causal)
+        got = memory_saving.cudnn_backward(q, q, k, k, q, lse, causal)
     assert (got == "flash") == (not cudnn) == bool(called)
 
 
@@ -96,9 +97,9 @@ def test_cudnn_is_chosen_on_hopper_alone(monkeypatch):
     gpu_ = torch.device("cuda", 0)
     for capability, want in (((9, 0), "cudnn"), ((8, 0), None), ((10, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert ring.fastest_kernel(gpu_, torch.bfloat16) == want
-        assert ring.fastest_kernel(gpu_, torch.float32) is None
-    assert ring.fastest_kernel(ALONE.device, torch.bfloat16) is None
+        assert memory_saving.fastest_kernel(gpu_, torch.bfloat16) == want
+        assert memory_saving.fastest_kernel(gpu_, torch.float32) is None
+    assert memory_saving.fastest_kernel(ALONE.device, torch.bfloat16) is None
 
 
 def test_settings_of_torch():

@@ -2,11 +2,8 @@
 
 import json
 import math
-import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -191,9 +188,9 @@ def check_index(world, out):
     for dim in (0, 1):
         whole = x_BSD.transpose(0, 1) if dim == 0 else x_BSD
         assert torch.equal(ranks.unshard(whole.index_select(dim, idx_T), world, dim), whole)
-    with pytest.raises(ValueError, match=f"next length that can is {S} tokens"):
+    with pytest.raises(ValueError, match=f"next length that does is {S} tokens"):
         ring.zigzag_index(S - 1, world)
-    with pytest.raises(ValueError, match=f"next length that can is {chunks} tokens"):
+    with pytest.raises(ValueError, match=f"next length that does is {chunks} tokens"):
         ring.zigzag_index(0, world)
 
 
@@ -298,8 +295,6 @@ def check_sharded_gradients(world, out):
         for name, p in model.named_parameters():
             got = p.grad.full_tensor() if world.ranks > 1 or options else p.grad
             assert_close(got * 2, want[name], rtol=tolerance, atol=tolerance * norm)
-    with pytest.raises(ValueError, match="do not fit a parameter"):
-        ring.copy_shard(model.embed.weight, torch.zeros(3, 12))
     if world.rank == world.ranks - 1:  # one rank's nan must stop them all
         local = model.layers[0].o.weight.grad
         (local.to_local() if hasattr(local, "to_local") else local).fill_(math.nan)
@@ -465,8 +460,6 @@ def test_one_process(tmp_path):
 
 
 def test_start_complains(monkeypatch):
-    with pytest.raises(ValueError, match="'tpu' is not known"):
-        ring.start("tpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, n in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(n))
@@ -531,8 +524,6 @@ def test_cuda_kernel_signatures(monkeypatch, kernel):
 
 def missing(kernel):
     """Why a GPU kernel cannot be tried here; an empty text if it can."""
-    if kernel == "flash_attn" and not find_spec("flash_attn"):
-        return "needs flash-attn: pip install flash-attn --no-build-isolation"
     if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
         return "needs a Hopper GPU"
     return ""
@@ -541,7 +532,7 @@ def missing(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @pytest.mark.parametrize("causal, S", [(True, 128), (False, 128), (False, 64)])
-@pytest.mark.parametrize("kernel", ["cuda", "cudnn", "flash_attn"])
+@pytest.mark.parametrize("kernel", ["cuda", "cudnn"])
 def test_gpu_kernels_agree(kernel, causal, S, dtype, bound):
     """On a GPU: each kernel equals math in fp64, also backward from the o and lse of more keys than the block's."""
     if why := missing(kernel):
@@ -556,33 +547,6 @@ def test_gpu_kernels_agree(kernel, causal, S, dtype, bound):
     slow = ring.block_attention_backward(*(x.double() for x in (do, q, k, v, o, lse)), causal, "math")
     fast = ring.block_attention_backward(do, q, k, v, o.to(dtype), lse.float(), causal, kernel)
     assert worst(fast, slow) <= 2 * bound
-
-
-def test_flash_attn_is_called_as_its_package_wants(monkeypatch):
-    """A stand-in with the package's signatures (2.7 to 2.8, all arguments given by name) that computes by math."""
-
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                        alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip
-        assert return_attn_probs
-        return *ring.math_forward(q, k, v, causal), None
-
-    def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
-                             window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-                             rng_state=None):  # fmt: skip
-        assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
-        assert softmax_scale == q.shape[-1] ** -0.5 and all(
-            x.is_contiguous() for x in (dout, q, k, v, out, softmax_lse)
-        )
-        for to, x in zip((dq, dk, dv), ring.math_backward(dout, q, k, v, out, softmax_lse, causal)):
-            to.copy_(x)
-
-    package, inner = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    package.flash_attn_func, inner._flash_attn_backward = flash_attn_func, _flash_attn_backward
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", inner)
-    q, k, v, do = case(20, 6, 3, 5, 1, torch.float64)
-    got = with_gradients(partial(ring.zigzag_attend(ALONE, "flash_attn"), 0), q, k, v, do)
-    assert worst(got, oracle(q, k, v, do)) <= 1e-12
 
 
 def test_math_is_right():

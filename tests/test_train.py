@@ -236,7 +236,7 @@ def test_sft_changes_everything(made):
     (["train_vision.py", "--stage", "sft", "--steps", "0"], "--steps 0 makes no sense"),
     (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
     (["train_text.py", "--separate-documents"], "nothing to separate; give a --corpus"),
-    (["train_text.py", "--kernel", "flash_attn", "--device", "cpu"], "--kernel flash_attn needs a CUDA GPU"),
+    (["train_text.py", "--kernel", "cudnn", "--device", "cpu"], "--kernel cudnn needs a CUDA GPU"),
     (["train_text.py", "--preset", "tiny-base", "--held-out", "README.md"], "README.md is not a token file"),
     (["train_text.py", "--preset", "tiny-base", "--held-out", "synthetic", "--seq-len", "32"], "too short to ask"),
 ])  # fmt: skip
