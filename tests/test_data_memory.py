@@ -273,18 +273,6 @@ def test_predicts_the_peak_of_a_training_step(steps, name):
 # ---- what fits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, sizes", [
-    (REAL, {}), (REAL, {"ranks": 8}), (REAL, {"b": 4, "device": "cpu"}), (QWEN, {}), (REAL, {"chunk": 100_000}),
-])  # fmt: skip
-def test_most_frames_fit_and_one_more_does_not(config, sizes):
-    def terms(n):
-        return memory.answer_terms(config, n * 144 + 320, **sizes)
-
-    most = memory.most(1, 48 * GB, terms)
-    assert sum(terms(most).values()) <= 48 * GB < sum(terms(most + 1).values())
-    assert memory.most(1, GB, terms) == 0
-
-
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("settings", [
     {}, {"mlp_tile": 1024}, {"checkpointing": "none"}, {"offload_activations": False}, {"checkpointing": "selective"},
@@ -301,16 +289,6 @@ def test_the_longest_sequence_fits_and_the_next_does_not(ranks, settings):
     assert most > 0 and most % unit == 0
     assert sum(terms(most).values()) <= 250 * GB < sum(terms(most + unit).values())
     assert memory.most(unit, GB, terms) == 0
-
-
-def test_longer_takes_more_and_more_ranks_take_less():
-    ways = {}, {"mlp_tile": 1024}, {"checkpointing": "selective"}, {"precision": "fp32"}, {"device": "cpu"}
-    for settings in ways:
-        longer = [Step(QWEN, seq_len=2048 * 2**i, **settings) for i in range(10)]
-        more_ranks = [Step(QWEN, R, **settings) for R in (16, 8, 4, 2)]
-        for steps in (longer, more_ranks):
-            assert [*map(total, steps)] == sorted(map(total, steps))
-        assert [*map(memory.host_bytes, longer)] == sorted(map(memory.host_bytes, longer))
 
 
 def test_each_setting_saves_what_it_is_for():

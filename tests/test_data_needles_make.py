@@ -1,10 +1,7 @@
 """The shipped needles: the drawing script's own pixels, evenly spread, in the release's format, none like another."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data.needles import make
-from data.niah import read_needles, shuffled_options
+from data.niah import read_needles
 
 FOLDER = Path(make.__file__).parent
 SHIPPED = read_needles(FOLDER)
@@ -30,7 +27,9 @@ def test_count_kinds_and_questions():
     assert Counter(needle.kind for needle in SHIPPED) == dict.fromkeys(KINDS, make.PER_KIND)
     for needle, (kind, question, answer, *_) in zip(SHIPPED, SPECS, strict=True):
         assert (needle.kind, needle.question, needle.answer) == (kind, question, answer)
+        assert needle.picture.size == (336, 336) and len(needle.picture.getcolors()) <= make.SHADES
     assert {file.stem for file in FOLDER.glob("*.png")} == {needle.name for needle in SHIPPED}
+    assert sum(file.stat().st_size for file in FOLDER.glob("*.*")) < 1_200_000
 
 
 @pytest.mark.parametrize("index", range(0, len(SPECS), 6))
@@ -38,20 +37,6 @@ def test_drawn_again_they_are_the_same(index):
     again = make.draw_needle(index)
     assert again.name == SHIPPED[index].name
     assert np.array_equal(np.asarray(again.picture.convert("RGB")), np.asarray(SHIPPED[index].picture))
-
-
-def test_another_seed_asks_for_other_counts_and_letters():
-    first, second = ([answer for _, _, answer, *_ in make.needle_specs(seed)] for seed in (1, 2))
-    assert first[:28] == second[:28] and first[28:42] != second[28:42] and first[42:] != second[42:]
-
-
-def test_size():
-    files = list(FOLDER.glob("*.*"))
-    assert sum(file.stat().st_size for file in files) < 1_200_000
-    for needle in SHIPPED:
-        with Image.open(FOLDER / f"{needle.name}.png") as picture:
-            assert picture.size == (336, 336) and picture.mode == "P"
-        assert len(needle.picture.getcolors()) <= make.SHADES
 
 
 def test_format():
@@ -102,29 +87,13 @@ def test_no_two_ask_alike():
         assert all(np.abs(one - other).mean() > 4 for other in pixels[:i])
 
 
-def test_letters_of_the_shipped_can_be_shuffled():
-    rng = np.random.default_rng(0)
-    for needle in SHIPPED:
-        other = shuffled_options(needle, rng)
-        assert (other is None) == (needle.kind not in ("place", "object"))
-        if other:
-            assert dict(options(other.question))[other.answer] == dict(options(needle.question))[needle.answer]
-            assert other.answer != needle.answer
-
-
-def things(index):
-    """The (name, tint, x, y, size) of what COUNTED scatters, read off the plan."""
-    _, question, answer, picture, _ = SPECS[index]
-    parts = [part.split() for part in picture.split(";")]
-    name = next(row[1] for row in make.COUNTED if row[0] in question)
-    return int(answer), [(float(x), float(y), float(size)) for d, _, n, x, y, size in
-                         (part for part in parts if len(part) == 6 and part[0] == "d") if n == name]  # fmt: skip
-
-
 def test_as_many_are_drawn_as_the_answer_says():
-    for index in (i for i, plan in enumerate(SPECS) if plan[0] == "count"):
-        count, drawn = things(index)
-        assert len(drawn) == count
+    """Read off the plan, whose commands are (shape, tint, name, x, y, size)."""
+    for _, question, answer, picture, _ in (plan for plan in SPECS if plan[0] == "count"):
+        name = next(row[1] for row in make.COUNTED if row[0] in question)
+        parts = [part for part in map(str.split, picture.split(";")) if len(part) == 6 and part[0] == "d"]
+        drawn = [tuple(map(float, part[3:])) for part in parts if part[2] == name]
+        assert len(drawn) == int(answer)
         for i, (x, y, size) in enumerate(drawn):  # apart from each other, and whole in the picture
             assert size / 4 <= x <= 100 - size / 4 and size <= y <= 100
             assert all(abs(x - a) > size / 4 or abs(y - b) >= size * 0.75 for a, b, _ in drawn[:i])
@@ -133,9 +102,9 @@ def test_as_many_are_drawn_as_the_answer_says():
 # ---- the means of drawing ------------------------------------------------------------------------
 
 
-def pixels(shapes, **where):
+def pixels(shapes):
     drawn = make.Canvas()
-    drawn.draw(shapes, **where)
+    drawn.draw(shapes)
     return np.asarray(drawn.to_picture().convert("RGB")).astype(int)
 
 
@@ -153,32 +122,6 @@ def test_shapes_cover_what_geometry_says():
         assert dark == pytest.approx(share, abs=0.002), shape
 
 
-def test_a_drawing_stands_where_it_is_put():
-    whole = pixels("B red 0 0 100 100", x=25, y=75, size=50)
-    red = (whole == make.PAINT["red"]).all(-1)
-    assert red[84:252, :168].all() and red.sum() == 168 * 168
-    assert (pixels("B * 0 0 100 100", tint="blue") == make.PAINT["blue"]).all()
-
-
-def test_smooth_curves_pass_through_their_points():
-    corners = np.array([[0.0, 0], [8, 2], [5, 9]])
-    for closed, pieces in [(False, 2), (True, 3)]:
-        curve = make.smooth(corners, closed)
-        assert np.allclose(curve[::8], corners) and len(curve) == 8 * pieces + (not closed)
-
-
-def test_edges_are_drawn_for_small_letters_alone():
-    plain, edged = pixels("B sky 25 25 75 75"), pixels("b sky 25 25 75 75")
-    assert plain.min() > 150 and (edged == make.PAINT["ink"]).all(-1).any()
-
-
-def test_letters_keep_their_distance():
-    for one, two in pairwise(make.GLYPHS):
-        drawn = [points for points, _ in make.letters(one + two)]
-        count = len(make.GLYPHS[one].split("/"))
-        assert max(p[:, 0].max() for p in drawn[:count]) + 2 <= min(p[:, 0].min() for p in drawn[count:])
-
-
 def test_pictures_have_few_colours_and_no_unknown_shapes():
     many = "".join(f"B {name} {i} 0 {i + 1} 100;" for i, name in enumerate(make.PAINT))
     many += "".join(f"o {name} 50 {i} 30 9;" for i, name in enumerate(make.PAINT))
@@ -187,22 +130,6 @@ def test_pictures_have_few_colours_and_no_unknown_shapes():
     assert len(drawn.to_picture().convert("RGB").getcolors()) == make.SHADES
     with pytest.raises(ValueError, match="'q': expected o, b, p"):
         drawn.draw("q red 0 0")
-
-
-# ---- the command ---------------------------------------------------------------------------------
-
-
-def command(*words):
-    line = [sys.executable, "-m", "data.needles.make", *words]
-    return subprocess.run(line, cwd=FOLDER.parents[1], capture_output=True, text=True)
-
-
-def test_help_helps_and_nothing_is_written_without_a_folder(tmp_path):
-    before = {file: file.stat().st_mtime_ns for file in FOLDER.glob("*.*")}
-    shown, refused = command("--help"), command()
-    assert shown.returncode == 0 and "--out" in shown.stdout and "--seed" in shown.stdout
-    assert refused.returncode == 2 and "--out" in refused.stderr
-    assert {file: file.stat().st_mtime_ns for file in FOLDER.glob("*.*")} == before
 
 
 def test_a_folder_is_written(tmp_path, monkeypatch):

@@ -61,11 +61,8 @@ def test_a_short_file_is_refused(tokens):
 
 
 def test_largest_id(tmp_path):
-    for ids, dtype, top in (
-        ([3, 65535, 0], "uint16", 65535),
-        ([1, 2, 70000], "uint32", 70000),
-        ([1, -1], "int32", 2**32 - 1),
-    ):
+    kinds = ([3, 65535, 0], "uint16", 65535), ([1, 2, 70000], "uint32", 70000), ([1, -1], "int32", 2**32 - 1)
+    for ids, dtype, top in kinds:
         np.save(tmp_path / "t.npy", np.array(ids, dtype=dtype))
         assert text.largest_id(text.open_tokens(tmp_path / "t.npy"), block=2) == top
 

@@ -117,18 +117,6 @@ def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, old, 
     assert seen == sorted(seen) and {1, 2} == set(seen)
 
 
-def test_a_failing_stream_leaves_the_old_model(tmp_path):
-    w.write(tmp_path, state(1).items(), {}, 100)
-
-    def broken():
-        yield from list(state(2).items())[:3]
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        w.write(tmp_path, broken(), {}, 100)
-    assert same(dict(w.read(tmp_path)), state(1))
-
-
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -161,22 +149,12 @@ def test_loading_peaks_at_the_models_own_size(tmp_path, dtype):
 def test_fill_strictly():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
     parameters = dict(model.named_parameters())
-    stream = {
-        f"model.{k}": torch.full(p.shape, float(i), dtype=torch.float64) for i, (k, p) in enumerate(parameters.items())
-    }
+    values = enumerate(parameters.items())
+    stream = {f"model.{name}": torch.full(p.shape, float(i), dtype=torch.float64) for i, (name, p) in values}
     stream["model.rotary.inv_freq"] = torch.ones(7)
     w.fill_strictly(parameters, stream.items(), rename=lambda n: n.removeprefix("model."), ignore=["*.inv_freq"])
     assert [p.unique().item() for p in parameters.values()] == [0.0, 1.0, 2.0]
     assert all(p.dtype == torch.float32 for p in parameters.values())
-
-
-def test_fill_strictly_uses_the_fill_it_is_given():
-    got = {}
-    p = torch.zeros(2)
-    w.fill_strictly(
-        {"x": p}, [("x", torch.ones(2))], fill=lambda parameter, tensor: got.update({id(parameter): tensor})
-    )
-    assert got[id(p)].tolist() == [1, 1] and p.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -214,7 +192,7 @@ def index(**weight_map):
     ({w.INDEX: index(a="x.safetensors")}, r"lacks 1 file\(s\).* first x.safetensors"),
     ({w.INDEX: index(a="x.safetensors", b="x.safetensors"), "x.safetensors": {"a": 1}}, "1 missing: b"),
     ({w.INDEX: index(a="x.safetensors"), "x.safetensors": {"a": 1, "b": 1}}, "1 not expected: b"),
-    ({w.SINGLE: "not safetensors at all"}, "cannot be read"),
+    ({w.SINGLE: "not safetensors at all"}, "cannot be read .* again"),
 ])  # fmt: skip
 def test_complaints_about_folders(tmp_path, files, complaint):
     for name, content in files.items():
@@ -264,14 +242,9 @@ def test_sha_knows_the_weights(tmp_path):
     assert x == y != z and re.fullmatch("[0-9a-f]{64}", x)
 
 
-# ---- whole folders: what longva.load says --------------------------------------------------------
+# ---- whole folders -------------------------------------------------------------------------------
 
 TINY = LMConfig(48, 16, 24, 2, 4, 2, rope_theta=1e4)
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def second(folder):
-    return sorted(folder.glob("*.safetensors"))[1]
 
 
 @pytest.fixture
@@ -285,36 +258,6 @@ def shards(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     longva.load(tmp_path)
     return tmp_path
-
-
-def rewrite(folder, change):
-    tensors = dict(w.read(folder))
-    change(tensors)
-    w.write(folder, tensors.items(), to_dict(TINY))
-
-
-@pytest.mark.parametrize("spoil, complaint", [
-    (lambda f: second(f).unlink(), r"lacks 1 file\(s\) .* first model-00002-of-"),
-    (lambda f: os.truncate(second(f), 3_000), "model-00002.* cannot be read .* again"),
-    (lambda f: os.truncate(second(f), 5), "model-00002.* cannot be read .* again"),
-    (lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(2))), "1 not expected: extra$"),
-    (lambda f: rewrite(f, lambda t: t.pop(UP)), f"1 missing: {UP}$"),
-    (lambda f: rewrite(f, lambda t: t.update({UP: t[UP].T})), rf"{UP} is \[16, 24\], expected \[24, 16\]"),
-    (lambda f: (f / "config.json").write_text('{"vocab_size": 48}'), "config.json lacks hidden_size"),
-    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    (lambda f: [p.unlink() for p in f.glob("model*")], "has no weights"),
-])  # fmt: skip
-def test_what_load_refuses(shards, spoil, complaint):
-    spoil(shards)
-    with pytest.raises(ValueError, match=complaint):
-        longva.load(shards)
-
-
-def test_load_refuses_what_is_no_folder(tmp_path):
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(ValueError, match="is not a folder"):
-            longva.load(path)
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
