@@ -1,34 +1,196 @@
-"""Evaluation while training on long text: perplexity of held-out text, and magic numbers hidden in it.
+"""What models are tested with: the systems and needles of Figure 4, and held-out text while a model is trained.
 
-What      `eval_sets` makes the sequences once, before training; `evaluate` scores them with functions that the
-          training script passes in, so that nothing here knows of models or ranks.
-Paper     Sec. 3.1 extends the context; App. A hides numbers in text. The paper evaluates after training only.
-Run       imported by train_text.py (--held-out); vniah.py takes `count_correct`.
+What      `figure_systems` lists what vniah.py compares, `pick_needles` and `open_haystack` what it shows them.
+          `eval_sets` makes the sequences of train_text.py --held-out once, before training; `evaluate` scores them with
+          functions that the script passes in, so that nothing here knows of models or ranks.
+Paper     Fig. 4 compares models; Sec. 3.1 extends the context; App. A hides numbers in text. The paper evaluates after
+          training only.
+Run       imported by vniah.py and train_text.py
 Dimensions  B batch   T tokens held here   S tokens per sequence   D LM width   V vocabulary
 Differs   Each token of the held-out text is a target once, late in its window: windows are half a sequence apart.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from data import chat, niah, synthetic, text
+from data import chat, niah, runs, synthetic, text, video
+from data.config import LMConfig, LongVAConfig, RopeScaling, read_config
 from data.tokenizer import Tokenizer
+
+# ---- systems of the needle test ------------------------------------------------------------------
+
+FIGURE = {  # system: model of the miniature
+    "vision": {"(i) LongVA": "longva", "(ii) LongVA, AnyRes": "anyres", "(iii) not extended": "baseline"},
+    "text": {"extended": "extended", "not extended": "control"},
+}
+SELECTION_SEED = 1000  # added to the seed of runs that choose untrained positions: other needles, another haystack
+
+
+@dataclass(frozen=True)
+class System:
+    """One heatmap of the figure: a model and the conditions it is tested under."""
+
+    name: str
+    folder: Path
+    distractors: int = 0
+    rope_theta: float | None = None  # replaces the base that the model was trained with
+    rope_scaling: str = ""  # KIND:FACTOR, replaces the scaling that the model was trained with
+    control: Literal["", "no needle", "shuffled"] = ""  # the needle left out, or options reordered
+    selection_run: bool = False  # other needles and another haystack, to choose untrained positions with
+
+    def change(self, trained: LMConfig) -> LMConfig:
+        """Return a language model's config with the positions of this system."""
+        changes = {"rope_theta": self.rope_theta} if self.rope_theta else {}
+        if self.rope_scaling:
+            changes["rope_scaling"] = RopeScaling.parse(self.rope_scaling, trained.max_position_embeddings)
+        return replace(trained, **changes)
+
+
+def untrained(system: System, bases: Iterable[float], scalings: Iterable[str]) -> list[System]:
+    """Return the ways in which a system may read longer sequences without training, named by what changes."""
+    systems = [replace(system, name=f"RoPE base {theta:g}", rope_theta=theta) for theta in bases]
+    return systems + [replace(system, name=scaling, rope_scaling=scaling) for scaling in scalings]
+
+
+def figure_systems(
+    task: str, weights: Path | None, own: bool, counts: Sequence[int], bases: Sequence[float], scalings: Sequence[str]
+) -> list[System]:
+    """Return the heatmaps to make, each with every number of distractors in `counts`.
+
+    With `weights`, of that model, as it is and with each RoPE base and scaling; else of the miniature's models: the
+    shipped ones, or with `own` those that the training commands left in runs/. Raises ValueError
+    if one is missing or cannot see.
+    """
+    if weights:
+        plain = System(weights.resolve().name, weights)
+        changed = untrained(plain, bases, scalings)
+        models = [plain, *(replace(one, name=f"{plain.name}, {one.name}") for one in changed)]
+    else:
+        folders = {name: runs.TINY / model for name, model in FIGURE[task].items()}
+        if own:
+            stage = "-sft" if task == "vision" else ""
+            folders = {n: runs.trained_or_shipped(f"tiny-{f.name}{stage}", f.name) for n, f in folders.items()}
+        models = [System(name, folder) for name, folder in folders.items()]
+    most = len(synthetic.THINGS) - 1 if task == "vision" else len(niah.DISTRACTORS)  # other things, or cities
+    if not 0 <= min(counts) <= max(counts) <= most:
+        raise ValueError(f"distractors {counts} make no sense; give 0 to {most} for --task {task}")
+    if missing := [model.folder for model in models if not model.folder.is_dir()]:
+        raise ValueError(f"{missing[0]} is no folder; name a model's folder as --weights")
+    if own and all(model.folder.parent == runs.TINY for model in models):
+        raise ValueError("--own tests what the training commands left in runs/, but there is nothing yet; train first")
+    for model in models:
+        if task == "vision" and not isinstance(read_config(model.folder), LongVAConfig):
+            raise ValueError(f"{model.folder} is a language model without vision; try: python vniah.py text")
+    label = "" if task == "vision" else ", {} distractors"
+    return [replace(one, name=one.name + label.format(n), distractors=n) for one in models for n in counts]
+
+
+def controls_of(system: System, folder: Path | None, count: int, seed: int) -> list[System]:
+    """Return the same model without the needle and, where questions have options, with these reordered."""
+    needles, _ = pick_needles(system, folder, count, seed)
+    controls = [replace(system, name=f"{system.name}, no needle", control="no needle")]
+    rng = np.random.default_rng(0)
+    if any(niah.shuffled_options(needle, rng) for needle in needles):
+        controls.append(replace(system, name=f"{system.name}, options moved", control="shuffled"))
+    return controls
+
+
+def trained_lengths(systems: Sequence[System], task: str, trained_on: int | None) -> tuple[dict[str, float], int]:
+    """Return {system: the length that its language model was trained at} and the tokens per unit of length.
+
+    The unit is a frame or a token. trained_on: tokens, instead of what the config.json of the models says.
+    """
+    lengths = {}
+    for system in systems:
+        config = read_config(system.folder)
+        lm = config.lm if isinstance(config, LongVAConfig) else config
+        unit = config.vision.tokens_per_grid if task == "vision" else 1
+        lengths[system.name] = (trained_on or lm.max_position_embeddings) / unit
+    return lengths, unit
+
+
+# ---- needles and haystacks -----------------------------------------------------------------------
+
+
+def seed_of(system: System, seed: int) -> int:
+    """Return the random seed of a system's needles and haystack."""
+    return seed + SELECTION_SEED * system.selection_run
+
+
+def pick_needles(
+    system: System, folder: Path | None, count: int, seed: int
+) -> tuple[list[niah.Needle], list[niah.Needle]]:
+    """Return (needles, distractors) of a folder or, where none is given, `count` needles drawn from the seed."""
+    if folder:
+        return niah.read_needles_and_distractors(folder, system.distractors, seed)
+    return synthetic.draw_needles(seed_of(system, seed), 8 if system.selection_run else count, system.distractors)
+
+
+def questions_for(system: System, needles: list[niah.Needle], seed: int) -> list[niah.Needle | None]:
+    """Return the needles with this system's questions; None for one without options where they are reordered."""
+    rng = np.random.default_rng([0x0B7, seed])
+    return [niah.shuffled_options(needle, rng) for needle in needles] if system.control == "shuffled" else needles
+
+
+def needle_names(system: System, task: str, folder: Path | None, count: int, seed: int) -> list[str]:
+    """Return the names of all needles that a system is asked about, also of the magic numbers in text."""
+    if task == "text":
+        return [f"number-{i}" for i in range(count)]
+    needles, _ = pick_needles(system, folder, count, seed)
+    return [needle.name for needle in questions_for(system, needles, seed) if needle]
+
+
+def open_haystack(
+    system: System, haystack: str, count: int, seed: int, by_count: bool, hashes: list[str]
+) -> Iterator[Image.Image]:
+    """Yield `count` pictures of a video, one per second, and append each one's hash.
+
+    by_count: take every n-th frame of a file, as the release does, instead of going by time stamps. Raises ValueError
+    at the end of a video that is too short.
+    """
+    if haystack == "synthetic":
+        pictures = synthetic.film(seed_of(system, seed))
+    else:
+        fps = video.release_rate(haystack) if by_count and Path(haystack).is_file() else 1.0
+        pictures = (picture for _, picture in video.frames(haystack, fps=fps))
+    for picture in islice(pictures, count):
+        hashes.append(niah.picture_hash(picture))
+        yield picture
+    if len(hashes) < count:
+        raise ValueError(
+            f"{haystack} gives {len(hashes)} frames at 1 per second, but the longest haystack has {count}; take a "
+            f"longer video or shorter lengths, such as --frames {len(hashes)}"
+        )
+
+
+def read_book(system: System, haystack: str, tokens: int, seed: int) -> str:
+    """Return the text that numbers are hidden in: a file's, a folder's, or a synthetic one of about `tokens`."""
+    if haystack == "synthetic":
+        return synthetic.story(seed_of(system, seed), tokens)
+    return niah.read_text_haystack(haystack)
+
+
+# ---- held-out text while training ----------------------------------------------------------------
 
 LOG = "eval.jsonl"  # in the run's folder
 DEPTHS = (0, 0.25, 0.5, 0.75, 1)  # of a hidden number in the text
-Sequence = tuple[Tensor, Tensor]  # (ids_1S, targets_1S)
+IdsTargets = tuple[Tensor, Tensor]  # (ids_1S, targets_1S)
 
 
 class EvalSets(NamedTuple):
     """The sequences that a model is scored on."""
 
-    windows: list[Sequence]
-    needles: list[Sequence]
+    windows: list[IdsTargets]
+    needles: list[IdsTargets]
 
 
 def eval_sets(
@@ -43,7 +205,9 @@ def eval_sets(
     )
 
 
-def perplexity_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer) -> Iterator[Sequence]:
+def perplexity_windows(
+    held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer
+) -> Iterator[IdsTargets]:
     """Yield windows half a sequence apart, whose targets are their second half; of the first window all of it."""
     if held_out == "synthetic":
         yield from (synthetic.text_batch(tokenizer, seed + 1, 10**6 + i, 1, seq_len) for i in range(count))
@@ -58,7 +222,7 @@ def perplexity_windows(held_out: str, seq_len: int, count: int, seed: int, token
         yield window[:, :-1], targets_1S
 
 
-def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer) -> Iterator[Sequence]:
+def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer) -> Iterator[IdsTargets]:
     """Yield sequences with a magic number hidden in held-out text (App. A); the number's tokens are the targets."""
     period_ids = niah.period_ids(tokenizer.encode)
     if held_out == "synthetic":

@@ -6,18 +6,18 @@ Paper     Visual needle in a haystack: Sec. 4, Fig. 4, Table 8. Text needles and
 Run       imported by vniah.py, data/synthetic.py and data/needles/make.py
 Dimensions  none
 Differs   A text needle goes after the next full stop. The release looks for Llama-2's ids of it in every tokenizer's
-          text; in Qwen2's those are two rare words, so depths collapse onto few positions. `LLAMA_PERIODS`
-          reproduces that.
+          text; in Qwen2's those are two rare words, so depths collapse onto few positions.
           Magic numbers have exactly the requested number of digits and all differ; the release's may be shorter.
           A folder's text files are read in sorted order, not in the order of the file system.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -109,6 +109,15 @@ def read_needles(folder: str | Path) -> list[Needle]:
     return needles
 
 
+def read_needles_and_distractors(folder: Path, distractors: int, seed: int) -> tuple[list[Needle], list[Needle]]:
+    """Read a folder of needles; `distractors` of them, drawn from the seed, are not asked about."""
+    needles = read_needles(folder)
+    if len(needles) <= distractors:
+        raise ValueError(f"{folder} has {len(needles)} needles, too few for --distractors {distractors}")
+    order = np.random.default_rng([0xD15, seed]).permutation(len(needles)).tolist()
+    return [needles[i] for i in sorted(order[distractors:])], [needles[i] for i in order[:distractors]]
+
+
 def write_needles(folder: str | Path, needles: Sequence[Needle]) -> None:
     """Write a folder that `read_needles` reads: a PNG per needle and questions.json."""
     folder, records = Path(folder), []
@@ -157,6 +166,45 @@ def shuffled_options(needle: Needle, rng: np.random.Generator) -> Needle | None:
     return replace(needle, question="\n".join(lines), answer=letters[new])
 
 
+# ---- probes that share a prefix ------------------------------------------------------------------
+
+
+class ProbeGroup(NamedTuple):
+    """Probes that are read in one batch: needles (by number) at one position of one haystack, at some lengths."""
+
+    insert_at: int  # frames before the needle; 0 for a text
+    haystack_len: int  # frames over which the distractors are spread; 0: none, so that all lengths share a prefix
+    needle_ids: tuple[int, ...]
+    cells: tuple[tuple[int, float], ...]  # (length, depth), from short to long
+
+
+MAX_BATCH_TOKENS = 2**17  # over all probes of a batch; longer probes are read one by one
+
+
+def group_by_shape(sizes: dict[int, tuple], tokens: int) -> list[tuple[int, ...]]:
+    """Return the keys of equal size together; at most MAX_BATCH_TOKENS / `tokens` in each group."""
+    most = max(1, MAX_BATCH_TOKENS // max(1, tokens))
+    groups = [[i for i, other in sizes.items() if other == size] for size in sorted(set(sizes.values()))]
+    return [tuple(group[i : i + most]) for group in groups for i in range(0, len(group), most)]
+
+
+def group_probes(
+    cells: Iterable[tuple[int, float]], sizes: dict[int, tuple], tokens_per_frame: int, shared: bool
+) -> list[ProbeGroup]:
+    """Return one group for each position in a haystack and each size of question and answer, sorted by position.
+
+    sizes: of each needle's question and answer. shared: the haystacks of all lengths begin alike.
+    """
+    positions, groups = {}, []
+    for length, depth in cells:
+        haystack = 0 if shared else length, insert_index(length, depth)
+        positions.setdefault(haystack, []).append((length, depth))
+    for (haystack_len, insert_at), of_position in sorted(positions.items()):
+        for needle_ids in group_by_shape(sizes, max(of_position)[0] * tokens_per_frame):
+            groups.append(ProbeGroup(insert_at, haystack_len, needle_ids, tuple(sorted(of_position))))
+    return groups
+
+
 # ---- text needles --------------------------------------------------------------------------------
 
 SEED = 24242424  # the release's; magic_numbers(np.random.RandomState(SEED), 10): its 5 needles, then 5 distractors
@@ -168,7 +216,7 @@ QUESTION = (
     "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
     "Answer: The special magic Singapore number is: "
 )
-LLAMA_PERIODS = frozenset({29889, 869})  # Llama-2's "." and " .", which the release uses for every model
+PROMPTS = {"before": PREFIX, "needle": NEEDLE, "question": QUESTION}  # as results.json records them
 
 
 def magic_numbers(rng: np.random.RandomState, count: int, digits: int = 7) -> list[str]:
@@ -228,21 +276,19 @@ def text_probe(
     distractors: Sequence[tuple[str, str]],
     rng: np.random.RandomState,
     period_ids: frozenset[int],
-    snap: bool = True,
 ) -> tuple[list[int], list[int]]:
     """Build one probe of the magic-number test: (ids up to the answer, ids of the answer).
 
     The haystack is repeated or cut to `context` tokens; prefix, needle, distractors and question come on top.
     First each distractor (city, number) is inserted at a position drawn from `rng`, then the needle at `depth`
-    (0..1) of the text with distractors. With `snap` both move on to the next sentence end, after one of
-    `period_ids`, except a needle at depth 0.
+    (0..1) of the text with distractors. Both move on to the next sentence end, after one of `period_ids`, except a
+    needle at depth 0.
 
     Raises ValueError for an empty haystack or a depth outside 0..1.
     """
     if context < 1 or len(haystack_ids) == 0:
         have = len(haystack_ids)
         raise ValueError(f"a haystack of {have} tokens cannot fill a context of {context}; both must be > 0")
-    period_ids = period_ids if snap else frozenset()
     book = list(islice(cycle(haystack_ids), context))
     for city, other in distractors:
         at = sentence_end(book, int(rng.randint(len(book))), period_ids)
@@ -253,28 +299,45 @@ def text_probe(
     return encode(PREFIX) + book + question_ids, answer_ids
 
 
-def release_rng_states(
-    encode: Encode, seed: int, counts: tuple[int, int], digits: int, grid: tuple[Sequence[int], Sequence[float]]
-) -> tuple[list[str], dict]:
-    """Return (the numbers, the generator's state before each probe's positions are drawn), in the release's order.
+Draw = tuple[str, list[tuple[str, str]], np.random.RandomState]  # number, distractors, generator of their positions
 
-    counts: of needles and distractors; grid: contexts in tokens and depths. From one seed come all needles' numbers,
-    the distractors' numbers, then for each context, depth and needle one position per distractor, in a text that
-    already contains the distractors before it. The states' keys are (context, depth, number of the needle).
+
+def cell_draws(seeds: list[int], counts: tuple[int, int], digits: int) -> Iterator[Draw]:
+    """Yield what `text_probe` needs for each probe of a cell, numbers and positions from the cell's own seeds.
+
+    counts: of needles and distractors. Numbers come from the generator that `text_probe` draws positions from, so each
+    probe must be built before the next one is drawn.
+    """
+    rng = np.random.RandomState(seeds)
+    for _ in range(counts[0]):
+        number, *others = magic_numbers(rng, 1 + counts[1], digits)
+        yield number, list(zip(DISTRACTORS, others)), rng
+
+
+def release_draws(
+    encode: Encode,
+    seed: int,
+    counts: tuple[int, int],
+    digits: int,
+    grid: tuple[Sequence[int], Sequence[float]],
+    cell: tuple[int, float],
+) -> Iterator[Draw]:
+    """Yield the same in the release's order: one stream of draws for the whole grid of contexts and depths.
+
+    First come all needles' numbers and the distractors' numbers, then for each context, depth and needle one position
+    per distractor, in a text that already contains the distractors before it. Draws of other cells are skipped.
     """
     rng = np.random.RandomState(seed % 2**32)
     numbers = magic_numbers(rng, sum(counts), digits)
-    distractors = zip(DISTRACTORS, numbers[counts[0] :])
+    distractors = list(zip(DISTRACTORS, numbers[counts[0] :]))
     added = [len(encode(NEEDLE.format(city=city, number=number))) for city, number in distractors]
-    states = {}
-    for context in grid[0]:
-        for depth in grid[1]:
-            for i in range(counts[0]):
-                states[context, depth, i], tokens = rng.get_state(), context
-                for more in added:
-                    rng.randint(tokens)
-                    tokens += more
-    return numbers, states
+    for context, depth in product(*grid):
+        for number in numbers[: counts[0]]:
+            if (context, depth) == cell:
+                yield number, distractors, rng
+                continue
+            for i in range(len(added)):
+                rng.randint(context + sum(added[:i]))
 
 
 def read_text_haystack(path: str | Path) -> str:

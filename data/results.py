@@ -2,26 +2,26 @@
 
 What      Each probe is one line of cells-RANK.jsonl; results.json holds settings, provenance and all cells.
           `table` and `ascii_heatmap` print hit rates; `draw_heatmaps` and `draw_comparison` draw them.
-Paper     Fig. 4 and Fig. 7: length across, depth down, red to green; a dotted line where training ended.
+Paper     Fig. 4 and Fig. 7: length across, depth down; a dotted line where training ended.
 Run       imported by vniah.py
 Dimensions  none
 Differs   Intervals are Wilson's at 95 %; the paper gives none. The colours are cividis, which the colour-blind can
-          read too; --colours paper gives the paper's.
+          read too, instead of red to green.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data import runs
+from data.niah import ProbeGroup
 
 SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
-COLOURS = {"safe": "cividis", "paper": "RdYlGn"}
 CELLS = "cells-{}.jsonl"  # of each rank: one line a probe
 
 # (system, length, depth) -> needle -> its probe: hit, generated_correct, generated_text, tokens, kind
@@ -85,12 +85,6 @@ def hit_rate(results: Results, system: str) -> float | None:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def append_probes(folder: Path, rank: int, lines: Iterable[dict]) -> None:
-    """Append finished probes to this rank's file at once, so that a killed run loses none of them."""
-    with open(folder / CELLS.format(rank), "a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def cell_files(folder: Path) -> list[Path]:
     """Return the files of finished probes in a run's folder, one of each rank."""
     return sorted(folder.glob(CELLS.format("*")))
@@ -101,25 +95,80 @@ def read_results(folder: Path) -> Results:
     results: Results = {}
     for file in cell_files(folder):
         for _, line in runs.entries(file):
-            results.setdefault((line["panel"], line["length"], line["depth"]), {})[line["needle"]] = line
+            results.setdefault((line["system"], line["length"], line["depth"]), {})[line["needle"]] = line
     return results
 
 
-def write_results(folder: Path, settings: dict, provenance: dict, results: Results, redraw: bool) -> None:
-    """Write results.json: settings, versions, prompts and hashes, every probe, and each cell's Wilson interval.
+def open_results(folder: Path, settings: dict) -> None:
+    """Open a run's folder, on rank 0. A run with the same settings is continued, without the line that a kill tore.
 
-    `redraw`: no probe was run; what an earlier run wrote of itself stays.
+    Raises ValueError if the folder holds probes of other settings.
     """
+    if folder.is_dir() and not cell_files(folder):
+        runs.lock(folder)
+        (folder / "config.json").unlink(missing_ok=True)  # of a run that ended with an error before any probe
+    runs.open_run(folder, settings)
+    for file in cell_files(folder):
+        runs.truncate_log(folder, None, file.name)
+
+
+class ProbeLog:
+    """The finished probes of a run: `found`, those of all ranks; this rank appends its own to its file.
+
+    `barrier`: waits for all ranks. They must agree on what is pending, so `read` calls it before and after.
+    """
+
+    def __init__(self, folder: Path, rank: int, barrier: Callable[[], object]):
+        self.folder, self.rank, self.barrier, self.provenance = folder, rank, barrier, {}
+        self.read()
+
+    def read(self) -> None:
+        """Read what all ranks wrote."""
+        self.barrier()
+        self.found = read_results(self.folder)
+        self.barrier()
+
+    def is_done(self, system: str, cells: Iterable[tuple[int, float]], names: list[str]) -> bool:
+        """Return whether every cell has a probe of each needle."""
+        return all(set(names) <= set(self.found.get((system, *cell), ())) for cell in cells)
+
+    def pending(self, system: str, names: list[str], groups: Iterable[ProbeGroup]) -> list[ProbeGroup]:
+        """Return the groups with only the lengths and needles that are still missing."""
+        pending = []
+        for group in groups:
+            done = {cell: self.found.get((system, *cell), ()) for cell in group.cells}
+            pairs = [(cell, i) for cell in group.cells for i in group.needle_ids if names[i] not in done[cell]]
+            cells, needle_ids = (tuple(sorted(set(values))) for values in zip(*pairs)) if pairs else ((), ())
+            pending += [group._replace(cells=cells, needle_ids=needle_ids)] if pairs else []
+        return pending
+
+    def append(self, lines: Iterable[dict]) -> None:
+        """Append finished probes at once, so that a killed run loses none of them."""
+        with open(self.folder / CELLS.format(self.rank), "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def probe_line(
+    system: str, cell: tuple, needle: str, kind: str, tokens: int, hit: bool, texts: tuple[str, str] | None = None
+) -> dict:
+    """Return a finished probe; `tokens`: of the probe without its answer; texts: (generated, right answer) or None."""
+    line = {"system": system, "length": cell[0], "depth": cell[1], "needle": needle, "kind": kind, "hit": hit}
+    line |= {"generated_correct": texts and answer_in_text(*texts), "generated_text": texts[0] if texts else ""}
+    return line | {"tokens": tokens}
+
+
+def write_results(folder: Path, settings: dict, log: ProbeLog) -> None:
+    """Write results.json: settings, versions, prompts and hashes, every probe, and each cell's Wilson interval."""
     file = folder / "results.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = json.loads(file.read_text())["systems"] if file.exists() else {}  # of systems that had no probe to run
     cells = []
-    for (system, length, depth), probes in sorted(results.items()):
+    for (system, length, depth), probes in sorted(log.found.items()):
         hits = [bool(probe["hit"]) for probe in probes.values()]
         low, high = wilson(sum(hits), len(hits))
-        cell = {"panel": system, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
+        cell = {"system": system, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
         cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": probes})
-    record = {"settings": settings, "versions": runs.versions(), "panels": before.get("panels", {}) | provenance}
-    record = ((redraw and before) or record) | {"cells": cells}
+    record = {"settings": settings, "versions": runs.versions(), "systems": before | log.provenance}
+    record["cells"] = cells
     runs.replace_text(file, json.dumps(record, indent=1, default=str) + "\n")
     print(f"results: {file}   pictures: {folder / 'heatmap.png'}, {folder / 'comparison.png'}")
 
@@ -167,16 +216,37 @@ def ascii_heatmap(heatmap: Heatmap, lengths: Sequence[int], depths: Sequence[flo
 
 
 def report(
-    results: Results, systems: dict[str, float], controls: dict[str, float], lengths: Sequence[int], unit: str
+    folder: Path,
+    results: Results,
+    trained: dict[str, float],
+    drawn: int,
+    trials: dict[str, float],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    tokens_per_unit: int,
 ) -> None:
-    """Print the tables of a run; systems and controls: name -> the length it was trained at."""
-    rows = [heatmap_of(results, name, trained) for name, trained in (systems | controls).items()]
-    print(table(rows, lengths, unit))
-    generated = [heatmap_of(results, name, trained, "generated_correct") for name, trained in systems.items()]
+    """Print the tables of a run and draw its pictures.
+
+    trained: system -> the length it was trained at; the first `drawn` get a heatmap, and the others are controls.
+    trials: hit rates of the untrained positions among which one was chosen.
+    """
+    unit = "tokens" if tokens_per_unit == 1 else "frames"
+    compared = [heatmap_of(results, name, length) for name, length in trained.items()]
+    heatmaps = compared[:drawn]
+    print(table(compared, lengths, unit))
+    generated = [heatmap_of(results, one.name, one.trained_length, "generated_correct") for one in heatmaps]
     if generated := [one for one in generated if one.rate()[1]]:
         print("\nscored by the generated text:\n" + table(generated, lengths, unit))
-    if kinds := table_by_kind(results, [*systems, *controls]):
+    if kinds := table_by_kind(results, [*trained]):
         print("\nby kind of needle:\n" + kinds)
+    print("\n" + "\n".join(ascii_heatmap(one, lengths, depths, unit) for one in heatmaps) + "\n")
+    if trials:
+        rates = ", ".join(f"{name.removeprefix('trial of ')}: {rate:.2f}" for name, rate in trials.items())
+        print(f"Untrained positions tried before, at the two greatest lengths: {rates}")
+    draw_heatmaps(folder / "heatmap.png", heatmaps, lengths, depths, unit, tokens_per_unit)
+    for i, one in enumerate(heatmaps):
+        draw_heatmaps(folder / f"heatmap-{i + 1}.png", [one], lengths, depths, unit, tokens_per_unit)
+    draw_comparison(folder / "comparison.png", compared, lengths, unit)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -187,10 +257,10 @@ def axis_label(count: int) -> str:
     return f"{count / 1000:.3g}K" if count >= 10_000 else str(count)
 
 
-def draw_heatmap(ax, heatmap, lengths, depths, unit, tokens_per_unit, colours):  # noqa: ANN001, ANN201
+def draw_heatmap(ax, heatmap, lengths, depths, unit, tokens_per_unit):  # noqa: ANN001, ANN201
     """One heatmap, as in the paper's Figure 4; the upper axis counts tokens where the lower one counts frames."""
     grid = heatmap.array(lengths, depths)
-    picture = ax.imshow(grid, vmin=0, vmax=1, cmap=COLOURS[colours], aspect="auto")
+    picture = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     ax.set_facecolor("0.88")  # cells without probes
     size, rotation = (7, 0) if len(lengths) <= 8 else (6, 60)
     for y, x in np.ndindex(*grid.shape):
@@ -220,7 +290,6 @@ def draw_heatmaps(
     depths: Sequence[float],
     unit: str,
     tokens_per_unit: int = 1,
-    colours: str = "safe",
 ) -> None:
     """Draw `heatmaps` side by side into a file; dotted: training ended here."""
     import matplotlib
@@ -237,7 +306,7 @@ def draw_heatmaps(
     for ax in axes.flat[len(heatmaps) :]:
         ax.axis("off")
     for ax, one in zip(axes.flat, heatmaps):
-        picture = draw_heatmap(ax, one, lengths, depths, unit, tokens_per_unit, colours)
+        picture = draw_heatmap(ax, one, lengths, depths, unit, tokens_per_unit)
     figure.colorbar(picture, ax=axes, label="found", shrink=0.8)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -63,7 +63,7 @@ def run(name: str, out: Path) -> dict:
     results = json.loads((folder / "results.json").read_text())
     cells = [
         [
-            cell["panel"],
+            cell["system"],
             cell["length"],
             cell["depth"],
             cell["found"],
@@ -71,7 +71,7 @@ def run(name: str, out: Path) -> dict:
         ]
         for cell in results["cells"]
     ]
-    return {"cells": cells, "prompts": results["panels"]}
+    return {"cells": cells, "prompts": results["systems"]}
 
 
 def difference(now: object, then: object) -> float:

@@ -759,11 +759,11 @@ def commands(kit: Kit) -> None:
                 print((out / f"{n}.txt").read_text()[-2000:])
         compare_logs(kit, out)
         cells = json.loads((out / "needles" / "results.json").read_text())["cells"]
-        for panel in dict.fromkeys(cell["panel"] for cell in cells):
-            mine = [cell for cell in cells if cell["panel"] == panel and "trial" not in panel]
+        for system in dict.fromkeys(cell["system"] for cell in cells):
+            mine = [cell for cell in cells if cell["system"] == system and "trial" not in system]
             if mine and not kit.dry:
                 found = sum(cell["found"] for cell in mine) / sum(cell["of"] for cell in mine)
-                kit.row(f"needles found: {panel}", f"{found:.3f}")
+                kit.row(f"needles found: {system}", f"{found:.3f}")
 
 
 def start(words: str, log: Path) -> subprocess.Popen:

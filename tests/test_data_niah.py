@@ -9,7 +9,6 @@ from PIL import Image
 
 from data import niah
 from data.niah import (
-    LLAMA_PERIODS,
     PREFIX,
     QUESTION,
     SEED,
@@ -273,12 +272,10 @@ def test_depth_is_of_what_has_grown():
     book = [*book[:at], *encode("\nThe special magic Rome number is: 77.\n"), *book[at:]]
     at = int(0.3 * len(book))
     book = [*book[:at], *encode("\nThe special magic Singapore number is: 42.\n"), *book[at:]]
-    ids, answer = text_probe(
-        encode, encode("word " * 60), 50, 0.3, "42", [("Rome", "77")], rng, frozenset(), snap=False
-    )
+    ids, answer = text_probe(encode, encode("word " * 60), 50, 0.3, "42", [("Rome", "77")], rng, frozenset())
     assert ids == encode(PREFIX) + book + encode(QUESTION) and answer == encode("42")
     stops = period_ids(encode)
-    free, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops, snap=False)
+    free, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, frozenset())
     snapped, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops)
     assert free != snapped and sorted(free) == sorted(snapped)
 
@@ -286,7 +283,7 @@ def test_depth_is_of_what_has_grown():
 def test_sentence_end():
     ids = [5, 1, 5, 5, 1, 5]
     assert [sentence_end(ids, i, frozenset({1})) for i in range(7)] == [2, 2, 5, 5, 5, 5, 6]
-    assert sentence_end(ids, 3, LLAMA_PERIODS) == 3
+    assert sentence_end(ids, 3, frozenset({29889, 869})) == 3
 
 
 def test_bad_probes():

@@ -45,29 +45,19 @@ def test_ascii_heatmap():
     assert "|" in results.ascii_heatmap(results.Heatmap("p", {}, 999), LENGTHS, DEPTHS, "frames")
 
 
-@pytest.mark.parametrize("colours", ["safe", "paper"])
 @pytest.mark.parametrize("lengths, depths, count, gaps", [
     (LENGTHS, DEPTHS, 4, True), ((16,), (0.5,), 1, False), ((16,), DEPTHS, 3, True),
     (tuple(range(32_000, 480_001, 32_000)), tuple(i / 10 for i in range(11)), 2, False),
 ])  # fmt: skip
-def test_pictures(tmp_path, colours, lengths, depths, count, gaps):
+def test_pictures(tmp_path, lengths, depths, count, gaps):
     maps = [some(lengths, depths, f"model {i}", seed=i, gaps=gaps) for i in range(count)]
     maps[-1] = results.Heatmap("nothing known", {}, 10**9) if gaps else maps[-1]
-    results.draw_heatmaps(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4, colours)
-    results.draw_heatmaps(tmp_path / "plain.png", maps, lengths, depths, "tokens", colours=colours)
+    results.draw_heatmaps(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4)
+    results.draw_heatmaps(tmp_path / "plain.png", maps, lengths, depths, "tokens")
     results.draw_comparison(tmp_path / "comparison.png", maps, lengths, "frames")
     for name in ("heatmap", "plain", "comparison"):
         picture = Image.open(tmp_path / f"{name}.png")
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
-
-
-def test_the_two_palettes_differ(tmp_path):
-    for colours in ("safe", "paper"):
-        results.draw_heatmaps(
-            tmp_path / f"{colours}.png", [some(LENGTHS, DEPTHS)], LENGTHS, DEPTHS, "frames", 1, colours
-        )
-    safe, paper = (np.asarray(Image.open(tmp_path / f"{c}.png").convert("RGB"), int) for c in ("safe", "paper"))
-    assert safe.shape == paper.shape and np.abs(safe - paper).max() > 100
 
 
 @pytest.mark.parametrize("hits, trials, low, high", [
