@@ -190,8 +190,9 @@ def train(cfg: "Config", world: ring.World) -> None:
     # 6. Loss
     objective = Objective(next_token_loss, count_targets, ("loss",))
     if cfg.stage == "dpo":
-        file = cfg.out / "reference.safetensors"
-        reference_logp_P2 = reference_logps(file, first, model, loader, cfg.batch, ring_rank, num_rings, group, world)
+        reference_logp_P2 = reference_logps(
+            cfg.out, first, model, loader, cfg.batch, ring_rank, num_rings, group, world
+        )
         objective = dpo_objective(reference_logp_P2, cfg.beta, group)
 
     # 7. The loop
@@ -213,8 +214,7 @@ def train(cfg: "Config", world: ring.World) -> None:
         optimizer.zero_grad()
         if world.rank == 0:
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            rate = learning_rate(cfg.lr, step, cfg.steps, cfg.warmup, cfg.stage == "dpo")
-            line = {"step": step, **metrics, "norm": norm, "lr": rate}
+            line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4)}
             line |= {"skipped": skipped_now, "gb": round(runs.peak_bytes(world.device) / 1e9, 3)}
             runs.log(cfg.out, line)
@@ -224,9 +224,7 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 8. Export
     if cfg.tiny and cfg.expected:
-        score = held_out_score(cfg, model, words, group, ring_rank, num_rings, world)
-        if world.rank == 0:
-            runs.print_verdict(*score, cfg.expected)
+        print_held_out_score(cfg, model, words, group, ring_rank, num_rings, world)
     export(cfg, model, world)
 
 
@@ -394,11 +392,11 @@ def count_skipped(
     return round(skipped), padding
 
 
-def held_out_score(
+def print_held_out_score(
     cfg: "Config", model: longva.LongVA, words: tokenizer.Tokenizer, group: ring.World, ring_rank: int, num_rings: int,
     world: ring.World,
-) -> tuple[float, float]:  # fmt: skip
-    """Return, of synthetic samples from another seed, the loss per target and the share of targets that are the argmax.
+) -> None:  # fmt: skip
+    """Print, of synthetic samples from another seed, the loss per target and the share of targets that are the argmax.
 
     For dpo: the loss of the preferred answers, and how many are more probable than the rejected ones.
     """
@@ -419,24 +417,26 @@ def held_out_score(
                     hits, tries = model(*batch.model_inputs, score=evaluate.count_correct)
                 sums += torch.stack([x.sum().double() for x in (nll_B, count_B, hits, tries)])
     loss, targets, hits, tries = ring.all_reduce_sum(sums, world).tolist()
-    return loss / targets, hits / tries
+    if world.rank == 0:
+        runs.print_verdict(loss / targets, hits / tries, cfg.expected)
 
 
 # ---- DPO's reference -------------------------------------------------------------------------------
 
 
 def reference_logps(
-    file: Path, first: int, model: longva.LongVA, loader: llava.Loader, batch: int, ring_rank: int, num_rings: int,
+    folder: Path, first: int, model: longva.LongVA, loader: llava.Loader, batch: int, ring_rank: int, num_rings: int,
     group: ring.World, world: ring.World,
 ) -> Tensor:  # fmt: skip
-    """Return log p of each pair's chosen and rejected answer before training, float64[pairs, 2], from `file` if it is
-    there; 0 for a pair that could not be read, which is skipped from then on.
+    """Return log p of each pair's chosen and rejected answer before training, float64[pairs, 2], from the run's folder
+    if it is there; 0 for a pair that could not be read, which is skipped from then on.
 
     Raises ValueError if a run that continues at step `first` > 0 has lost the file.
     """
+    file = folder / "reference.safetensors"
     if not ring.all_gather(torch.tensor(file.exists()), world)[0]:  # as rank 0 sees it: a shared folder may lag
         if first:
-            raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {file.parent}")
+            raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {folder}")
         logp_P2 = compute_reference_logps(model, loader, batch // num_rings, ring_rank, num_rings, group, world)
         if world.rank == 0:
             draft = file.with_suffix(".tmp")

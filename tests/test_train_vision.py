@@ -156,14 +156,13 @@ def reference_on(world, folder, *_):
     for size, at_once in ((1, 1), (2, None)):
         cfg = replace(cfg, ring=size, micro_batch_size=at_once, out=folder / f"reference-{size}")
         cfg.out.mkdir(exist_ok=True)
-        file = cfg.out / "reference.safetensors"
         group, ring_rank, num_rings = ring.split_groups(world, size)
         model, _ = tv.build_sharded_model(cfg, world)
         loader = loader_of(cfg, model.config, dataset, group)
-        found = tv.reference_logps(file, 0, model, loader, cfg.batch, ring_rank, num_rings, group, world)
+        found = tv.reference_logps(cfg.out, 0, model, loader, cfg.batch, ring_rank, num_rings, group, world)
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
         ring.all_reduce_sum(torch.zeros(1), world)  # rank 0 has written
-        again = tv.reference_logps(file, 3, None, loader, cfg.batch, ring_rank, num_rings, group, world)
+        again = tv.reference_logps(cfg.out, 3, None, loader, cfg.batch, ring_rank, num_rings, group, world)
         assert torch.equal(found, again) and dataset.unreadable == {0}
         batches, _ = loader.micro_batches([1, 2, 3, 4][ring_rank::num_rings])
         told = tv.train_step(model, batches, tv.dpo_objective(found, cfg.beta, group), cfg.offload, world)
@@ -563,7 +562,7 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
     assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
     loader = loader_of(cfg, longva.read_config(TINY / "longva"), synthetic_pairs(cfg))
-    again = tv.reference_logps(tmp_path / "reference.safetensors", 1, None, loader, 8, 0, 1, ALONE, ALONE)
+    again = tv.reference_logps(tmp_path, 1, None, loader, 8, 0, 1, ALONE, ALONE)
     assert loader.dataset.unreadable == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
 
 
