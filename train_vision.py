@@ -43,11 +43,12 @@ import clip
 import longva
 import ring
 import unires
-from data import chat, evaluate, llava, runs, tokenizer, weights
+from data import chat, evaluate, llava, runs, weights
 from data.config import check_trainable, to_dict
 from data.flags import at_least, print0, run, setting
 from data.llava import Dataset, Example
 from data.memory_saving import GradientSums
+from data.tokenizer import Tokenizer, load_tokenizer
 
 # ---- what each stage trains ------------------------------------------------------------------------
 
@@ -167,18 +168,16 @@ BAR_KEYS = ("loss", "margin", "preferred", "norm", "samples_per_s", "gb")  # of 
 def train(cfg: "Config", world: ring.World) -> None:
     """Train one stage, save, export; continues where a killed run of the same settings stopped."""
     # 1. Processes: the ranks form rings; a ring shares a sample's tokens.
-    group, ring_rank, num_rings = ring.split_groups(world, cfg.ring)
-    check(cfg, num_rings)
+    rings = ring.split_groups(world, cfg.ring)
+    check(cfg, rings.count)
 
     # 2. Model
-    words = tokenizer.load_tokenizer(cfg.weights)
+    tokenizer = load_tokenizer(cfg.weights)
     model, groups = build_sharded_model(cfg, world)
 
     # 3. Data
     dataset = open_dataset(cfg, model.config, world)
-    loader = make_loader(
-        dataset, model.config, words, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
-    )
+    loader = make_loader(cfg, dataset, model.config, tokenizer, rings)
 
     # 4. Optimizer
     fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
@@ -190,19 +189,16 @@ def train(cfg: "Config", world: ring.World) -> None:
     # 6. Loss
     objective = Objective(next_token_loss, count_targets, ("loss",))
     if cfg.stage == "dpo":
-        reference_logp_P2 = reference_logps(
-            cfg.out, first, model, loader, cfg.batch, ring_rank, num_rings, group, world
-        )
-        objective = dpo_objective(reference_logp_P2, cfg.beta, group)
+        reference_logp_P2 = reference_logps(cfg.out, first, model, loader, cfg.batch, rings, world)
+        objective = dpo_objective(reference_logp_P2, cfg.beta, rings.ring)
 
     # 7. The loop
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     started = time.perf_counter()
-    indices = (dataset.batch_indices(step)[ring_rank::num_rings] for step in range(first, cfg.steps))
-    for step, (micro_batches, skipped_samples) in zip(bar, loader.batches(indices)):
+    for step, (micro_batches, skipped_samples) in zip(bar, loader.batches(range(first, cfg.steps))):
         for sample in skipped_samples:
             runs.log(cfg.out, {"step": step, **sample}, llava.SKIPPED.format(world.rank))
-        skipped_now, padding = count_skipped(micro_batches, cfg.batch // num_rings, group, world)
+        skipped_now, padding = count_skipped(micro_batches, cfg.batch // rings.count, rings.ring, world)
         skipped += skipped_now
         llava.check_skip_budget(skipped, max((step + 1) * cfg.batch, dataset.size or 0), cfg.max_skip_fraction, cfg.out)
         metrics = train_step(model, micro_batches, objective, cfg.offload, world)
@@ -224,7 +220,7 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 8. Export
     if cfg.tiny and cfg.expected:
-        print_held_out_score(cfg, model, words, group, ring_rank, num_rings, world)
+        print_held_out_score(cfg, model, tokenizer, rings, world)
     export(cfg, model, world)
 
 
@@ -331,25 +327,24 @@ def preprocess(
 
 
 def make_loader(
-    dataset: Dataset, config: longva.LongVAConfig, words: tokenizer.Tokenizer, group: ring.World, stage: str,
-    max_grids: int, labels: str, max_len: int, micro_batch_size: int | None,
-) -> llava.Loader:  # fmt: skip
+    cfg: "Config", dataset: Dataset, config: longva.LongVAConfig, tokenizer: Tokenizer, rings: ring.RingGroup
+) -> llava.Loader:
     """Return what turns samples into this rank's micro-batches."""
-    trim = "plain" if stage == "align" else "qwen_1_5", labels == "clean", max_len
+    trim = "plain" if cfg.stage == "align" else "qwen_1_5", cfg.labels == "clean", cfg.max_len
 
     def prepare(i: int, media: llava.Media, dialogues: list[llava.Turns]) -> Example:
         """Cut pictures into grids and tokenize; ValueError if the sample cannot be used."""
-        images = [preprocess(picture, config, max_grids) for picture in media]
+        images = [preprocess(picture, config, cfg.grids) for picture in media]
         lengths = [layout.tokens(config.vision.patches) for _, layout in images]
-        return Example(i, images, [llava.tokenize_and_trim(words, turns, lengths, *trim) for turns in dialogues])
+        return Example(i, images, [llava.tokenize_and_trim(tokenizer, turns, lengths, *trim) for turns in dialogues])
 
     def sum_over_ring(flags: list[int]) -> list[int]:
-        return ring.all_reduce_sum(torch.tensor(flags, device=group.device), group).tolist()
+        return ring.all_reduce_sum(torch.tensor(flags, device=rings.ring.device), rings.ring).tolist()
 
     def join(examples: list[Example]) -> MicroBatch:
-        return collate(examples, config, words.pad_id, group)
+        return collate(examples, config, tokenizer.pad_id, rings.ring)
 
-    return llava.Loader(dataset, prepare, join, micro_batch_size, sum_over_ring)
+    return llava.Loader(dataset, prepare, join, cfg.micro_batch_size, sum_over_ring, rings.index, rings.count)
 
 
 def collate(examples: list[Example], config: longva.LongVAConfig, pad_id: int, group: ring.World) -> MicroBatch:
@@ -393,21 +388,18 @@ def count_skipped(
 
 
 def print_held_out_score(
-    cfg: "Config", model: longva.LongVA, words: tokenizer.Tokenizer, group: ring.World, ring_rank: int, num_rings: int,
-    world: ring.World,
-) -> None:  # fmt: skip
+    cfg: "Config", model: longva.LongVA, tokenizer: Tokenizer, rings: ring.RingGroup, world: ring.World
+) -> None:
     """Print, of synthetic samples from another seed, the loss per target and the share of targets that are the argmax.
 
     For dpo: the loss of the preferred answers, and how many are more probable than the rejected ones.
     """
     dataset = llava.synthetic_dataset(cfg.stage, cfg.seed + 1, cfg.batch, cfg.frames, cfg.grids, 0)
-    loader = make_loader(
-        dataset, model.config, words, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
-    )
+    loader, group = make_loader(cfg, dataset, model.config, tokenizer, rings), rings.ring
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, targets, hits, tries
     with ring.no_grad_reshard(model):
         for start in range(0, 128, cfg.batch):
-            for batch in loader.micro_batches([*range(start, start + cfg.batch)][ring_rank::num_rings])[0]:
+            for batch in loader.micro_batches([*range(start, start + cfg.batch)])[0]:
                 nll_B, count_B = model(*batch.model_inputs)
                 if cfg.stage == "dpo":
                     nll_B, count_B = (ring.all_reduce_sum(x, group) / group.ranks for x in (nll_B, count_B))
@@ -425,46 +417,38 @@ def print_held_out_score(
 
 
 def reference_logps(
-    folder: Path, first: int, model: longva.LongVA, loader: llava.Loader, batch: int, ring_rank: int, num_rings: int,
-    group: ring.World, world: ring.World,
+    folder: Path, first: int, model: longva.LongVA, loader: llava.Loader, batch: int, rings: ring.RingGroup,
+    world: ring.World,
 ) -> Tensor:  # fmt: skip
-    """Return log p of each pair's chosen and rejected answer before training, float64[pairs, 2], from the run's folder
-    if it is there; 0 for a pair that could not be read, which is skipped from then on.
+    """Return log p of each pair's chosen and rejected answer before training, float64[pairs, 2], computed once.
 
-    Raises ValueError if a run that continues at step `first` > 0 has lost the file.
+    It is kept in the run's folder, for a run that continues. 0 stands for a pair that could not be read, which is
+    skipped from then on. Raises ValueError if a run that continues at step `first` > 0 has lost the file.
     """
     file = folder / "reference.safetensors"
-    if not ring.all_gather(torch.tensor(file.exists()), world)[0]:  # as rank 0 sees it: a shared folder may lag
-        if first:
-            raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {folder}")
-        logp_P2 = compute_reference_logps(model, loader, batch // num_rings, ring_rank, num_rings, group, world)
+    if ring.all_gather(torch.tensor(file.exists()), world)[0]:  # as rank 0 sees it: a shared folder may lag
+        logp_P2 = load_file(file)["logp"].to(world.device)
+    elif first:
+        raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {folder}")
+    else:
+        pairs = loader.dataset.size
+        logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
+        with ring.no_grad_reshard(model):
+            for start in tqdm(range(0, pairs, batch), "reference", disable=world.rank > 0):
+                # Every ring makes as many passes, since collectives must match: the last batch repeats a pair.
+                indices = [min(i, pairs - 1) for i in range(start, start + batch)]
+                for micro_batch in loader.micro_batches(indices)[0]:
+                    nll_B = ring.all_reduce_sum(model(*micro_batch.model_inputs)[0], rings.ring)
+                    if micro_batch.sample_ids:
+                        logp_P2[micro_batch.sample_ids] = -nll_B.double().view(-1, 2)
+        times = ring.all_reduce_sum((logp_P2 != 0).double(), world).clamp(min=1)  # so many ranks know a pair
+        logp_P2 = ring.all_reduce_sum(logp_P2, world) / times
         if world.rank == 0:
             draft = file.with_suffix(".tmp")
             save_file({"logp": logp_P2.cpu()}, draft)
             draft.rename(file)
-    else:
-        logp_P2 = load_file(file)["logp"].to(world.device)
     loader.dataset.unreadable.update((logp_P2 == 0).all(1).nonzero()[:, 0].tolist())
     return logp_P2
-
-
-def compute_reference_logps(
-    model: longva.LongVA, loader: llava.Loader, size: int, ring_rank: int, num_rings: int, group: ring.World,
-    world: ring.World,
-) -> Tensor:  # fmt: skip
-    """Compute the log-probabilities of every pair once, `size` pairs at a time on each ring."""
-    pairs = loader.dataset.size
-    logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
-    with ring.no_grad_reshard(model):
-        for start in tqdm(range(0, pairs, size * num_rings), "reference", disable=world.rank > 0):
-            indices = [*range(start + ring_rank, min(start + size * num_rings, pairs), num_rings)]
-            indices += [pairs - 1] * (size - len(indices))  # every ring makes as many passes: collectives must match
-            for batch in loader.micro_batches(indices)[0]:
-                nll_B = ring.all_reduce_sum(model(*batch.model_inputs)[0], group)
-                if batch.sample_ids:
-                    logp_P2[batch.sample_ids] = -nll_B.double().view(-1, 2)
-    times = ring.all_reduce_sum((logp_P2 != 0).double(), world).clamp(min=1)  # each rank of a ring knows a pair
-    return ring.all_reduce_sum(logp_P2, world) / times
 
 
 def export(cfg: "Config", model: longva.LongVA, world: ring.World) -> None:

@@ -22,7 +22,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -439,10 +439,12 @@ class Loader:
     collate: Callable[[list[Example]], object]  # some examples -> a micro-batch
     micro_batch_size: int | None  # None: all samples at once
     sum_over_ring: Callable[[list[int]], list[int]]  # element by element, over the ranks of the ring
+    ring_index: int = 0  # of this rank's ring, which takes every `num_rings`-th sample
+    num_rings: int = 1
 
     def load(self, indices: list[int]) -> list[Example | dict]:
-        """Read samples; a dict in place of one that cannot be used says why."""
-        return load_examples(self.dataset, indices, self.prepare)
+        """Read this ring's share of some samples; a dict in place of one that cannot be used says why."""
+        return load_examples(self.dataset, indices[self.ring_index :: self.num_rings], self.prepare)
 
     def make_micro_batches(self, loaded: list[Example | dict]) -> tuple[list, list[dict]]:
         """Return (micro-batches, what this rank skipped). A ring leaves out what one of its ranks cannot read."""
@@ -454,12 +456,12 @@ class Loader:
         return [self.collate(kept[i : i + size]) for i in starts], [*skipped.values()]
 
     def micro_batches(self, indices: list[int]) -> tuple[list, list[dict]]:
-        """Return (the micro-batches of some samples, what was skipped)."""
+        """Return (this ring's micro-batches of some samples, what was skipped)."""
         return self.make_micro_batches(self.load(indices))
 
-    def batches(self, indices: Iterator[list[int]]) -> Iterator[tuple[list, list[dict]]]:
-        """Yield the same for each step's indices; samples are read one step ahead, in a thread."""
-        for loaded in video.prefetch(map(self.load, indices), 1):
+    def batches(self, steps: Iterable[int]) -> Iterator[tuple[list, list[dict]]]:
+        """Yield the same for the samples of each step, which are read one step ahead, in a thread."""
+        for loaded in video.prefetch(map(self.load, map(self.dataset.batch_indices, steps)), 1):
             yield self.make_micro_batches(loaded)
 
 

@@ -343,7 +343,7 @@ def paper_work() -> dict[str, tuple[int, int]]:
     """The work of each engine on the paper's grid of 450 probes; nothing is run."""
     cfg = vniah.resolve(vniah.Config(protocol="paper"))
     film = vniah.VisualNIAH.__new__(vniah.VisualNIAH)  # without a model: enough to group probes
-    film.cfg, film.dynamic, film.prefix_1TD = cfg, False, torch.empty(1, PRE, 0)
+    film.cfg, film.prefix_1TD = cfg, torch.empty(1, PRE, 0)
     film.haystack_NMD, film.distractor_NMD = torch.empty(0, 144, 0), torch.empty(0, 144, 0)
     film.question_ids, film.answer_ids = [[0] * n for n in QUESTIONS], [[0] * n for n in ANSWERS]
     cells = [(length, depth) for length in cfg.frames for depth in cfg.depths]

@@ -73,10 +73,11 @@ def dataset_of(samples, get=None):
     return llava.Dataset(len(samples), None, get)
 
 
-def loader_of(cfg, config, dataset, group=ALONE):
-    return tv.make_loader(
-        dataset, config, WORDS, group, cfg.stage, cfg.grids, cfg.labels, cfg.max_len, cfg.micro_batch_size
-    )
+ONE = ring.RingGroup(ALONE, 0, 1)
+
+
+def loader_of(cfg, config, dataset, rings=ONE):
+    return tv.make_loader(cfg, dataset, config, WORDS, rings)
 
 
 def prepared(cfg, config, samples):
@@ -91,15 +92,15 @@ def next_token():
 
 def learn(cfg, world, samples, reference=None):
     """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
-    group, ring_rank, num_rings = ring.split_groups(world, cfg.ring)
+    rings = ring.split_groups(world, cfg.ring)
     model, _ = tv.build_sharded_model(replace(cfg, batch=len(samples)), world)
-    loader = loader_of(cfg, model.config, dataset_of(samples), group)
-    batches, skipped = loader.micro_batches([*range(len(samples))][ring_rank::num_rings])
-    objective = next_token() if reference is None else tv.dpo_objective(reference, cfg.beta, group)
+    loader = loader_of(cfg, model.config, dataset_of(samples), rings)
+    batches, skipped = loader.micro_batches([*range(len(samples))])
+    objective = next_token() if reference is None else tv.dpo_objective(reference, cfg.beta, rings.ring)
     told = tv.train_step(model, batches, objective, cfg.offload, world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
-    return told, whole, skipped, tv.count_skipped(batches, len(samples) // num_rings, group, world)
+    return told, whole, skipped, tv.count_skipped(batches, len(samples) // rings.count, rings.ring, world)
 
 
 def same(many, one):
@@ -156,16 +157,16 @@ def reference_on(world, folder, *_):
     for size, at_once in ((1, 1), (2, None)):
         cfg = replace(cfg, ring=size, micro_batch_size=at_once, out=folder / f"reference-{size}")
         cfg.out.mkdir(exist_ok=True)
-        group, ring_rank, num_rings = ring.split_groups(world, size)
+        rings = ring.split_groups(world, size)
         model, _ = tv.build_sharded_model(cfg, world)
-        loader = loader_of(cfg, model.config, dataset, group)
-        found = tv.reference_logps(cfg.out, 0, model, loader, cfg.batch, ring_rank, num_rings, group, world)
+        loader = loader_of(cfg, model.config, dataset, rings)
+        found = tv.reference_logps(cfg.out, 0, model, loader, cfg.batch, rings, world)
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
         ring.all_reduce_sum(torch.zeros(1), world)  # rank 0 has written
-        again = tv.reference_logps(cfg.out, 3, None, loader, cfg.batch, ring_rank, num_rings, group, world)
+        again = tv.reference_logps(cfg.out, 3, None, loader, cfg.batch, rings, world)
         assert torch.equal(found, again) and dataset.unreadable == {0}
-        batches, _ = loader.micro_batches([1, 2, 3, 4][ring_rank::num_rings])
-        told = tv.train_step(model, batches, tv.dpo_objective(found, cfg.beta, group), cfg.offload, world)
+        batches, _ = loader.micro_batches([1, 2, 3, 4])
+        told = tv.train_step(model, batches, tv.dpo_objective(found, cfg.beta, rings.ring), cfg.offload, world)
         assert told["loss"] == pytest.approx(np.log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-4)
 
 
@@ -562,7 +563,7 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
     assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
     loader = loader_of(cfg, longva.read_config(TINY / "longva"), synthetic_pairs(cfg))
-    again = tv.reference_logps(tmp_path, 1, None, loader, 8, 0, 1, ALONE, ALONE)
+    again = tv.reference_logps(tmp_path, 1, None, loader, 8, ONE, ALONE)
     assert loader.dataset.unreadable == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
 
 
