@@ -4,6 +4,7 @@ What      A prompt for a question (`prompt`), the next question (`follow_up`), t
           (`default_template`), a training sample with its labels (`example`), a batch (`pad`). Each `<image>` in a
           text becomes as many ids IMAGE as the picture has visual tokens, so that every length is known before the
           model runs; the model then puts the visual tokens in their place.
+          `Settings` and `questions`: what a user asks longva.py, on the command line and in a chat.
 Paper     Sec. 3.2 (UniRes samples, in Qwen2's chat format), Fig. 4 and App. B (the templates of V-NIAH).
 Run       imported; `prompt(tokenizer, "What is this?", [144])`
 Dimensions  B batch   T tokens

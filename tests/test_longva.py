@@ -297,10 +297,8 @@ def test_watch_is_see_of_all_frames_at_once():
     model = longva_model()
     film = [Image.fromarray(np.random.RandomState(i).randint(0, 255, (30, 44, 3), np.uint8)) for i in range(5)]
     for how in ("crop", "pad"):
-        want, grids = (
-            model.encode_images(unires.frames(film, 28, how), [Layout(1, 5)]),
-            list(unires.frames(film, 28, how)),
-        )
+        grids = list(unires.frames(film, 28, how))
+        want = model.encode_images(torch.stack(grids), [Layout(1, 5)])
         for batch in (1, 2, 5, 64):
             parts = list(longva.encode_video(model, iter(grids), batch))
             assert [len(part) for part in parts[:-1]] == [4 * batch] * (len(parts) - 1)
@@ -388,35 +386,10 @@ def test_fresh_depends_on_the_seed_alone(make):
             assert not torch.equal(tensor, other[name]), name
 
 
-def test_fill_from_is_strict():
-    model = longva_model()
-    good, name = tensors(model), "model.layers.1.mlp.up_proj.weight"
-    weights.fill_from(model, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}.items())
-    cases = [
-        ({k: v for k, v in good.items() if k != name}, f"1 missing: {name}"),
-        ({**good, "model.norm.bias": torch.ones(36)}, "1 not expected: model.norm.bias"),
-        ({**good, name: good[name].T}, rf"{name} is \[36, 40\], expected \[40, 36\]"),
-    ]
-    for found, message in cases:
-        with pytest.raises(ValueError, match=message):
-            weights.fill_from(model, found.items())
-    with pytest.raises(ValueError, match=r"1 missing: lm_head.weight"):  # a head that is not tied must be in the file
-        weights.fill_from(model, [(k, v) for k, v in good.items() if k != "lm_head.weight"])
+def test_a_tied_head_may_be_in_the_file():
     tied = lm()
     weights.fill_from(tied, {**tensors(tied), "lm_head.weight": torch.ones(50, 36)}.items())
     assert not (tied.lm_head.weight == 1).all()
-
-
-@pytest.mark.parametrize("prefix", ["", "vision_model."])
-def test_the_tower_of_a_clip_folder(tmp_path, prefix):
-    model, eye = longva_model(), vary(longva_model().tower, seed=9)
-    rest = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1)}
-    rest |= {"visual_projection.weight": torch.ones(2, 2), f"{prefix}embeddings.position_ids": torch.arange(17)}
-    weights.write(tmp_path, {**{prefix + k: v for k, v in tensors(eye).items()}, **rest}.items(), vars(EYE))
-    weights.fill_from(model, weights.read_tower(tmp_path), only=lambda name: name.startswith(weights.TOWER))
-    want = tensors(longva_model()) | {weights.TOWER + name: tensor for name, tensor in tensors(eye).items()}
-    for name, p in model.named_parameters():
-        assert torch.equal(p, want[name]), name
 
 
 def saved(folder, model, **rest):
@@ -455,46 +428,6 @@ def test_transformers_loads_our_folder_and_we_theirs(hf, tmp_path, name, bias):
     assert_close(theirs(ids).logits, want, atol=1e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "back")
     assert_close(scores(longva.load(tmp_path / "back"), ids), want, atol=1e-6, rtol=0)
-
-
-RELEASED = {
-    "architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen", "hidden_act": "silu", "hidden_size": 3584,
-    "intermediate_size": 18944, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06, "rope_theta": 1e9, "vocab_size": 152064, "tie_word_embeddings": False,
-    "max_position_embeddings": 32768, "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672]],
-    "image_crop_resolution": None, "mm_hidden_size": 1024, "mm_patch_merge_type": "unires", "mm_projector_lr": None,
-    "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_spatial_pool_mode": "average",
-    "mm_spatial_pool_stride": 2, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "use_sliding_window": False, "torch_dtype": "bfloat16",
-}  # fmt: skip
-
-
-def test_released_config_and_the_names_and_number_of_its_tensors(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
-    config = longva.read_config(tmp_path)
-    assert config == LongVAConfig(LMConfig(rope_theta=1e9)) and (config.scheme, config.rule) == ("unires", "canvas")
-    baseline = LongVAConfig.from_dict({**RELEASED, "mm_patch_merge_type": "spatial_unpad"})
-    assert (baseline.scheme, baseline.rule) == ("anyres", "anyres")
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in LongVA(config).named_parameters()}
-        blind = sum(p.numel() for p in longva.LM(config.lm).parameters())
-        newline = dict(LongVA(baseline).named_parameters()).keys() - shapes
-    assert newline == {"model.image_newline"}
-    assert blind == 7_615_616_512
-    assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == 7_935_646_208
-    eye = {name for name in shapes if name.startswith("model.vision_tower.vision_tower.vision_model.")}
-    projector = {name: shape for name, shape in shapes.items() if name.startswith("model.mm_projector.")}
-    assert len(shapes) == 734 and len(eye) == 391
-    assert projector == {
-        "model.mm_projector.0.weight": (3584, 1024), "model.mm_projector.0.bias": (3584,),
-        "model.mm_projector.2.weight": (3584, 3584), "model.mm_projector.2.bias": (3584,),
-    }  # fmt: skip
-    layers = {n: shape for n, shape in shapes.items() if n.startswith("model.layers.")}
-    assert len(layers) == 28 * 12 and layers["model.layers.27.self_attn.k_proj.bias"] == (512,)
-    assert layers["model.layers.0.mlp.down_proj.weight"] == (3584, 18944)
-    outside = shapes.keys() - layers - eye - projector.keys()
-    assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in eye
 
 
 # ---- 6 answering ---------------------------------------------------------------------------------
@@ -662,22 +595,16 @@ def test_the_commands_of_the_docstring_mean_what_they_say():
         assert len(cfg.image) + bool(cfg.video) == 1 and cfg.question in words
 
 
-def test_placeholders_may_touch(folder, capsys):
-    files = tuple(folder / "frames" / f"{i}.png" for i in (2, 0))
-    asking(folder, question="<image><image> What?", image=files)
-    assert capsys.readouterr().out.strip()
-
-
 def test_asks_about_pictures(folder, capsys):
     files = [folder / "frames" / f"{i}.png" for i in (2, 0)]
-    asking(folder, question="what is\nthere?", image=tuple(files))
+    asking(folder, question="<image><image>what is\nthere?", image=tuple(files))
     shown = [unires.preprocess(Image.open(file), 28, "canvas") for file in files]
 
     def seen(model):
         return torch.cat([slowly(model, pixels, how) for pixels, how in shown])
 
     lengths = [4 * how.rows * how.cols for _, how in shown]
-    assert capsys.readouterr().out == expected(folder, "what is\nthere?", seen, lengths)
+    assert capsys.readouterr().out == expected(folder, "<image><image>what is\nthere?", seen, lengths)
 
 
 @pytest.mark.parametrize("film", ["frames", "film.mp4"])
@@ -753,15 +680,8 @@ def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsy
     typed = "and then?\nwhy?\n"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "longva.py"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *words],
-        input=typed,
-        env=alone,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    how = {"input": typed, "env": alone, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, *torchrun, *words], **how)
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     longva.main(flags.parse(longva.Config, argv=words))
