@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -72,41 +73,39 @@ def worst(got, want):
     return max(((g.double() - w).abs().max() / w.abs().max().clamp(min=1)).item() for g, w in zip(got, want))
 
 
+def on_the_ring(world, kernel, q_k_v_do, starts=None):
+    """o, dq, dk, dv of the ring, put together again, whole on every rank."""
+    idx_T = ring.zigzag_index(q_k_v_do[0].shape[1], world)
+    attend = partial(ring.zigzag_attend(world, kernel, starts), 0)
+    return [ranks.unshard(x, world) for x in with_gradients(attend, *(x[:, idx_T] for x in q_k_v_do))]
+
+
+BOUNDS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+
+
 def check_attention(world, out):
-    for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
-        for kernel in ["math", "cpu"]:
-            for shape in [c for c in CASES if c[0] % (2 * world.ranks) == 0]:
-                q, k, v, do = case(*shape, dtype)
-                idx_T = ring.zigzag_index(shape[0], world)
-                local = (x[:, idx_T] for x in (q, k, v, do))
-                mine = with_gradients(partial(ring.zigzag_attend(world, kernel), 0), *local)
-                whole = [ranks.unshard(x, world) for x in mine]
-                assert whole[0].dtype == dtype
-                want = oracle(q, k, v, do)
-                error = worst(whole, want)
-                # fp32 cannot hold logits of hundreds to 1e-5; there, torch's own attention is the measure
-                rounding = worst(with_gradients(sdpa, q, k, v, do), want) if dtype == torch.float32 else 0
-                assert error <= max(bound, 2 * rounding), (dtype, kernel, shape, error)
+    shapes = [c for c in CASES if c[0] % (2 * world.ranks) == 0]
+    for (dtype, bound), kernel, shape in product(BOUNDS, ["math", "cpu"], shapes):
+        given = case(*shape, dtype)
+        whole, want = on_the_ring(world, kernel, given), oracle(*given)
+        assert whole[0].dtype == dtype
+        # fp32 cannot hold logits of hundreds to 1e-5; there, torch's own attention is the measure
+        rounding = worst(with_gradients(sdpa, *given), want) if dtype == torch.float32 else 0
+        assert worst(whole, want) <= max(bound, 2 * rounding), (dtype, kernel, shape)
 
 
 def check_documents(world, out):
     """Documents of one token, of many chunks, ending where chunks end and elsewhere, other ones in each row."""
-    S = 48
     cases = [
         [[0], [0, 1, 2, 47]],
         [[0, 24], [0, 6, 12, 18, 24, 30, 36, 42]],
         [[0, 5, 40, 44], [0, 23, 25]],
         [[0, 8, 16, 32, 40], [0, 11, 13, 14, 37]],
     ]
-    for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
-        for kernel in ["math", "cpu"]:
-            for starts in cases:
-                q, k, v, do = case(S, 4, 2, 13, 1, dtype)
-                idx_T = ring.zigzag_index(S, world)
-                local = (x[:, idx_T] for x in (q, k, v, do))
-                mine = with_gradients(partial(ring.zigzag_attend(world, kernel, starts), 0), *local)
-                want = with_gradients(partial(dense, starts=starts), *(x.double() for x in (q, k, v, do)))
-                assert worst([ranks.unshard(x, world) for x in mine], want) <= bound, (dtype, kernel, starts)
+    for (dtype, bound), kernel, starts in product(BOUNDS, ["math", "cpu"], cases):
+        given = case(48, 4, 2, 13, 1, dtype)
+        want = with_gradients(partial(dense, starts=starts), *(x.double() for x in given))
+        assert worst(on_the_ring(world, kernel, given, starts), want) <= bound, (dtype, kernel, starts)
 
 
 def check_documents_cost_what_they_see(world, out):
@@ -147,12 +146,8 @@ def check_packed_documents(world, out):
 
 def check_bf16(world, out):
     """Partial results are not rounded to bf16 on the way: mean errors stay near those of one process."""
-    q, k, v, do = case(48, 4, 2, 16, 1, torch.bfloat16)
-    want = oracle(q, k, v, do)
-    idx_T = ring.zigzag_index(48, world)
-    local = (x[:, idx_T] for x in (q, k, v, do))
-    ours = [ranks.unshard(x, world) for x in with_gradients(partial(ring.zigzag_attend(world, "math"), 0), *local)]
-    alone = with_gradients(partial(ring.zigzag_attend(ALONE, "math"), 0), q, k, v, do)
+    given = case(48, 4, 2, 16, 1, torch.bfloat16)
+    ours, alone, want = on_the_ring(world, "math", given), on_the_ring(ALONE, "math", given), oracle(*given)
     # Each block leaves its kernel rounded, hence more than 1; rounding the sums too gives o and dq over 1.44 at R > 2.
     for got, one, exact, bound in zip(ours, alone, want, (1.4, 1.4, 1.6, 1.6)):
         ratio = (got - exact).abs().mean() / (one - exact).abs().mean()
@@ -381,33 +376,6 @@ def check_full_cache(world, out):
         next(cache.pieces(1, 8))
 
 
-@torch.no_grad()
-def say_ten(model, x, cache, chunk):
-    """Read a prompt and say ten greedy tokens through a cache, as longva.prefill does; the tokens and all their scores."""
-    said, scores = [], []
-    for _ in range(10):
-        for here, idx in cache.pieces(x.shape[1], chunk):
-            h = model.model(x[:, here][:, idx], cache.length + idx, cache.attend)
-        scores.append(model.logits(h[:, -1]))
-        said.append(scores[-1].argmax().item())
-        x = model.embed(torch.tensor([said[-1:]]))
-    return said, torch.cat(scores)
-
-
-def check_answer(world, out):
-    """A small language model says the same with its cache on one rank and on several."""
-    torch.manual_seed(0)
-    config = LMConfig(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)  # fmt: skip
-    model = longva.LM(config).double().requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.normal_(0, 0.1 if "embed" in name else 1 if p.ndim > 1 else 0.5)  # so that it says more than one thing
-    x = model.embed(torch.randint(0, 97, (1, 203)))
-    said, scores = say_ten(model, x, longva.KVCache(config, 1, 220, x), 50)
-    ours, our_scores = say_ten(model, x, ring.ShardedCache(config, 1, 220, x, world), 50)
-    assert ours == said and len(set(said)) > 3
-    assert_close(our_scores, scores, rtol=0, atol=1e-5)  # scores are fp32
-
-
 CHECKS = [
     check_index,
     check_mean,
@@ -419,7 +387,6 @@ CHECKS = [
     check_traffic,
     check_cache,
     check_full_cache,
-    check_answer,
     check_sharded_gradients,
     check_resume,
 ]
@@ -445,7 +412,6 @@ def test_one_process(tmp_path):
         check_cache(ALONE, tmp_path)
     assert not lies
     check_full_cache(ALONE, tmp_path)
-    check_answer(ALONE, tmp_path)
     try:
         check_sharded_gradients(ALONE, tmp_path)
         check_resume(ALONE, tmp_path)
@@ -547,14 +513,6 @@ def test_gpu_kernels_agree(kernel, causal, S, dtype, bound):
     slow = ring.block_attention_backward(*(x.double() for x in (do, q, k, v, o, lse)), causal, "math")
     fast = ring.block_attention_backward(do, q, k, v, o.to(dtype), lse.float(), causal, kernel)
     assert worst(fast, slow) <= 2 * bound
-
-
-def test_math_is_right():
-    for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
-        q, k, v, do = case(20, 6, 3, 5, 1, dtype)
-        attend = ring.zigzag_attend(ALONE, "math")
-        got = with_gradients(partial(attend, 0), q, k, v, do)
-        assert worst(got, oracle(q, k, v, do)) <= bound
 
 
 def save_two_steps(world, out):
