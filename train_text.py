@@ -337,7 +337,7 @@ TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the 
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
     "held_out": "synthetic", "eval_needles": 4,
 }  # fmt: skip
-LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e6}
+LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e7}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4}
 EXTEND = {
     "steps": 160,

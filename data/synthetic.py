@@ -183,7 +183,7 @@ def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Piece
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
     lines = [niah.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
-    asked = max(1, min(len(cities), tokens // 80))
+    asked = max(1, min(len(cities), tokens // 45))
     story = mix(rng, lines, tokens - (14 + digits) * len(cities) - (25 + digits) * asked - 25)
     pieces: Pieces = [(niah.PREFIX + story, False)]
     for turn, i in enumerate(rng.permutation(len(cities))[:asked]):
@@ -464,16 +464,18 @@ def captioned(seed: int, index: int) -> tuple[list[Image.Image], list[tuple[str,
 def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
     """A picture of up to `most` grids and a conversation about numbers and colours in it.
 
-    Some things stand there twice, with a number and without, as in a film; then only the number is asked for.
+    Up to three things stand there many times, once with a number and else without, as in a film; of these only the
+    number is asked for. With one copy at most, a model looks at the wrong one of the ten in a film of 1,024 frames.
     """
     rng = np.random.default_rng([0x5F7, seed, index])
     rows, cols = grids_of(rng, most)
     shown = draw_objects(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
     numbered = {thing for thing, _, number in shown if number is not None}
+    free = rows * cols - len(shown)
     repeatable = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
-    free = min(rows * cols - len(shown), rows * cols // 6)
-    repeated = set(map(str, rng.permutation(repeatable)[: rng.integers(free + 1)]))
-    without_number = [(thing, str(rng.choice(list(COLOURS))), None) for thing in sorted(repeated)]
+    repeated = list(map(str, rng.permutation(repeatable)[: rng.integers(1, 4)]))
+    copies = [str(rng.choice(repeated)) for _ in range(rng.integers(free + 1))] if repeated else []
+    without_number = [(thing, str(rng.choice(list(COLOURS))), None) for thing in copies]
     turns = []
     for i in rng.permutation(len(shown)):
         thing, colour, number = shown[i]
