@@ -40,22 +40,70 @@ def tokens_per_grid(patches: int) -> int:
     return (patches // 2) ** 2
 
 
+# ---- every value is checked once, by the dataclass that holds it ----------------------------------
+
+
+def check_fields(config: object) -> None:
+    """Raise ValueError where a field of a dataclass has another type than its annotation, or an impossible value.
+
+    Whole numbers are sizes: 1 to 2**24, unless the field's metadata say otherwise (`least`, `most`). Other numbers are
+    finite and above 0. JSON has NaN, and Python takes True for 1: both would be computed with, and answer nonsense.
+    """
+    for f in fields(config):
+        value, kind = getattr(config, f.name), getattr(f.type, "__name__", str(f.type))
+        least, most = f.metadata.get("least", 1), f.metadata.get("most", 2**24)
+        if value is None and "None" in kind:
+            continue
+        if kind.startswith("int"):
+            fits, expected = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
+        elif kind.startswith("float"):
+            fits = type(value) in (int, float) and 0 < value < math.inf
+            expected = "a finite number above 0"
+        elif kind.startswith("bool"):
+            fits, expected = type(value) is bool, "true or false"
+        else:
+            continue
+        if not fits:
+            raise ValueError(f"{f.name} is {short(value)}; check the config, {expected} is expected")
+
+
+def short(value: object) -> str:
+    """Return a value for an error message, on one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+RAW_TYPES = {  # of config.json, before it is understood
+    "model_type": str, "hidden_act": str, "vision_config": dict, "rope_parameters": dict, "mm_vision_tower": str,
+    "mm_patch_merge_type": str, "image_grid_pinpoints": list, "sliding_window": int, "grid_rule": str,
+}  # fmt: skip
+
+
+def check_raw(raw: dict) -> None:
+    """Raise ValueError where config.json has a value of another type than it must have."""
+    for name, kind in RAW_TYPES.items():
+        if raw.get(name) is not None and not isinstance(raw[name], kind):
+            expected = {str: "text", dict: "a dictionary", list: "a list", int: "a whole number"}[kind]
+            raise ValueError(f"config.json's {name} is {short(raw[name])}; {expected} is expected")
+
+
 @dataclass(frozen=True)
 class ClipConfig:
     """Sizes of the tower, under the names of Hugging Face's config.json; the defaults are ViT-L/14-336's."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
-    num_hidden_layers: int = 24
+    num_hidden_layers: int = field(default=24, metadata={"most": 1000})
     num_attention_heads: int = 16
     patch_size: int = 14  # pixels
     image_size: int = 336  # pixels
     layer_norm_eps: float = 1e-5
-    select_layer: int = -2  # which hidden state `forward` returns: 0 enters block 0, -1 leaves the last block
+    select_layer: int = field(
+        default=-2, metadata={"least": -1000}
+    )  # which hidden state `forward` returns: 0 enters block 0, -1 leaves the last block
 
     def __post_init__(self):
-        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.patch_size) < 1:
-            raise ValueError(f"a vision tower needs sizes of at least 1; check the vision config: {self}")
+        check_fields(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"a vision width of {self.hidden_size} cannot be divided among {self.num_attention_heads} "
@@ -78,6 +126,7 @@ class ClipConfig:
 
         Raises ValueError for a missing size or for a tower that this file does not compute.
         """
+        check_raw(raw)
         raw = raw.get("vision_config", raw)
         if (act := raw.get("hidden_act", "quick_gelu")) != "quick_gelu":
             raise ValueError(f"the vision tower uses the activation {act!r}, but only quick_gelu is built")
@@ -135,13 +184,9 @@ class RopeScaling:
         kinds = ("linear", "dynamic", "yarn", "llama3")
         if self.rope_type not in kinds:
             raise ValueError(f"there is no RoPE scaling {self.rope_type!r} here, but {', '.join(kinds)}")
-        for f in fields(self)[1:]:
-            value = getattr(self, f.name)
-            fits = type(value) in (int, float) and (value >= 1 if f.name == "factor" else 0 < value < math.inf)
-            if not fits and type(value) is not bool and not (f.name == "attention_factor" and value is None):
-                raise ValueError(
-                    f"the RoPE scaling's {f.name} is {value!r}; a positive number is expected, factor from 1"
-                )
+        check_fields(self)
+        if self.factor < 1:
+            raise ValueError(f"the RoPE scaling's factor is {self.factor}; at least 1 is expected")
 
     @classmethod
     def from_dict(cls, raw: dict) -> "RopeScaling | None":
@@ -240,7 +285,7 @@ class LMConfig:
     vocab_size: int = 152064
     hidden_size: int = 3584
     intermediate_size: int = 18944
-    num_hidden_layers: int = 28
+    num_hidden_layers: int = field(default=28, metadata={"most": 1000})
     num_attention_heads: int = 28
     num_key_value_heads: int = 4
     head_dim: int | None = None  # hidden_size / num_attention_heads
@@ -252,9 +297,7 @@ class LMConfig:
     rope_scaling: RopeScaling | None = None  # plain RoPE
 
     def __post_init__(self):
-        for name in SIZES:
-            if type(size := getattr(self, name)) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}; check config.json, a whole number of at least 1 is expected")
+        check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value "
@@ -274,6 +317,7 @@ class LMConfig:
 
         Raises ValueError for a missing size, another architecture, and what this decoder does not compute.
         """
+        check_raw(raw)
         kind = raw.get("model_type", "qwen2")
         family = FAMILIES.get(kind)
         if family is None:
@@ -334,6 +378,7 @@ class LongVAConfig:
 
         Raises ValueError as LMConfig's does, and for towers, projectors and ways to cut pictures not supported here.
         """
+        check_raw(raw)
         check_vision_supported(raw)
         vision = raw.get("vision_config") or asdict(ClipConfig())
         if "mm_vision_select_layer" in raw:

@@ -128,7 +128,7 @@ def test_config_from_whole_clip_or_tower():
     ({"num_attention_heads": 5}, "32 cannot be divided among 5 heads"),
     ({"image_size": 30}, "30 pixels is no whole number of 8-pixel patches"),
     ({"select_layer": -5}, "select_layer -5 does not exist"),
-    ({"patch_size": 0}, "at least 1"),
+    ({"patch_size": 0}, "a whole number from 1"),
 ])  # fmt: skip
 def test_config_errors(change, message):
     with pytest.raises(ValueError, match=message):

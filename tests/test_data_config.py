@@ -1,6 +1,7 @@
 """What the config files of the folders people have are read as, what is refused, and how folders want to answer."""
 
 import json
+import math
 import re
 from dataclasses import asdict
 
@@ -361,3 +362,29 @@ def test_draws_follow_the_odds_and_the_seed():
     torch.testing.assert_close(share, odds_of_all(logits, [], how), atol=0.03, rtol=0)
     again = torch.Generator().manual_seed(0)
     assert [sample(logits, [], how, again) for _ in range(50)] == draws[:50].tolist()
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"rope_theta": math.nan}, "rope_theta is nan"), ({"rope_theta": 0}, "rope_theta is 0"),
+    ({"rope_theta": -5}, "rope_theta is -5"), ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"), ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+    ({"head_dim": "32"}, "head_dim is '32'"), ({"head_dim": -2}, "head_dim is -2"), ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"), ({"hidden_size": True}, "hidden_size is True"),
+    ({"model_type": []}, r"model_type is \[\]; text is expected"), ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"), ({"vocab_size": "9" * 10**6}, "vocab_size is '999"),
+])  # fmt: skip
+def test_impossible_values_are_refused_in_a_short_sentence(tmp_path, change, complaint):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | change))
+    with pytest.raises(ValueError, match=complaint) as error:
+        c.read_config(tmp_path)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("change", [
+    {"image_grid_pinpoints": 5}, {"mm_vision_tower": 5}, {"vision_config": [3]}, {"mm_patch_merge_type": 3},
+    {"mm_vision_select_layer": "-2"}, {"vision_config": {"hidden_size": "1024"}},
+])  # fmt: skip
+def test_a_longva_config_with_values_of_other_types(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps(LONGVA | change))
+    with pytest.raises(ValueError, match=r"expected|lacks"):
+        c.read_config(tmp_path)

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import results, runs
+from data import runs
 from data.flags import at_least, run, setting
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def train_and_test(cfg: Config, length: int) -> dict[str, int]:
     seed = ["--seed", cfg.seed]
     if not (out / "text/model").exists():
         base = ["--preset", preset, "--weights", cfg.base.absolute()]
-        call("train_text.py", *base, *shape, *seed, "--expected", "--out", out / "text")
+        call("train_text.py", *base, *shape, *seed, "--out", out / "text")
     if not (out / "align/model").exists():
         start = ["--weights", out / "text/model", "--tower", cfg.tower.absolute()]
         call("train_vision.py", "--stage", "align", *start, *seed, "--out", out / "align")
@@ -83,16 +83,15 @@ def train_and_test(cfg: Config, length: int) -> dict[str, int]:
     call("vniah.py", "--weights", out / "sft/model", *same, "--frames", *films, "--out", out / "vniah")
     text = ["--context", *texts, "--distractor-counts", 5]
     call("vniah.py", "text", "--weights", out / "text/model", *same, *text, "--out", out / "vniah-text")
-    return {
-        "film": longest(out / "vniah", films) * TOKENS_PER_FRAME,
-        "text": longest(out / "vniah-text", texts),
-    }
+    return {"film": longest(out / "vniah", films) * TOKENS_PER_FRAME, "text": longest(out / "vniah-text", texts)}
 
 
 def draw(chains: dict[str, dict[str, dict[str, int]]]) -> None:
     """Draw every chain's points, their medians, and the line where film and trained text are equally long."""
-    plt = results.pyplot()
-    figure, axes = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+    axes = figure.subplots()
     axes.plot(LENGTHS, LENGTHS, ":", color="0.5", label="as long as the texts trained on")
     for kind, label, colour, shift in (("film", "film", "tab:blue", 0.97), ("text", "text", "tab:orange", 1.03)):
         values = [[chain[str(n)][kind] for chain in chains.values() if str(n) in chain] for n in LENGTHS]
@@ -102,14 +101,16 @@ def draw(chains: dict[str, dict[str, dict[str, int]]]) -> None:
         for n, some in zip(LENGTHS, values):
             axes.plot([n * shift] * len(some), some, "_", color=colour, markersize=9)
     axes.set(
-        xscale="log", yscale="log", xticks=LENGTHS, xticklabels=[f"{n:,}" for n in LENGTHS],
-        xlabel="tokens of the texts trained on", ylabel=f"tokens in which {FOUND:.0%} of needles are found",
-    )  # fmt: skip
-    axes.set_yticks(LENGTHS + (8192,), [f"{n:,}" for n in LENGTHS + (8192,)])
+        xscale="log",
+        yscale="log",
+        xlabel="tokens of the texts trained on",
+        ylabel=f"tokens in which {FOUND:.0%} of needles are found",
+    )
+    axes.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
+    axes.set_yticks((*LENGTHS, 8192), [f"{n:,}" for n in (*LENGTHS, 8192)])
     axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(PICTURE, dpi=150)
-    plt.close(figure)
 
 
 def main(cfg: Config) -> None:
