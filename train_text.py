@@ -139,9 +139,6 @@ def train(cfg: "Config") -> None:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7. Export
-    if world.rank == 0 and cfg.held_out:
-        last = runs.last_line(cfg.out, evaluate.LOG)
-        runs.print_verdict(last["held_out_loss"], last["needles_found"], cfg.expected)
     export(cfg, config, model, world)
     ring.stop()
 

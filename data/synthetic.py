@@ -382,8 +382,8 @@ def draw_objects(rng: np.random.Generator, count: int, bare: float = 0.2) -> lis
 # ---- film and needles ----------------------------------------------------------------------------
 
 
-def film(seed: int) -> Iterator[Image.Image]:
-    """An endless film of scenes: backgrounds that change into each other, and now and then a thing, never a number."""
+def film_with_things(seed: int) -> Iterator[tuple[Image.Image, str | None]]:
+    """As `film`: (frame, the thing that it shows or None)."""
     rng = np.random.default_rng([0xF11, seed])
     while True:
         length = int(rng.integers(4, 25))
@@ -391,9 +391,15 @@ def film(seed: int) -> Iterator[Image.Image]:
         moving_object = draw_objects(rng, 1, bare=1.0)[0] if rng.random() < 0.5 else None
         for t in range(length):
             frame_YXC = start_YXC + (end_YXC - start_YXC) * (t / length)
-            if moving_object and rng.random() < 0.3:
+            is_shown = moving_object is not None and rng.random() < 0.3
+            if is_shown:
                 draw_object(rng, frame_YXC, 0, 0, *moving_object)
-            yield to_image(frame_YXC)
+            yield to_image(frame_YXC), moving_object[0] if is_shown else None
+
+
+def film(seed: int) -> Iterator[Image.Image]:
+    """An endless film of scenes: backgrounds that change into each other, and now and then a thing, never a number."""
+    return (frame for frame, _ in film_with_things(seed))
 
 
 def draw_needles(seed: int, count: int, distractors: int = 0) -> tuple[list[niah.Needle], list[niah.Needle]]:
