@@ -40,7 +40,7 @@ def tokens_per_grid(patches: int) -> int:
     return (patches // 2) ** 2
 
 
-# ---- every value is checked once, by the dataclass that holds it ----------------------------------
+# ---- every value is checked once, by the dataclass that holds it ---------------------------------
 
 
 def check_fields(config: object) -> None:
