@@ -1,0 +1,73 @@
+"""The miniature's studies: the transfer curve's commands and reading, and where a model looks."""
+
+import importlib
+import json
+
+import pytest
+from PIL import Image
+
+from data import flags, runs
+from data.tiny import attention, transfer
+
+
+def results(folder, rates):
+    """A results.json with ten needles at each length, of which so many tenths are found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [
+        {"length": length, "probes": {f"n{i}": {"hit": i < tenths} for i in range(10)}}
+        for length, tenths in rates.items()
+    ]
+    (folder / "results.json").write_text(json.dumps({"cells": cells}))
+
+
+@pytest.mark.parametrize("rates, longest", [
+    ({8: 10, 16: 9, 32: 8}, 16), ({8: 8, 16: 10, 32: 10}, 0), ({8: 9, 16: 8, 32: 10}, 8), ({8: 10, 16: 10, 32: 10}, 32),
+])  # fmt: skip
+def test_the_longest_length_is_the_last_before_the_first_miss(tmp_path, rates, longest):
+    results(tmp_path, rates)
+    assert transfer.longest(tmp_path, (8, 16, 32)) == longest
+
+
+def test_a_chain_is_made_of_commands_that_parse_and_its_picture_is_drawn(tmp_path, monkeypatch):
+    asked = []
+
+    def call(script, *words):
+        module = importlib.import_module(script.removesuffix(".py"))
+        cfg = flags.parse(module.Config, module.PRESETS, "tiny", [str(word) for word in words])
+        asked.append((script, cfg))
+        if script == "vniah.py":
+            lengths = cfg.frames if cfg.task == "vision" else cfg.context
+            results(cfg.out, dict.fromkeys(lengths, 10))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transfer, "call", call)
+    monkeypatch.setattr(transfer, "FILE", tmp_path / "transfer.json")
+    monkeypatch.setattr(transfer, "PICTURE", tmp_path / "transfer.png")
+    transfer.main(transfer.Config(seed=3))
+    chain = json.loads((tmp_path / "transfer.json").read_text())["3"]
+    assert chain["2048"] == {"film": 8192, "text": 8192} and chain["256"] == {"film": 1024, "text": 1024}
+    texts = [cfg for script, cfg in asked if script == "train_text.py"]
+    assert [cfg.seq_len for cfg in texts] == [256, 512, 1024, 2048, 4096]
+    assert {cfg.seq_len * cfg.batch * cfg.grad_accumulation for cfg in texts} == {8192}
+    assert {cfg.steps for cfg in texts} == {texts[0].steps} and {cfg.seed for _, cfg in asked[:3]} == {3}
+    assert Image.open(tmp_path / "transfer.png").size == (780, 570)
+
+
+def test_attention_is_shared_out_over_the_film(tmp_path, capsys):
+    attention.main(attention.Config(frames=(8, 24), needle_count=3, out=tmp_path))
+    lines = json.loads((tmp_path / "attention.json").read_text())
+    assert len(lines) == 2 * 3 * 5
+    assert all(0 <= sum(line["attention"]) <= 1.001 for line in lines)
+    hits = [line for line in lines if line["hit"]]
+    assert len(hits) > 25 and min(line["attention"][0] for line in hits) > 0.3  # it looks at the needle
+    assert {line["said"] for line in hits} == {"the needle's"}
+    assert "found" in capsys.readouterr().out and (tmp_path / "attention.png").exists()
+
+
+def test_both_studies_refuse_what_makes_no_sense(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "FILE", tmp_path / "none.json")
+    with pytest.raises(ValueError, match="is not there yet"):
+        transfer.main(transfer.Config(draw=True))
+    with pytest.raises(ValueError, match="--needle-count 0"):
+        attention.Config(needle_count=0)
+    assert runs.TINY.is_dir()
