@@ -319,7 +319,7 @@ class Config:
     offload_activations: bool = setting(True, "offload checkpointed activations to CPU memory (release: train.py)")
     offload: bool = setting(True, "keep parameters and optimizer in CPU memory (Sec. 3.1)")
     mlp_tile: int = setting(0, "tokens per pass of the MLP, to save memory; 0: all (ours)", hidden=True)
-    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn"] = setting("auto", "attention kernel (ours)")
+    kernel: Literal["auto", "math", "cpu", "cuda", "cudnn", "flash_attn"] = setting("auto", "attention kernel (ours)")
     peak_tflop: float = setting(312.0, "peak bf16 TFLOP/s of a GPU, for mfu; H100: 989 (Sec. 3.1: A100)", hidden=True)
 
     def __post_init__(self):

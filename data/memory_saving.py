@@ -1,7 +1,7 @@
 """The same in less memory: recomputed and offloaded activations, attention and loss without all their logits.
 
 What      `recompute`: activation checkpointing. `nll`: head and cross-entropy over a chunk of positions at a time.
-          `FAST_KERNELS`: FlashAttention forward and backward, on a CPU, a GPU and by cuDNN.
+          `FAST_KERNELS`: FlashAttention forward and backward, on a CPU, a GPU, by cuDNN and by the package flash-attn.
           `ActivationOffload`: what each layer of one forward pass saves. On CUDA the copies run on a second stream,
           beside the computation, and the GPU holds what two layers saved, not all of them. `GradientSums`: gradients
           of offloaded parameters, summed over the micro-batches of a step.
@@ -171,10 +171,30 @@ def cudnn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  #
     return swap_axes(*torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*given, *rng_state, *rest))
 
 
+def flash_attn_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """The flash-attn package, 2.7 or newer: FlashAttention-2 in bf16 or fp16, K at most 256."""
+    from flash_attn import flash_attn_func  # builds on CUDA machines only
+
+    return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, causal=causal, return_attn_probs=True)[:2]
+
+
+def flash_attn_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
+    """Gradients of flash_attn_forward, by the package's inner function: the public one knows no other o and lse."""
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    given = [x.contiguous() for x in (do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT)]
+    grads = tuple(torch.empty_like(x) for x in given[1:4])  # filled in place
+    plain = {"dropout_p": 0.0, "softmax_scale": q_BTHK.shape[-1] ** -0.5, "softcap": 0.0, "alibi_slopes": None}
+    window = {"causal": causal, "window_size_left": -1, "window_size_right": -1}
+    _flash_attn_backward(*given, *grads, **plain, **window, deterministic=torch.are_deterministic_algorithms_enabled())
+    return grads
+
+
 FAST_KERNELS = {
     "cpu": (cpu_forward, cpu_backward),
     "cuda": (cuda_forward, cuda_backward),
     "cudnn": (cudnn_forward, cudnn_backward),
+    "flash_attn": (flash_attn_forward, flash_attn_backward),
 }
 
 
@@ -200,7 +220,7 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, separate
     """Raise ValueError, one sentence, if `kernel` cannot run with these; "auto" and "math" take everything."""
     if kernel == "cpu" and device.type == "cuda":
         raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
-    if kernel not in ("cuda", "cudnn"):
+    if kernel not in ("cuda", "cudnn", "flash_attn"):
         return
     if device.type == "cpu":
         raise ValueError(f"--kernel {kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")

@@ -193,7 +193,8 @@ def usable_kernels(kit: Kit) -> list[str]:
     """Of ring.KERNELS, those that this machine can run in bf16."""
     if kit.dry:
         return ["cpu"]
-    return ["cuda"] + ["cudnn"] * (torch.cuda.get_device_capability() >= (9, 0))
+    found = ["cuda"] + ["cudnn"] * (torch.cuda.get_device_capability() >= (9, 0))
+    return found + ["flash_attn"] * (find_spec("flash_attn") is not None)
 
 
 # ---- 1 kernels -----------------------------------------------------------------------------------

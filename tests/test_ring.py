@@ -2,9 +2,11 @@
 
 import json
 import math
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -473,7 +475,7 @@ def test_kernels_agree(dtype, bound, causal, S):
     assert worst(fast, [x.double() for x in slow]) <= 2 * bound
 
 
-@pytest.mark.parametrize("kernel", ["cuda", "cudnn"])
+@pytest.mark.parametrize("kernel", ["cuda", "cudnn", "flash_attn"])
 def test_cuda_kernel_signatures(monkeypatch, kernel):
     """Shapes and dtypes of the CUDA kernels without a GPU: only torch's own account of its operators is asked."""
     with FakeTensorMode():
@@ -498,7 +500,7 @@ def missing(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @pytest.mark.parametrize("causal, S", [(True, 128), (False, 128), (False, 64)])
-@pytest.mark.parametrize("kernel", ["cuda", "cudnn"])
+@pytest.mark.parametrize("kernel", ["cuda", "cudnn", "flash_attn"])
 def test_gpu_kernels_agree(kernel, causal, S, dtype, bound):
     """On a GPU: each kernel equals math in fp64, also backward from the o and lse of more keys than the block's."""
     if why := missing(kernel):
@@ -547,3 +549,30 @@ def fails(world):
 def test_a_failing_rank_fails_the_test():
     with pytest.raises(Exception, match="the reason"):
         ranks.run(2, [fails])
+
+
+def test_flash_attn_is_called_as_its_package_wants(monkeypatch):
+    """A stand-in with the package's signatures (2.7 to 2.8, all arguments given by name) that computes by math."""
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                        alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip
+        assert return_attn_probs
+        return *ring.math_forward(q, k, v, causal), None
+
+    def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+                             window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+                             rng_state=None):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
+        assert softmax_scale == q.shape[-1] ** -0.5 and all(
+            x.is_contiguous() for x in (dout, q, k, v, out, softmax_lse)
+        )
+        for to, x in zip((dq, dk, dv), ring.math_backward(dout, q, k, v, out, softmax_lse, causal)):
+            to.copy_(x)
+
+    package, inner = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    package.flash_attn_func, inner._flash_attn_backward = flash_attn_func, _flash_attn_backward
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", inner)
+    q, k, v, do = case(20, 6, 3, 5, 1, torch.float64)
+    got = with_gradients(partial(ring.zigzag_attend(ALONE, "flash_attn"), 0), q, k, v, do)
+    assert worst(got, oracle(q, k, v, do)) <= 1e-12
