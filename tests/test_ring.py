@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -475,7 +476,7 @@ def test_kernels_agree(dtype, bound, causal, S):
     assert worst(fast, [x.double() for x in slow]) <= 2 * bound
 
 
-@pytest.mark.parametrize("kernel", ["cuda", "cudnn", "flash_attn"])
+@pytest.mark.parametrize("kernel", ["cuda", "cudnn"])
 def test_cuda_kernel_signatures(monkeypatch, kernel):
     """Shapes and dtypes of the CUDA kernels without a GPU: only torch's own account of its operators is asked."""
     with FakeTensorMode():
@@ -494,6 +495,8 @@ def missing(kernel):
     """Why a GPU kernel cannot be tried here; an empty text if it can."""
     if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
         return "needs a Hopper GPU"
+    if kernel == "flash_attn" and not find_spec("flash_attn"):
+        return "needs flash-attn: pip install flash-attn --no-build-isolation"
     return ""
 
 
