@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 import longva
 import ring
-from data import chat, evaluate, memory, memory_saving, runs, synthetic, text, tokenizer, weights
+from data import chat, evaluate, memory, memory_saving, runs, synthetic, text, weights
 from data.config import check_trainable, to_dict, train_flop
 from data.flags import at_least, print0, run, setting
 from data.memory_saving import GradientSums
+from data.tokenizer import Tokenizer, load_tokenizer
 
-# ---- one step --------------------------------------------------------------------------------------
+# ---- one step ------------------------------------------------------------------------------------
 
 
 class MicroBatch(NamedTuple):
@@ -48,12 +49,7 @@ def shard(batch: MicroBatch, idx_T: Tensor) -> MicroBatch:
 
 
 def train_step(
-    model: longva.LM,
-    batches: list[MicroBatch],
-    attend: Callable[[ring.DocumentStarts | None], longva.Attend],
-    offload: bool,
-    group: ring.World,
-    world: ring.World,
+    model: longva.LM, batches: list[MicroBatch], kernel: str | None, offload: bool, group: ring.World, world: ring.World
 ) -> tuple[Tensor, Tensor]:
     """Accumulate the gradient of one optimizer step.
 
@@ -67,7 +63,8 @@ def train_step(
     losses = []
     gradients = GradientSums(model)  # where parameters are offloaded, FSDP2 does not accumulate them itself
     for batch in local:
-        nll_B, _ = model(batch.ids, idx_T, batch.targets, attend(batch.doc_starts))
+        attend = ring.zigzag_attend(group, kernel, batch.doc_starts)
+        nll_B, _ = model(batch.ids, idx_T, batch.targets, attend)
         ring.global_mean(nll_B.sum(), count, world).backward()
         if offload:
             gradients.take()
@@ -94,12 +91,12 @@ def train(cfg: "Config") -> None:
     check(cfg, group, num_rings)
 
     # 2. Model, with the larger RoPE base
-    words = tokenizer.load_tokenizer(cfg.weights or synthetic.TOKENIZER)
+    tokenizer = load_tokenizer(cfg.weights or synthetic.TOKENIZER)
     model, config = build_sharded_model(cfg, world)
 
     # 3. Data: a function from the number of a micro-batch to its sequences
-    read_batch = make_batches(cfg, words)
-    held_out = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.eval_windows, cfg.eval_needles, cfg.seed, words)
+    read_batch = make_batches(cfg, tokenizer)
+    held_out = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.eval_windows, cfg.eval_needles, cfg.seed, tokenizer)
 
     # 4. Optimizer
     optimizer = torch.optim.AdamW(
@@ -111,14 +108,14 @@ def train(cfg: "Config") -> None:
     first = resume(cfg, model, optimizer, world)
 
     # 6. The loop
-    attend = make_attend(cfg.kernel, cfg.precision, group)
+    kernel = pick_kernel(cfg, world.device)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         started = time.perf_counter()
         numbers = range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
         batches = [read_batch(number) for number in numbers[ring_rank::num_rings]]  # each ring takes every n-th
         sums = torch.zeros(cfg.grad_accumulation, device=world.device)
-        sums[ring_rank::num_rings], count = train_step(model, batches, attend, cfg.offload, group, world)
+        sums[ring_rank::num_rings], count = train_step(model, batches, kernel, cfg.offload, group, world)
         loss = runs.finite(step, (ring.all_reduce_sum(sums, world) / count).tolist())
         norm = ring.clip_gradients(model, cfg.grad_clip)
         rate = learning_rate(cfg.lr, step, cfg.steps, cfg.warmup, cfg.cooldown)
@@ -130,12 +127,13 @@ def train(cfg: "Config") -> None:
             tokens_per_s = batches[0].ids.numel() * cfg.grad_accumulation / (time.perf_counter() - started)
             flop_per_token = train_flop(config, batches[0].ids.shape[1])
             line = {"step": step, "loss": loss, "norm": norm, "lr": rate, "seq_len": batches[0].ids.shape[1]}
-            line |= speed(tokens_per_s, flop_per_token, cfg.peak_tflop, world)
+            line |= runs.speed(tokens_per_s / world.ranks, flop_per_token, cfg.peak_tflop, world.device)
+            line["tokens_per_s"] = round(tokens_per_s)
             runs.log(cfg.out, line)
             bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if cfg.held_out:
-                log_evaluation(cfg.out, step + 1, model, held_out, attend(), group)
+                log_evaluation(cfg.out, step + 1, model, held_out, kernel, group)
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7. Export
@@ -145,13 +143,13 @@ def train(cfg: "Config") -> None:
 
 BAR_KEYS = ("loss", "norm", "tokens_per_s", "mfu", "gb")  # of a log line, in the progress bar
 
-# ---- model, data, log ------------------------------------------------------------------------------
+# ---- model, data, log ----------------------------------------------------------------------------
 
 
 def language_model(folder: Path | None) -> longva.LMConfig:
     """Return the sizes of the model to train. Raises ValueError for one that sees."""
     if folder is None:
-        return replace(TINY_LM, vocab_size=tokenizer.load_tokenizer(synthetic.TOKENIZER).size)
+        return replace(TINY_LM, vocab_size=load_tokenizer(synthetic.TOKENIZER).size)
     config = longva.read_config(folder)
     if not isinstance(config, longva.LMConfig):
         raise ValueError(f"{folder} sees already; long text trains a language model before it learns to see")
@@ -177,38 +175,33 @@ def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LM, lo
     return model, config
 
 
-def make_batches(cfg: "Config", words: tokenizer.Tokenizer) -> Callable[[int], MicroBatch]:
+def make_batches(cfg: "Config", tokenizer: Tokenizer) -> Callable[[int], MicroBatch]:
     """Return a function from the number of a micro-batch to its whole sequences: nothing else decides what is read."""
 
     def synthetic_batch(number: int) -> MicroBatch:
         step = number // cfg.grad_accumulation
         S = cfg.curriculum_len if step < cfg.curriculum_steps else cfg.seq_len
-        return MicroBatch(*synthetic.text_batch(words, cfg.seed, number, cfg.batch * cfg.seq_len // S, S), None)
+        return MicroBatch(*synthetic.text_batch(tokenizer, cfg.seed, number, cfg.batch * cfg.seq_len // S, S), None)
 
     if cfg.corpus == "synthetic":
         return synthetic_batch
-    tokens = text.open_corpus(cfg.corpus, words)
+    tokens = text.open_corpus(cfg.corpus, tokenizer)
 
     def corpus_batch(number: int) -> MicroBatch:
         ids_BS, targets_BS = text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, number)
-        doc_starts = text.document_starts(ids_BS, words.bos_id) if cfg.separate_documents else None
+        doc_starts = text.document_starts(ids_BS, tokenizer.bos_id) if cfg.separate_documents else None
         return MicroBatch(ids_BS, targets_BS, doc_starts)
 
     return corpus_batch
 
 
-def make_attend(kernel: str, precision: str, group: ring.World) -> Callable[..., longva.Attend]:
-    """Return a function from a micro-batch's document starts to its `attend`; --kernel auto takes the fastest."""
-
-    def attend(doc_starts: ring.DocumentStarts | None = None) -> longva.Attend:
-        if kernel != "auto":
-            return ring.zigzag_attend(group, kernel, doc_starts)
-        if doc_starts is not None:  # documents have many lengths, and cuDNN makes a plan for each
-            return ring.zigzag_attend(group, None, doc_starts)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return ring.zigzag_attend(group, memory_saving.fastest_kernel(group.device, dtype))
-
-    return attend
+def pick_kernel(cfg: "Config", device: torch.device) -> str | None:
+    """Return the attention kernel: --kernel, or for auto the fastest; None lets ring.py choose."""
+    if cfg.kernel != "auto":
+        return cfg.kernel
+    if cfg.separate_documents:  # documents have many lengths, and cuDNN makes a plan for each
+        return None
+    return memory_saving.fastest_kernel(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
 
 
 def resume(cfg: "Config", model: longva.LM, optimizer: torch.optim.Optimizer, world: ring.World) -> int:
@@ -222,31 +215,20 @@ def resume(cfg: "Config", model: longva.LM, optimizer: torch.optim.Optimizer, wo
     return first
 
 
-def speed(tokens_per_s: float, flop_per_token: float, peak_tflop: float, world: ring.World) -> dict[str, float]:
-    """Return what a log line says of speed and memory; mfu, the fraction of the GPU's peak, on GPUs alone."""
-    tflop_per_s = flop_per_token * tokens_per_s / world.ranks / 1e12
-    line = {"tokens_per_s": round(tokens_per_s), "tflop_per_s_and_rank": float(f"{tflop_per_s:.4g}")}
-    line["gb"] = round(runs.peak_bytes(world.device) / memory.GB, 3)
-    return line | ({"mfu": round(tflop_per_s / peak_tflop, 4)} if world.device.type == "cuda" else {})
-
-
 def log_evaluation(
-    out: Path, step: int, model: longva.LM, sets: evaluate.EvalSets, attend: longva.Attend, group: ring.World
+    out: Path, step: int, model: longva.LM, sets: evaluate.EvalSets, kernel: str | None, group: ring.World
 ) -> None:
     """Score the model on held-out text; each ring does it all, and the run's first rank writes eval.jsonl."""
 
-    def scored_by(score: Callable) -> Callable[[Tensor, Tensor], tuple[float, float]]:
-        def sums(ids_1S: Tensor, targets_1S: Tensor) -> tuple[float, float]:
-            idx_T = ring.zigzag_index(ids_1S.shape[1], group)
-            batch = shard(MicroBatch(ids_1S, targets_1S, None), idx_T)
-            sum_B, count_B = model(batch.ids, idx_T, batch.targets, attend, score)
-            both = torch.stack([sum_B.sum().double(), count_B.sum().double()])
-            return tuple(ring.all_reduce_sum(both, group).tolist())
-
-        return sums
+    def score(ids_1S: Tensor, targets_1S: Tensor, measure: Callable) -> tuple[float, float]:
+        idx_T = ring.zigzag_index(ids_1S.shape[1], group)
+        batch = shard(MicroBatch(ids_1S, targets_1S, None), idx_T)
+        sum_B, count_B = model(batch.ids, idx_T, batch.targets, ring.zigzag_attend(group, kernel), measure)
+        both = torch.stack([sum_B.sum().double(), count_B.sum().double()])
+        return tuple(ring.all_reduce_sum(both, group).tolist())
 
     with ring.no_grad_reshard(model):
-        scores = evaluate.evaluate(sets, scored_by(longva.nll), scored_by(evaluate.count_correct))
+        scores = evaluate.evaluate(sets, score, longva.nll)
     if group.peer(group.rank) == 0:
         runs.log(out, {"step": step} | scores, evaluate.LOG)
         tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
@@ -266,7 +248,7 @@ def export(cfg: "Config", config: longva.LMConfig, model: longva.LM, world: ring
     print(f"next:  {NEXT_COMMAND.get(cfg.out.name, following)}")
 
 
-# ---- settings --------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -278,26 +260,16 @@ class Config:
     save_every: int = setting(200, "steps between saved states (release: extend_qwen2.sh)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on (ours)")
     plan: bool = setting(False, "print the memory that a step needs and the longest sequence; train nothing (ours)")
-    host_gb: float | None = setting(
-        None, "CPU memory of a machine for --plan, 10^9 bytes; none: this one's (ours)", hidden=True
-    )
-    weights: Path | None = setting(
-        None, "model folder to start from; none: tiny, from scratch (Sec. 3.1: Qwen2-7B-Instruct)", group="Model"
-    )
+    host_gb: float | None = setting(None, "CPU memory for --plan, 10^9 bytes; none: this one's (ours)", hidden=True)
+    weights: Path | None = setting(None, "model folder; none: tiny, from scratch (Sec. 3.1: Qwen2-7B)", group="Model")
     rope_theta: float = setting(1e9, "RoPE base (Sec. 3.1)")
-    corpus: str = setting(
-        "synthetic", "packed token file or folder (data/pack.py), or synthetic (Sec. 3.1: SlimPajama)", group="Data"
-    )
+    corpus: str = setting("synthetic", "token file (data/pack.py), or synthetic (Sec. 3.1: SlimPajama)", group="Data")
     seq_len: int = setting(224_000, "tokens per sequence (Sec. 3.1)")
     separate_documents: bool = setting(False, "packed documents do not attend to each other (Sec. 3.1: they do)")
-    held_out: str | None = setting(
-        None, "text to evaluate on whenever state is saved: a token file or synthetic (ours)"
-    )
+    held_out: str | None = setting(None, "text to evaluate on when state is saved: as --corpus (ours)")
     eval_windows: int = setting(8, "windows of held-out text for the perplexity (ours)", hidden=True)
     eval_needles: int = setting(1, "hidden magic numbers at each of five depths (App. A)", hidden=True)
-    expected: tuple[float, ...] = setting(
-        (), "held-out loss, at most, and share of hidden numbers found, at least, at the end (ours)", hidden=True
-    )
+    expected: tuple[float, ...] = setting((), "held-out loss and share of numbers to reach (ours)", hidden=True)
     curriculum_steps: int = setting(0, "first steps, on short synthetic sequences (ours)", hidden=True)
     curriculum_len: int = setting(64, "tokens per sequence in those steps (ours)", hidden=True)
     batch: int = setting(1, "sequences per micro-batch (release: extend_qwen2.sh)", group="Optimization")
@@ -309,9 +281,7 @@ class Config:
     beta2: float = setting(0.95, "AdamW's beta2; beta1 is 0.9 (release: extend_qwen2.sh)", hidden=True)
     weight_decay: float = setting(0.1, "AdamW's, of all parameters (release: extend_qwen2.sh)", hidden=True)
     grad_clip: float = setting(1.0, "largest norm of the gradient (release: extend_qwen2.sh)", hidden=True)
-    ring: int | None = setting(
-        None, "ranks that share a sequence; none: all; fewer: several rings (Sec. 3.1: all)", group="Hardware"
-    )
+    ring: int | None = setting(None, "ranks that share a sequence; none: all (Sec. 3.1: all)", group="Hardware")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of activations; parameters stay fp32 (Sec. 3.1)")
     checkpointing: Literal["none", "full", "selective"] = setting(
         "full", "activations recomputed in backward; selective: all but attention, so the ring runs once (Sec. 3.1)"
@@ -337,12 +307,8 @@ TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the 
 LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e7}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4}
 EXTEND = {
-    "steps": 160,
-    "lr": 7e-4,
-    "warmup": 20,
-    "cooldown": 0.4,
-    "weights": runs.trained_or_shipped("tiny-base", "base"),
-}
+    "steps": 160, "lr": 7e-4, "warmup": 20, "cooldown": 0.4, "weights": runs.trained_or_shipped("tiny-base", "base"),
+}  # fmt: skip
 SCRATCH = {"steps": 1600, "curriculum_steps": 700, "lr": 1e-3, "warmup": 100}
 PRESETS = {
     "tiny-base": {**TINY, **SHORT, **SCRATCH, "out": Path("runs/tiny-base")},

@@ -255,18 +255,16 @@ def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int
 
 
 def evaluate(
-    sets: EvalSets,
-    sum_nll: Callable[[Tensor, Tensor], tuple[float, float]],
-    sum_correct: Callable[[Tensor, Tensor], tuple[float, float]],
+    sets: EvalSets, score: Callable[[Tensor, Tensor, Callable], tuple[float, float]], nll: Callable
 ) -> dict[str, float]:
     """Return the held-out loss, its perplexity, and the fraction of numbers found.
 
-    sum_nll, sum_correct: (ids_1S, targets_1S) -> the sum over all targets of -log p, or of correct argmaxes, and
-    the number of targets. A number is found when all its tokens are correct.
+    score: (ids_1S, targets_1S, measure) -> the sum of a measure over all targets, and the number of targets. Measures
+    are `nll`, -log p, and `count_correct`: a number is found when all its tokens are correct.
     """
-    losses = [sum_nll(*window) for window in sets.windows]
+    losses = [score(*window, nll) for window in sets.windows]
     loss = sum(nll for nll, _ in losses) / sum(count for _, count in losses)
-    answers = [sum_correct(*needle) for needle in sets.needles]
+    answers = [score(*needle, count_correct) for needle in sets.needles]
     found = sum(correct == count for correct, count in answers) / len(answers)
     perplexity = math.exp(min(loss, 700))  # float64 overflows at exp(710)
     return {"held_out_loss": loss, "perplexity": perplexity, "needles_found": found}
