@@ -558,7 +558,7 @@ STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
 }
 TINY_STAGES = {
     "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03, "expected": (0.2, 0.95)},
-    "sft": {"batch": 16, "steps": 1500, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
+    "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
     "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (1.0, 0.9)},
 }
 TINY = {

@@ -146,7 +146,7 @@ def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> Non
 
 
 def speed(tokens_per_s: float, flop_per_token: float, peak_tflop: float, device: torch.device) -> dict[str, float]:
-    """Return what a log line says of one rank's speed and memory; mfu, the fraction of the GPU's peak, on GPUs alone."""
+    """Return what a log line says of a rank's speed and memory; mfu, the part of the GPU's peak, on GPUs alone."""
     tflop_per_s = flop_per_token * tokens_per_s / 1e12
     line = {"tflop_per_s_and_rank": float(f"{tflop_per_s:.4g}"), "gb": round(peak_bytes(device) / 1e9, 3)}
     return line | ({"mfu": round(tflop_per_s / peak_tflop, 4)} if device.type == "cuda" else {})

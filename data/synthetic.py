@@ -131,29 +131,6 @@ def repeated_facts(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
-def repeated_numbers(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """The sentences of the text needle test (App. A) for two to six cities, repeated: from the second time on known.
-
-    Without it some seeds never learn which number belongs to which city: in the questions below, few tokens ask.
-    """
-    cities = rng.permutation(CITIES)[: max(2, min(most, 6, tokens // 26))]
-    numbers = ["".join(map(str, rng.integers(0, 10, rng.integers(1, 4)))) for _ in cities]
-    pieces: Pieces = []
-    length = 0
-    while length < tokens:
-        known = bool(pieces)
-        for i in rng.permutation(len(cities)):
-            before, after = niah.NEEDLE.format(city=cities[i], number="#").split("#")
-            pieces += [
-                (before, False),
-                *((digit, known) for digit in numbers[i]),
-                (after[0], known),
-                (after[1:], False),
-            ]
-            length += 9 + len(numbers[i])
-    return pieces
-
-
 def captions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Objects as loose words, then the same as sentences: " star7 red a red star with the number 7."
 
@@ -206,7 +183,7 @@ def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Piece
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
     lines = [niah.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
-    asked = max(1, min(len(cities), tokens // 45))
+    asked = max(1, min(len(cities), tokens // 80))
     story = mix(rng, lines, tokens - (14 + digits) * len(cities) - (25 + digits) * asked - 25)
     pieces: Pieces = [(niah.PREFIX + story, False)]
     for turn, i in enumerate(rng.permutation(len(cities))[:asked]):
@@ -225,10 +202,9 @@ def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
 def curriculum(part: int, tokens: int) -> dict[Callable, float]:
     """Probabilities of the kinds of text: the shortest first, and pair_lookup alone until lookup is learned."""
     if tokens <= 64:
-        mixed = {pair_lookup: 0.15, repeated_facts: 0.45, repeated_numbers: 0.25, captions: 0.15}
-        return {pair_lookup: 1.0} if part < 400 else mixed
+        return {pair_lookup: 1.0} if part < 400 else {pair_lookup: 0.15, repeated_facts: 0.65, captions: 0.2}
     return (
-        {repeated_facts: 0.1, repeated_numbers: 0.1, captions: 0.1, facts_then_questions: 0.3, magic_number_book: 0.4}
+        {repeated_facts: 0.1, captions: 0.1, facts_then_questions: 0.3, magic_number_book: 0.5}
         if tokens <= 512
         else {facts_then_questions: 0.5, magic_number_book: 0.5}
     )
@@ -265,7 +241,7 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
         room = tokens + 1
         while True:
             ids, labels = tokenised(words, kind(rng, room, most))
-            if kind in (pair_lookup, repeated_facts, repeated_numbers, captions) or len(ids) <= tokens + 1:
+            if kind in (pair_lookup, repeated_facts, captions) or len(ids) <= tokens + 1:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]
@@ -501,7 +477,7 @@ def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], l
     rows, cols = grids_of(rng, most)
     shown = draw_objects(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
     numbered = {thing for thing, _, number in shown if number is not None}
-    free = rows * cols - len(shown)
+    free = min(rows * cols - len(shown), rows * cols // 2)
     repeatable = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
     repeated = list(map(str, rng.permutation(repeatable)[: rng.integers(1, 4)]))
     copies = [str(rng.choice(repeated)) for _ in range(rng.integers(free + 1))] if repeated else []
