@@ -240,6 +240,9 @@ def export(cfg: "Config", config: longva.LMConfig, model: longva.LM, world: ring
     if world.rank > 0:
         return
     weights.save(folder, stream, to_dict(config), cfg.weights or synthetic.TOKENIZER)
+    if cfg.held_out:
+        last = runs.last_line(cfg.out, evaluate.LOG)
+        runs.print_verdict(last["held_out_loss"], last["needles_found"], cfg.expected)
     following = f"python vniah.py text --weights {folder}"
     if cfg.corpus != "synthetic":
         flags = f"--preset longva --stage align --tower CLIP --data LLAVA.json --weights {folder}"
@@ -304,8 +307,8 @@ TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the 
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
     "held_out": "synthetic", "eval_needles": 4,
 }  # fmt: skip
-LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e7}
-SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4}
+LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e7, "expected": (0.05, 0.95)}
+SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "expected": (0.1, 0.6)}
 EXTEND = {
     "steps": 160, "lr": 7e-4, "warmup": 20, "cooldown": 0.4, "weights": runs.trained_or_shipped("tiny-base", "base"),
 }  # fmt: skip

@@ -375,8 +375,8 @@ class Config:
 PRESETS = {"tiny": {"protocol": "tiny"}, "paper": {"protocol": "paper"}}
 PROTOCOLS = {  # tiny: 90 seconds on two CPU cores; paper, by estimate: 2 hours on 8 A100s, text 5 hours
     "tiny": {
-        "needle_count": 20, "frames": (8, 32, 56, 128, 256, 512),
-        "number_count": 8, "context": (128, 256, 512, 1024, 2048, 3072),
+        "needle_count": 10, "frames": (8, 32, 128, 256, 512, 1024),
+        "number_count": 8, "context": (128, 256, 512, 1024, 2048, 4096),
         "depths": (0.0, 0.25, 0.5, 0.75, 1.0), "distractors": 3, "seed": 7,
     },
     "paper": {

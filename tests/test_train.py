@@ -285,3 +285,9 @@ def test_synthetic_targets_can_be_known():
         for t, target in enumerate(targets):
             if target != chat.IGNORE:  # the noun at t stood earlier, and the same word followed it
                 assert any(ids[s] == ids[t] and ids[s + 1] == target for s in range(t)), (t, ids)
+
+
+def test_a_text_stage_says_whether_it_worked(tmp_path, capsys):
+    assert here("train_text.py", "--preset", "tiny-base", "--steps", "1", "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "held-out: loss" in said and "WARNING: this stage missed" in said
