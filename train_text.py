@@ -133,10 +133,11 @@ def train(cfg: "Config") -> None:
             bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             if cfg.held_out:
-                log_evaluation(cfg.out, step + 1, model, held_out, kernel, group)
+                log_evaluation(cfg.out, step + 1, score_held_out(model, held_out, kernel, group), group)
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7. Export
+    print_verdict(cfg, model, tokenizer, kernel, group, world)
     export(cfg, config, model, world)
     ring.stop()
 
@@ -215,10 +216,10 @@ def resume(cfg: "Config", model: longva.LM, optimizer: torch.optim.Optimizer, wo
     return first
 
 
-def log_evaluation(
-    out: Path, step: int, model: longva.LM, sets: evaluate.EvalSets, kernel: str | None, group: ring.World
-) -> None:
-    """Score the model on held-out text; each ring does it all, and the run's first rank writes eval.jsonl."""
+def score_held_out(
+    model: longva.LM, sets: evaluate.EvalSets, kernel: str | None, group: ring.World
+) -> dict[str, float]:
+    """Score the model on held-out text; each ring does it all."""
 
     def score(ids_1S: Tensor, targets_1S: Tensor, measure: Callable) -> tuple[float, float]:
         idx_T = ring.zigzag_index(ids_1S.shape[1], group)
@@ -228,10 +229,27 @@ def log_evaluation(
         return tuple(ring.all_reduce_sum(both, group).tolist())
 
     with ring.no_grad_reshard(model):
-        scores = evaluate.evaluate(sets, score, longva.nll)
+        return evaluate.evaluate(sets, score, longva.nll)
+
+
+def log_evaluation(out: Path, step: int, scores: dict[str, float], group: ring.World) -> None:
+    """Write the scores as a line of eval.jsonl, on the run's first rank."""
     if group.peer(group.rank) == 0:
         runs.log(out, {"step": step} | scores, evaluate.LOG)
         tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
+
+
+def print_verdict(
+    cfg: "Config", model: longva.LM, tokenizer: Tokenizer, kernel: str | None, group: ring.World, world: ring.World
+) -> None:
+    """Print, for the miniature at its own lengths, what it reached on held-out text beside what is expected."""
+    if not cfg.expected or cfg.corpus != "synthetic" or cfg.seq_len < SHORT["seq_len"]:
+        return
+    scores = score_held_out(
+        model, evaluate.eval_sets("synthetic", cfg.seq_len, 4, 2, cfg.seed, tokenizer), kernel, group
+    )
+    if world.rank == 0:
+        runs.print_verdict(scores["held_out_loss"], scores["needles_found"], cfg.expected)
 
 
 def export(cfg: "Config", config: longva.LMConfig, model: longva.LM, world: ring.World) -> None:
@@ -240,9 +258,6 @@ def export(cfg: "Config", config: longva.LMConfig, model: longva.LM, world: ring
     if world.rank > 0:
         return
     weights.save(folder, stream, to_dict(config), cfg.weights or synthetic.TOKENIZER)
-    if cfg.held_out:
-        last = runs.last_line(cfg.out, evaluate.LOG)
-        runs.print_verdict(last["held_out_loss"], last["needles_found"], cfg.expected)
     following = f"python vniah.py text --weights {folder}"
     if cfg.corpus != "synthetic":
         flags = f"--preset longva --stage align --tower CLIP --data LLAVA.json --weights {folder}"
@@ -305,7 +320,6 @@ NOT_SAVED = ("plan", "host_gb")  # settings that do not describe a run
 TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the losses and scores to expect
     "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32",
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
-    "held_out": "synthetic", "eval_needles": 4,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e7, "expected": (0.05, 0.95)}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "expected": (0.1, 0.6)}

@@ -387,8 +387,8 @@ PROTOCOLS = {  # tiny: 90 seconds on two CPU cores; paper, by estimate: 2 hours 
 }  # fmt: skip
 PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i / 10 for i in range(11))}
 DIGITS = {"tiny": 3, "paper": 7}  # of a magic number
-CANDIDATE_BASES = (3e4, 1e5, 1e6)  # RoPE bases tried on the miniature's baseline
-CANDIDATE_SCALINGS = ()  # and position scalings
+CANDIDATE_BASES = (3e5,)  # RoPE bases tried on the miniature's baseline; data/tiny/README.md has all that were tried
+CANDIDATE_SCALINGS = ("yarn:16", "llama3:16")  # and position scalings
 
 
 def resolve(cfg: Config) -> Config:

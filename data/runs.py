@@ -108,12 +108,6 @@ def entries(file: Path) -> Iterator[tuple[str, dict]]:
             continue
 
 
-def last_line(folder: Path, name: str) -> dict:
-    """Return the last line of a log."""
-    *_, (_, entry) = entries(folder / name)
-    return entry
-
-
 def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
     """Append one JSON line."""
     try:
