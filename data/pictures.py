@@ -355,7 +355,7 @@ TITLES = {
     "(i) LongVA": "(i) LongVA",
     "(ii) LongVA, AnyRes": "(ii) LongVA with AnyRes",
     "(iii) not extended": "(iii) not extended on text",
-    "(iv) RoPE base 100000, untrained": "(iv) = (iii), larger RoPE base",
+    "(iv) yarn:16, untrained": "(iv) = (iii) with YaRN, factor 16",
 }
 
 
@@ -402,7 +402,7 @@ def comparison() -> Figure:
     data = measured()
     left, right, top, bottom = 76, 545, 40, 340
     frames = np.array(data["frames"])
-    x = left + (right - left) * np.log2(frames / 8) / np.log2(512 / 8)
+    x = left + (right - left) * np.log2(frames / 8) / np.log2(1024 / 8)
     for rate in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - (bottom - top) * rate
         ax.plot((left, right), (y, y), color="#DDDDDD", linewidth=0.8)
@@ -417,10 +417,10 @@ def comparison() -> Figure:
         (64, "(iii), (iv) trained up to 64 frames", "right"),
         (512, "(i), (ii): 512 frames", "right"),
     ):
-        here = left + (right - left) * np.log2(at / 8) / np.log2(512 / 8)
+        here = left + (right - left) * np.log2(at / 8) / np.log2(1024 / 8)
         ax.plot((here, here), (top - 8, bottom), color=INK, linestyle=":", linewidth=1.6)
         write(ax, here + 60, top - 22, text, ha=side)
-    places = {0: 62, 1: 128, 3: 178, 2: 262}  # y of the labels, apart from one another
+    places = {3: 48, 0: 104, 1: 230, 2: 284}  # y of the labels, apart from one another
     marks = (BLUE, "-", "o"), (PINK, "--", "s"), (ORANGE, "-", "^"), (GREEN, "-.", "D")
     for i, (name, found) in enumerate(data["found"].items()):
         hits, of = np.array(found).sum(0), data["of"] * len(data["depths"])
@@ -431,7 +431,7 @@ def comparison() -> Figure:
         ax.fill_between(
             x, bottom - (bottom - top) * low, bottom - (bottom - top) * high, color=colour, alpha=0.15, linewidth=0
         )
-        label = TITLES[name].replace(", larger", ",\nlarger").replace(" on text", "\non text")
+        label = TITLES[name].replace(" with YaRN", "\nwith YaRN").replace(" on text", "\non text")
         write(ax, 578, places[i], label, 17, ha="left", color=colour, weight="bold")
         ax.plot((right + 4, 572), (y[-1], places[i]), color=colour, linewidth=0.8)
     return figure
