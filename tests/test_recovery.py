@@ -279,3 +279,21 @@ def test_a_second_job_is_refused(tmp_path):
     runs.LOCKS.pop((tmp_path / "run").resolve()).close()
     again = Job(tmp_path / "run", "--steps", 2, ranks=1)
     assert again.codes() == [0], again.said()
+
+
+def test_ranks_die_with_their_launcher(tmp_path):
+    """A torchrun that is killed with SIGKILL leaves no rank behind that would go on writing."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_text.py"]
+    settings = ["--seq-len", "32", "--batch", "2", "--steps", "100000", "--out", str(out)]
+    launcher = subprocess.Popen([*command, *settings], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / "log.jsonl").exists():
+        assert launcher.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    time.sleep(1)
+    lines = len((out / "log.jsonl").read_text().splitlines())
+    time.sleep(1)
+    assert len((out / "log.jsonl").read_text().splitlines()) == lines

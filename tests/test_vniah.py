@@ -652,7 +652,8 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     said, found = capsys.readouterr().out, results(cfg)
     names = {cell["system"] for cell in found["cells"]}
     assert (
-        "Untrained positions tried on other needles, at the two greatest lengths: RoPE base 30000: " in said and "next:" in said
+        "Untrained positions tried on other needles, at the two greatest lengths: RoPE base 30000: " in said
+        and "next:" in said
     )
     assert {"trial of RoPE base 30000", "trial of RoPE base 1e+06"} < names and any(
         "untrained" in name for name in names
