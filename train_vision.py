@@ -50,7 +50,7 @@ from data.llava import Dataset, Example
 from data.memory_saving import GradientSums
 from data.tokenizer import Tokenizer, load_tokenizer
 
-# ---- what each stage trains ------------------------------------------------------------------------
+# ---- what each stage trains ----------------------------------------------------------------------
 
 
 def param_groups(model: nn.Module, stage: str, lr: float, tower_lr: float) -> list[dict]:
@@ -65,7 +65,7 @@ def param_groups(model: nn.Module, stage: str, lr: float, tower_lr: float) -> li
     return [{"params": params, "peak": rate} for rate, params in groups.items() if params]
 
 
-# ---- the losses ------------------------------------------------------------------------------------
+# ---- the losses ----------------------------------------------------------------------------------
 
 
 class MicroBatch(NamedTuple):
@@ -131,7 +131,7 @@ def dpo_objective(reference_logp_P2: Tensor, beta: float, group: ring.World) -> 
     return Objective(loss, lambda batch: torch.tensor(len(batch.sample_ids)), DPO_METRICS)
 
 
-# ---- the loop --------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float, linear: bool) -> float:
@@ -241,7 +241,7 @@ def resume(
     return first, ring.all_reduce_sum(skipped, world).item()
 
 
-# ---- the model -------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def build(cfg: "Config") -> longva.LongVA:
@@ -290,7 +290,7 @@ def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LongVA
     return model, groups
 
 
-# ---- the data --------------------------------------------------------------------------------------
+# ---- the data ------------------------------------------------------------------------------------
 
 
 def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) -> Dataset:
@@ -365,14 +365,14 @@ def collate(examples: list[Example], config: longva.LongVAConfig, pad_id: int, g
     is_image_BS = ids_BS == chat.IMAGE
     number_BS = is_image_BS.flatten().cumsum(0).view_as(ids_BS) - 1  # of each visual token in the batch
     is_image_BT = is_image_BS[:, idx_T]
-    pixels_NCYX, layout, row_I = grids.subset(number_BS[:, idx_T][is_image_BT], config.vision.side)
-    place_I = is_image_BT.flatten().nonzero()[:, 0]
-    ids_BT, targets_BT, idx_T, pixels_NCYX, row_I, place_I = (
+    pixels_NCYX, layout, visual_index = grids.subset(number_BS[:, idx_T][is_image_BT], config.vision.side)
+    positions = is_image_BT.flatten().nonzero()[:, 0]
+    ids_BT, targets_BT, idx_T, pixels_NCYX, visual_index, positions = (
         unires.upload(x, group.device)
-        for x in (ids_BS[:, idx_T], targets_BS[:, idx_T], idx_T, pixels_NCYX, row_I, place_I)
+        for x in (ids_BS[:, idx_T], targets_BS[:, idx_T], idx_T, pixels_NCYX, visual_index, positions)
     )
     padding = 1 - sum(len(ids) for ids, _ in texts) / ids_BS.numel()
-    model_inputs = (ids_BT, idx_T, targets_BT, pixels_NCYX, layout, ring.zigzag_attend(group), row_I, place_I)
+    model_inputs = (ids_BT, idx_T, targets_BT, pixels_NCYX, layout, ring.zigzag_attend(group), visual_index, positions)
     return MicroBatch(model_inputs, [example.sample_id for example in examples], targets_BT, padding)
 
 
@@ -413,7 +413,7 @@ def print_held_out_score(
         runs.print_verdict(loss / targets, hits / tries, cfg.expected)
 
 
-# ---- DPO's reference -------------------------------------------------------------------------------
+# ---- DPO's reference -----------------------------------------------------------------------------
 
 
 def reference_logps(
@@ -484,7 +484,7 @@ def next_command(cfg: "Config", folder: Path) -> str:
 
 VNIAH = "python vniah.py --own"
 
-# ---- settings --------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,7 @@ def test_letters_outside_the_key_are_found():
     assert unknown_letters(text) == {"h_UD", "id_W"}
 
 
-# Files that still use a letter for something else; a file leaves the list for good.
-OTHER_LETTERS = {"train_vision"}
-OURS = [p for p in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")] if p.stem not in OTHER_LETTERS]
+OURS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda p: p.name)
