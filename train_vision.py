@@ -478,7 +478,8 @@ def next_command(cfg: "Config", folder: Path) -> str:
         return f"python vniah.py --weights {folder} --haystack FILM.mp4"
     if cfg.data != "synthetic":
         return f'python longva.py "QUESTION" --image PICTURE --weights {folder}'
-    other = {"tiny-longva": "tiny-baseline", "tiny-baseline": "tiny-anyres"}.get(cfg.system)
+    chain = ["tiny-longva", "tiny-baseline", "tiny-anyres", "tiny-anyres-pooled", None]
+    other = chain[chain.index(cfg.system) + 1] if cfg.system in chain else None
     return f"torchrun --nproc-per-node 2 train_vision.py --stage align --preset {other}" if other else VNIAH
 
 
@@ -500,41 +501,27 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on (ours)")
     system: str = setting("longva", "name of the model in the making, for folders (ours)", hidden=True)
     tiny: bool = setting(False, "use the miniature's sizes and rates (ours)", hidden=True)
-    weights: Path | None = setting(
-        None, "model folder to start from; align: the language model (Sec. 3.2: Qwen2-7B-224K)", group="Model"
-    )
+    weights: Path | None = setting(None, "model folder to start from (Sec. 3.2: Qwen2-7B-224K)", group="Model")
     tower: Path | None = setting(None, "folder of the vision tower, for align (Sec. 3.2: CLIP-ViT-L-336)")
     scheme: Literal["unires", "anyres", "anyres_pooled"] = setting("unires", "how a picture becomes tokens (Sec. 3.2)")
-    rule: Literal["canvas", "floor", "anyres"] | None = setting(
-        None, "how many grids a picture gets (Sec. 3.2)", hidden=True
-    )
+    rule: Literal["canvas", "floor", "anyres"] | None = setting(None, "how many grids (Sec. 3.2)", hidden=True)
     data: str = setting("synthetic", "LLaVA-style JSON or JSONL, or synthetic (Sec. 3.2: LLaVA-1.6's)", group="Data")
     images: Path | None = setting(None, "folder in which the paths of --data start (ours)")
     labels: Literal["released", "clean"] = setting("released", "which tokens are trained, see data/chat.py (release)")
     max_len: int = setting(32_768, "tokens; a longer sample loses questions from its end (release: finetune.sh)")
     grids: int = setting(49, "largest number of grids per picture (Sec. 3.2)")
     frames: int = setting(10, "frames of each video (release: train_dpo.py)")
-    max_skip_fraction: float = setting(
-        0.001, "stop when more than this part of the samples cannot be read, 0 to 1 (ours)", hidden=True
-    )
-    resolution_curriculum: float = setting(
-        0.0, "part of sft's steps in which synthetic pictures grow from 3 grids to --grids (ours)", hidden=True
-    )
-    batch: int | None = setting(
-        None, "samples per step, over all ranks (release: pretrain.sh, finetune.sh)", group="Optimization"
-    )
+    max_skip_fraction: float = setting(0.001, "stop when more samples are unreadable, 0 to 1 (ours)", hidden=True)
+    resolution_curriculum: float = setting(0.0, "part of the steps in which pictures grow (ours)", hidden=True)
+    batch: int | None = setting(None, "samples per step, over all ranks (release: 128, 32)", group="Optimization")
     micro_batch_size: int | None = setting(None, "samples per forward pass of a ring; none: all (release: 16, 4, 1)")
     steps: int | None = setting(None, "optimizer steps (release: one epoch, dpo three)")
     lr: float | None = setting(None, "peak learning rate; then a cosine, for dpo a line, to zero (release)")
     beta: float = setting(0.1, "dpo: strength of the KL penalty that keeps the model near the reference (Sec. 5.2)")
     tower_lr: float | None = setting(None, "peak learning rate of the vision tower (release: finetune.sh)", hidden=True)
-    warmup: float | None = setting(
-        None, "part of the steps in which the rate rises from zero (release: 0.03, dpo 0.1)", hidden=True
-    )
+    warmup: float | None = setting(None, "part of the steps in which the rate rises (release: 0.03, 0.1)", hidden=True)
     grad_clip: float = setting(1.0, "largest norm of the gradient (release: zero3.json)", hidden=True)
-    expected: tuple[float, ...] | None = setting(
-        None, "held-out loss, at most, and share of targets that are right, at least, at the end (ours)", hidden=True
-    )
+    expected: tuple[float, ...] | None = setting(None, "held-out loss and score to reach (ours)", hidden=True)
     ring: int = setting(1, "ranks that share a sample's tokens by ring attention (release: 1)", group="Hardware")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of activations; parameters stay fp32 (Sec. 3.2)")
     checkpointing: Literal["none", "full"] = setting(
@@ -546,9 +533,7 @@ class Config:
         at_least(self, max_len=1, grids=1, frames=1, ring=1, batch=1, micro_batch_size=1, steps=1, save_every=1, seed=0)
         at_least(self, resolution_curriculum=0, lr=0, tower_lr=0, warmup=0, grad_clip=0, max_skip_fraction=0, beta=0)
         if self.max_skip_fraction > 1:
-            raise ValueError(
-                f"--max-skip-fraction {self.max_skip_fraction:g} makes no sense; give a share of the samples, 0 to 1"
-            )
+            raise ValueError(f"--max-skip-fraction {self.max_skip_fraction:g} makes no sense; give a share, 0 to 1")
 
 
 STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
