@@ -533,7 +533,7 @@ def test_preference_is_learned(preferring):
 def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
     monkeypatch.setattr(llava, "SYNTHETIC_PAIRS", 128)
-    monkeypatch.setattr(tv, "compute_reference_logps", None)
+    monkeypatch.setattr(tv, "save_file", None)  # it is computed no second time
     known = preferring / "reference.safetensors"
     assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
     kept = known.read_bytes()
@@ -570,7 +570,7 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
 def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch, capsys):
     """With the data that it needs, and on the model that was just made."""
-    for place, name in ((longva, "save"), (tv.runs, "draw_curve"), (ring, "gather_parameters")):
+    for place, name in ((tv.weights, "save"), (tv.runs, "draw_curve"), (ring, "gather_parameters")):
         monkeypatch.setattr(place, name, lambda *a: None)
     given = {"stage": "align", "weights": tmp_path, "tower": tmp_path}
     cfg = tv.resolve(tv.Config(**tv.PRESETS[preset] | given))
