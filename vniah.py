@@ -373,7 +373,7 @@ class Config:
 
 
 PRESETS = {"tiny": {"protocol": "tiny"}, "paper": {"protocol": "paper"}}
-PROTOCOLS = {  # tiny: 90 seconds on two CPU cores; paper, by estimate: 2 hours on 8 A100s, text 5 hours
+PROTOCOLS = {  # tiny: one minute on two CPU cores, text four; paper, by estimate: 2 hours on 8 A100s, text 5 hours
     "tiny": {
         "needle_count": 10, "frames": (8, 32, 128, 256, 512, 1024),
         "number_count": 8, "context": (128, 256, 512, 1024, 2048, 4096),
