@@ -184,27 +184,29 @@ class NIAH:
 
 
 class VisualNIAH(NIAH):
-    """V-NIAH: haystack and needles as the model's visual tokens (Sec. 4)."""
+    """V-NIAH: haystack and needles as the model's visual tokens (Sec. 4); `before`: an earlier test of this model."""
 
-    def __init__(self, cfg: "Config", system: System, model: longva.LM, tokenizer: Tokenizer, world: ring.World):
+    def __init__(self, cfg, system, model, tokenizer, world, before: "VisualNIAH | None" = None):  # noqa: ANN001
         super().__init__(cfg, system, model, tokenizer, world)
         needles, distractors = evaluate.pick_needles(system, cfg.needles, cfg.needle_count, cfg.seed)
         self.names, self.kinds = [one.name for one in needles], [one.kind for one in needles]
         template = chat.default_template(tokenizer)
         prefix_ids, suffix_ids = chat.template_ids(tokenizer, template)
-        self.prompts = {"template": template, "pre": prefix_ids, "post": suffix_ids}
-        self.prompts["needles"] = [niah.describe(needle) for needle in needles]
+        described = [niah.describe(needle) for needle in needles]
+        self.prompts = {"template": template, "pre": prefix_ids, "post": suffix_ids, "needles": described}
         questions = evaluate.questions_for(system, needles, cfg.seed)
         texts = [one and "\n" + one.question.removeprefix("\n") for one in questions]
         self.question_ids = [text and tokenizer.encode(text) + suffix_ids for text in texts]
         self.answer_ids = [one and tokenizer.encode(one.answer) for one in questions]
         self.prefix_1TD = embed(model, prefix_ids)
-        self.hashes, N, by_count = [], max(cfg.frames), cfg.protocol == "paper"
-        frames = evaluate.open_haystack(system, cfg.haystack, N, cfg.seed, by_count, self.hashes)
-        self.haystack_NMD = encode_frames(model, tqdm(frames, "haystack", N, leave=False))
+        self.cache, self.hashes, N = None, [], max(cfg.frames)
+        if before and before.system.selection_run == system.selection_run:  # thousands of frames: encoded once a model
+            self.haystack_NMD, self.hashes = before.haystack_NMD, before.hashes
+        else:
+            frames = evaluate.open_haystack(system, cfg.haystack, N, cfg.seed, cfg.protocol == "paper", self.hashes)
+            self.haystack_NMD = encode_frames(model, tqdm(frames, "haystack", N, leave=False))
         pictures = [needle.picture for needle in [*needles, *distractors]]
         self.needle_NMD, self.distractor_NMD = encode_frames(model, pictures).tensor_split([len(needles)])
-        self.cached_haystack, self.cache = None, None
 
     def groups(self, cells: list[tuple[int, float]]) -> list[niah.ProbeGroup]:
         """One group for each position in a haystack and each (question, answer) size, sorted by position."""
@@ -273,7 +275,7 @@ class VisualNIAH(NIAH):
 class TextNIAH(NIAH):
     """Needles in text: a book, a magic number inserted into it, other cities' numbers as distractors (App. A)."""
 
-    def __init__(self, cfg: "Config", system: System, model: longva.LM, tokenizer: Tokenizer, world: ring.World):
+    def __init__(self, cfg, system, model, tokenizer, world, before: "TextNIAH | None" = None):  # noqa: ANN001
         super().__init__(cfg, system, model, tokenizer, world)
         self.period_ids, self.prompts = niah.period_ids(tokenizer.encode), niah.PROMPTS
         book = evaluate.read_book(system, cfg.haystack, max(cfg.context), cfg.seed)
@@ -306,7 +308,7 @@ class TextNIAH(NIAH):
 
 def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: results.ProbeLog) -> None:
     """Run every missing probe of a plan, which is a list of (system, lengths, depths), and record it at once."""
-    folder = None
+    folder, kind = None, VisualNIAH if cfg.task == "vision" else TextNIAH
     for system, lengths, depths in plan:
         cells = [(length, depth) for length in lengths for depth in depths]
         count = cfg.needle_count if cfg.task == "vision" else cfg.number_count
@@ -317,12 +319,10 @@ def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: result
             model, folder = longva.load(system.folder, world.device), system.folder
             trained = model.model.config
         model.model.config = system.change(trained)
-        kind = VisualNIAH if cfg.task == "vision" else TextNIAH
-        test = kind(cfg, system, model, load_tokenizer(folder), world)
+        test = kind(cfg, system, model, load_tokenizer(folder), world, test)
         log.provenance[system.name] = {"prompts": test.prompts, "haystack": test.hashes}
-        groups = log.pending(system.name, test.names, test.groups(cells))
-        if cfg.engine == "cache":  # else all ranks work on each probe together, and rank 0 records it
-            groups = groups[world.rank :: world.ranks]
+        mine = slice(world.rank, None, world.ranks) if cfg.engine == "cache" else slice(None)  # ring: all work on each
+        groups = log.pending(system.name, test.names, test.groups(cells))[mine]
         count = sum(len(group.needle_ids) * len(group.cells) for group in groups)
         with tqdm(total=count, desc=system.name[:40], disable=world.rank > 0) as bar:
             for lines in (lines for group in groups for lines in test.probe(group)):

@@ -187,6 +187,10 @@ class RopeScaling:
         check_fields(self)
         if self.factor < 1:
             raise ValueError(f"the RoPE scaling's factor is {self.factor}; at least 1 is expected")
+        if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
+            raise ValueError(
+                "the RoPE scaling's low_freq_factor and beta_slow must be below its high_freq_factor, beta_fast"
+            )
 
     @classmethod
     def from_dict(cls, raw: dict) -> "RopeScaling | None":
@@ -302,6 +306,10 @@ class LMConfig:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value "
                 "heads evenly; check num_attention_heads and num_key_value_heads in config.json"
+            )
+        if self.rope_scaling and self.rope_theta <= 1:
+            raise ValueError(
+                f"rope_theta is {self.rope_theta}, and RoPE scaling needs a base above 1; check config.json"
             )
         if self.head_width % 2:
             raise ValueError(f"RoPE turns pairs of numbers, but the head width is {self.head_width}; make it even")

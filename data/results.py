@@ -160,7 +160,10 @@ def probe_line(
 def write_results(folder: Path, settings: dict, log: ProbeLog) -> None:
     """Write results.json: settings, versions, prompts and hashes, every probe, and each cell's Wilson interval."""
     file = folder / "results.json"
-    before = json.loads(file.read_text())["systems"] if file.exists() else {}  # of systems that had no probe to run
+    try:  # prompts and hashes of systems that had no probe to run
+        before = dict(json.loads(file.read_text())["systems"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: every score is in the cells
+        before = {}
     cells = []
     for (system, length, depth), probes in sorted(log.found.items()):
         hits = [bool(probe["hit"]) for probe in probes.values()]

@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from data import flags, runs
+from data import flags
 from data.tiny import attention, transfer
 
 
@@ -70,4 +70,3 @@ def test_both_studies_refuse_what_makes_no_sense(tmp_path, monkeypatch):
         transfer.main(transfer.Config(draw=True))
     with pytest.raises(ValueError, match="--needle-count 0"):
         attention.Config(needle_count=0)
-    assert runs.TINY.is_dir()

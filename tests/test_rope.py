@@ -115,11 +115,19 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
     ({"type": "linear", "factor": math.nan}, "factor is nan"),
     ({"type": "yarn", "factor": "8"}, "factor is '8'"),
     ({"type": "yarn", "factor": 8, "mscale": 1}, "has mscale"),
+    ({"type": "llama3", "factor": 8, "low_freq_factor": 4}, "must be below"),
     ({"type": "yarn", "factor": 8, "original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
 ])  # fmt: skip
 def test_refusals(scaling, complaint):
     with pytest.raises(ValueError, match=complaint):
         LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": scaling})
+
+
+def test_a_base_of_one_cannot_be_scaled():
+    with pytest.raises(ValueError, match="needs a base above 1"):
+        LMConfig.from_dict(
+            {"model_type": "qwen2", **SIZES, "rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 8}}
+        )
 
 
 def test_two_bases_are_refused():

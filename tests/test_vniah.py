@@ -631,8 +631,11 @@ def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
     monkeypatch.setattr(
         longva.Decoder, "forward", lambda self, *a: thetas.append(self.config.rope_theta) or forward(self, *a)
     )
+    films, open_haystack = [], evaluate.open_haystack
+    monkeypatch.setattr(evaluate, "open_haystack", lambda *a: films.append(a) or open_haystack(*a))
     cfg = replace(cfg, rope_theta=(1e5, 1e7), max_new_tokens=0)
     vniah.main(cfg)
+    assert len(films) == 1  # three bases and a control of one model: the film is read and encoded once
     cells = by_cell(results(cfg)["cells"])
     names = ["sees", "sees, RoPE base 100000", "sees, RoPE base 1e+07"]
     assert {name for name, *_ in cells} == {*names, "sees, no needle"} and len(loaded) == 1
