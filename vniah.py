@@ -166,7 +166,8 @@ class NIAH:
                 tokens = self.model.model.rope_len = x_1SD.shape[1]  # for dynamic NTK, where a pass is not all of it
                 if self.cfg.engine == "ring":
                     hit = is_found_by_ring(self.model, x_1SD, answer_ids, self.world)
-                    yield [results.probe_line(self.system.name, cell, self.names[i], self.kinds[i], tokens, hit)]
+                    answer = self.tokenizer.decode(answer_ids)
+                    yield [results.probe_line(self.system.name, cell, self.needles[i], tokens, hit, answer)]
                     continue
                 answer = torch.tensor([answer_ids], device=self.model.device)
                 S = tokens + max(len(answer_ids), self.cfg.max_new_tokens)
@@ -178,8 +179,8 @@ class NIAH:
         hits, generated = score_and_generate(self.model, question, answer, cache, new_tokens, self.stop_ids)
         tokens = cache.length + question.shape[1]
         for i, hit, new_ids, answer_ids in zip(ids, hits, generated, answer.tolist()):
-            texts = (decode(new_ids), decode(answer_ids)) if new_tokens else None
-            lines.append(results.probe_line(self.system.name, cell, self.names[i], self.kinds[i], tokens, hit, texts))
+            texts = decode(answer_ids), decode(new_ids) if new_tokens else None
+            lines.append(results.probe_line(self.system.name, cell, self.needles[i], tokens, hit, *texts))
         return lines
 
 
@@ -189,10 +190,9 @@ class VisualNIAH(NIAH):
     def __init__(self, cfg, system, model, tokenizer, world, before: "VisualNIAH | None" = None):  # noqa: ANN001
         super().__init__(cfg, system, model, tokenizer, world)
         needles, distractors = evaluate.pick_needles(system, cfg.needles, cfg.needle_count, cfg.seed)
-        self.names, self.kinds = [one.name for one in needles], [one.kind for one in needles]
         template = chat.default_template(tokenizer)
         prefix_ids, suffix_ids = chat.template_ids(tokenizer, template)
-        described = [niah.describe(needle) for needle in needles]
+        self.needles, described = needles, [niah.describe(needle) for needle in needles]
         self.prompts = {"template": template, "pre": prefix_ids, "post": suffix_ids, "needles": described}
         questions = evaluate.questions_for(system, needles, cfg.seed)
         texts = [one and "\n" + one.question.removeprefix("\n") for one in questions]
@@ -280,8 +280,7 @@ class TextNIAH(NIAH):
         self.period_ids, self.prompts = niah.period_ids(tokenizer.encode), niah.PROMPTS
         book = evaluate.read_book(system, cfg.haystack, max(cfg.context), cfg.seed)
         self.ids, self.hashes = tokenizer.encode(book), [hashlib.sha256(book.encode()).hexdigest()[:16]]
-        self.names = evaluate.needle_names(system, cfg.task, cfg.needles, cfg.number_count, cfg.seed)
-        self.kinds = [""] * cfg.number_count
+        self.needles = evaluate.asked_needles(system, cfg.task, cfg.needles, cfg.number_count, cfg.seed)
 
     def groups(self, cells: list[tuple[int, float]]) -> list[niah.ProbeGroup]:
         """One group a cell: no two texts share a prefix."""
@@ -308,11 +307,12 @@ class TextNIAH(NIAH):
 
 def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: results.ProbeLog) -> None:
     """Run every missing probe of a plan, which is a list of (system, lengths, depths), and record it at once."""
-    folder, kind = None, VisualNIAH if cfg.task == "vision" else TextNIAH
+    folder = None
+    kind, count = (VisualNIAH, cfg.needle_count) if cfg.task == "vision" else (TextNIAH, cfg.number_count)
     for system, lengths, depths in plan:
         cells = [(length, depth) for length in lengths for depth in depths]
-        count = cfg.needle_count if cfg.task == "vision" else cfg.number_count
-        if log.is_done(system.name, cells, evaluate.needle_names(system, cfg.task, cfg.needles, count, cfg.seed)):
+        log.asked[system.name] = evaluate.asked_needles(system, cfg.task, cfg.needles, count, cfg.seed)
+        if log.is_done(system.name, cells):
             continue
         if folder != system.folder:
             model = test = None  # free the old model before the next is loaded
@@ -322,9 +322,9 @@ def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: result
         test = kind(cfg, system, model, load_tokenizer(folder), world, test)
         log.provenance[system.name] = {"prompts": test.prompts, "haystack": test.hashes}
         mine = slice(world.rank, None, world.ranks) if cfg.engine == "cache" else slice(None)  # ring: all work on each
-        groups = log.pending(system.name, test.names, test.groups(cells))[mine]
-        count = sum(len(group.needle_ids) * len(group.cells) for group in groups)
-        with tqdm(total=count, desc=system.name[:40], disable=world.rank > 0) as bar:
+        groups = log.pending(system.name, test.needles, test.groups(cells))[mine]
+        total = sum(len(group.needle_ids) * len(group.cells) for group in groups)
+        with tqdm(total=total, desc=system.name[:40], disable=world.rank > 0) as bar:
             for lines in (lines for group in groups for lines in test.probe(group)):
                 if world.rank == 0 or cfg.engine == "cache":
                     log.append(lines)
@@ -440,7 +440,7 @@ def main(cfg: Config) -> None:
     if world.rank == 0:
         trained, unit = evaluate.trained_lengths([*systems, *controls], cfg.task, cfg.trained_on)
         results.report(cfg.out, log.found, trained, len(systems), rates, lengths, cfg.depths, unit)
-        results.write_results(cfg.out, settings, log)
+        results.write_results(cfg.out, settings, log, trained)
         if not cfg.weights:
             print(f"next:    python {'vniah.py text' if vision else 'train_text.py --preset tiny-base'}")
     ring.stop()

@@ -141,12 +141,13 @@ def questions_for(system: System, needles: list[niah.Needle], seed: int) -> list
     return [niah.shuffled_options(needle, rng) for needle in needles] if system.control == "shuffled" else needles
 
 
-def needle_names(system: System, task: str, folder: Path | None, count: int, seed: int) -> list[str]:
-    """Return the names of all needles that a system is asked about, also of the magic numbers in text."""
+def asked_needles(system: System, task: str, folder: Path | None, count: int, seed: int) -> list[niah.Needle]:
+    """Return all needles that a system is asked about, without a picture where it sees none, as in text."""
     if task == "text":
-        return [f"number-{i}" for i in range(count)]
+        return [niah.Needle(f"number-{i}", None, niah.QUESTION, "") for i in range(count)]
     needles, _ = pick_needles(system, folder, count, seed)
-    return [needle.name for needle in questions_for(system, needles, seed) if needle]
+    asked = [needle for needle in questions_for(system, needles, seed) if needle]
+    return [replace(needle, picture=None) for needle in asked] if system.control == "no needle" else asked
 
 
 def open_haystack(

@@ -34,7 +34,7 @@ class Needle:
     """A picture to insert among the frames, and a question that only it answers."""
 
     name: str  # the picture's path inside its folder, without the suffix; one needle per name
-    picture: Image.Image
+    picture: Image.Image | None
     question: str  # as the model reads it, line breaks and answer instruction included
     answer: str
     kind: str = ""  # what the question is about, such as "colour"; optional
@@ -133,7 +133,7 @@ def write_needles(folder: str | Path, needles: Sequence[Needle]) -> None:
 def describe(needle: Needle) -> dict:
     """Return a needle as results.json records it, its picture by hash."""
     text = {"name": needle.name, "question": needle.question, "answer": needle.answer, "kind": needle.kind}
-    return text | {"picture": picture_hash(needle.picture)}
+    return text | {"picture": needle.picture and picture_hash(needle.picture)}
 
 
 def picture_hash(picture: Image.Image) -> str:

@@ -9,6 +9,8 @@ Differs   Intervals are Wilson's at 95 %; the paper gives none. The colours are 
           read too, instead of red to green.
 """
 
+import base64
+import io
 import json
 import math
 import re
@@ -17,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data import runs
-from data.niah import ProbeGroup
+from data.niah import Needle, ProbeGroup, describe, picture_hash
 
 SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
 CELLS = "cells-{}.jsonl"  # of each rank: one line a probe
+PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
+MAX_BYTES = 3_000_000  # of all needles' pictures on the page, before they become text
 
 # (system, length, depth) -> needle -> its probe: hit, generated_correct, generated_text, tokens, kind
 Results = dict[tuple[str, int, float], dict[str, dict]]
@@ -120,6 +125,7 @@ class ProbeLog:
 
     def __init__(self, folder: Path, rank: int, barrier: Callable[[], object]):
         self.folder, self.rank, self.barrier, self.provenance = folder, rank, barrier, {}
+        self.asked: dict[str, list[Needle]] = {}  # of each system, as evaluate.asked_needles returns them
         self.read()
 
     def read(self) -> None:
@@ -128,16 +134,17 @@ class ProbeLog:
         self.found = read_results(self.folder)
         self.barrier()
 
-    def is_done(self, system: str, cells: Iterable[tuple[int, float]], names: list[str]) -> bool:
-        """Return whether every cell has a probe of each needle."""
-        return all(set(names) <= set(self.found.get((system, *cell), ())) for cell in cells)
+    def is_done(self, system: str, cells: Iterable[tuple[int, float]]) -> bool:
+        """Return whether every cell has a probe of each needle that is asked about."""
+        names = {needle.name for needle in self.asked[system]}
+        return all(names <= set(self.found.get((system, *cell), ())) for cell in cells)
 
-    def pending(self, system: str, names: list[str], groups: Iterable[ProbeGroup]) -> list[ProbeGroup]:
+    def pending(self, system: str, needles: list[Needle], groups: Iterable[ProbeGroup]) -> list[ProbeGroup]:
         """Return the groups with only the lengths and needles that are still missing."""
         pending = []
         for group in groups:
             done = {cell: self.found.get((system, *cell), ()) for cell in group.cells}
-            pairs = [(cell, i) for cell in group.cells for i in group.needle_ids if names[i] not in done[cell]]
+            pairs = [(cell, i) for cell in group.cells for i in group.needle_ids if needles[i].name not in done[cell]]
             cells, needle_ids = (tuple(sorted(set(values))) for values in zip(*pairs)) if pairs else ((), ())
             pending += [group._replace(cells=cells, needle_ids=needle_ids)] if pairs else []
         return pending
@@ -149,16 +156,20 @@ class ProbeLog:
 
 
 def probe_line(
-    system: str, cell: tuple, needle: str, kind: str, tokens: int, hit: bool, texts: tuple[str, str] | None = None
+    system: str, cell: tuple, needle: Needle, tokens: int, hit: bool, answer: str, generated: str | None = None
 ) -> dict:
-    """Return a finished probe; `tokens`: of the probe without its answer; texts: (generated, right answer) or None."""
-    line = {"system": system, "length": cell[0], "depth": cell[1], "needle": needle, "kind": kind, "hit": hit}
-    line |= {"generated_correct": texts and answer_in_text(*texts), "generated_text": texts[0] if texts else ""}
-    return line | {"tokens": tokens}
+    """Return a finished probe; `tokens`: of the probe without its answer; answer: the right one."""
+    line = {"system": system, "length": cell[0], "depth": cell[1], "needle": needle.name, "kind": needle.kind}
+    right = None if generated is None else answer_in_text(generated, answer)
+    line |= {"hit": hit, "generated_correct": right, "generated_text": generated or ""}
+    return line | {"answer": answer, "tokens": tokens}
 
 
-def write_results(folder: Path, settings: dict, log: ProbeLog) -> None:
-    """Write results.json: settings, versions, prompts and hashes, every probe, and each cell's Wilson interval."""
+def write_results(folder: Path, settings: dict, log: ProbeLog, trained: dict[str, float]) -> None:
+    """Write results.json (settings, versions, prompts, hashes, every probe, intervals), and report.html with the same.
+
+    trained: system -> the length it was trained at, in the unit of lengths.
+    """
     file = folder / "results.json"
     try:  # prompts and hashes of systems that had no probe to run
         before = dict(json.loads(file.read_text())["systems"])
@@ -171,9 +182,34 @@ def write_results(folder: Path, settings: dict, log: ProbeLog) -> None:
         cell = {"system": system, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
         cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": probes})
     record = {"settings": settings, "versions": runs.versions(), "systems": before | log.provenance}
-    record["cells"] = cells
+    record |= {"trained_lengths": trained, "cells": cells}
     runs.replace_text(file, json.dumps(record, indent=1, default=str) + "\n")
-    print(f"results: {file}   pictures: {folder / 'heatmap.png'}, {folder / 'comparison.png'}")
+    write_page(folder, record, log.asked)
+    print(f"results: {file}   pictures: {folder / 'heatmap.png'}, {folder / 'comparison.png'}   page: {folder / PAGE}")
+
+
+# ---- the page of every probe ---------------------------------------------------------------------
+
+
+def data_url(picture: Image.Image, max_bytes: int) -> str:
+    """Return a picture as text for a page: PNG, or JPEG where that is too large; a byte a pixel is enough for most."""
+    small = picture.convert("RGB")
+    small.thumbnail((math.isqrt(max_bytes), math.isqrt(max_bytes)))
+    for kind in ("png", "jpeg"):
+        small.save(file := io.BytesIO(), kind)
+        if file.tell() <= max_bytes:
+            break
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def write_page(folder: Path, record: dict, asked: dict[str, list[Needle]]) -> None:
+    """Write report.html: the page of data/report.html around all of results.json and each system's needles."""
+    pictures = {picture_hash(one.picture): one.picture for needles in asked.values() for one in needles if one.picture}
+    each = min(336**2, MAX_BYTES // max(1, len(pictures)))
+    page = record | {"pictures": {name: data_url(picture, each) for name, picture in pictures.items()}}
+    page["needles"] = {name: [describe(needle) for needle in needles] for name, needles in asked.items()}
+    text = json.dumps(page, separators=(",", ":"), default=str).replace("<", r"\u003c")  # or "</script>" would end it
+    runs.replace_text(folder / PAGE, TEMPLATE.read_text(encoding="utf-8").replace("@RESULTS@", text))
 
 
 # ---- text ----------------------------------------------------------------------------------------

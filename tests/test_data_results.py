@@ -1,10 +1,13 @@
-"""Tables count what the cells hold; pictures are drawn whatever is missing."""
+"""Tables count what the cells hold; pictures are drawn whatever is missing; the page has every probe."""
+
+import json
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import results
+from data import niah, results
 
 LENGTHS, DEPTHS = (8, 16, 32), (0.0, 0.5, 1.0)
 
@@ -88,3 +91,74 @@ def test_wilson_is_where_the_score_test_is_z():
 ])  # fmt: skip
 def test_answer_in_text(text, answer, right):
     assert results.answer_in_text(text, answer) == right
+
+
+# ---- the page of every probe ---------------------------------------------------------------------
+
+HOSTILE = '</script><script>alert("1")</script><!--<script>&lt;\u2028\ud800@RESULTS@'
+
+
+class Page(HTMLParser):
+    """The names of all tags of a page, and what it is made to load or to run, and its JSON."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.tags, self.loads, self.scripts = [], [], []
+        self.feed((folder / results.PAGE).read_text(encoding="utf-8"))
+        self.json = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [name for name, _ in attributes if name in ("src", "href", "srcset", "onload", "onerror")]
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1] == "script" and text.strip():
+            self.scripts.append(text)
+
+
+def finished(folder, task, needles, cells=((8, 0.0), (8, 1.0)), said=HOSTILE):
+    """Write the results of one system that found all needles but the first."""
+    log = results.ProbeLog(folder, 0, lambda: None)
+    log.asked["a system"] = needles
+    log.append(results.probe_line("a system", cell, needle, 40, i > 0, "7", said) for cell in cells
+               for i, needle in enumerate(needles))  # fmt: skip
+    log.read()
+    results.write_results(folder, {"task": task, "weights": {HOSTILE: "0"}}, log, {"a system": 8.0})
+
+
+@pytest.mark.parametrize("task", ["vision", "text"])
+def test_page_has_every_probe_and_no_text_acts(tmp_path, task):
+    """Also a resumed run's, whose log has read nothing and made nothing."""
+    picture = Image.new("RGB", (500, 400), "red") if task == "vision" else None
+    needles = [niah.Needle(f"{HOSTILE}{i}", picture, HOSTILE, "7", "colour" * i) for i in range(3)]
+    finished(tmp_path, task, needles)
+    first, page = (tmp_path / results.PAGE).read_text(), Page(tmp_path)
+    want = json.loads((tmp_path / "results.json").read_text())
+    assert {name: page.json[name] for name in want} == want and set(page.json) == {*want, "pictures", "needles"}
+    probes = [probe for cell in page.json["cells"] for probe in cell["probes"].values()]
+    assert len(probes) == 6 == sum(cell["of"] for cell in want["cells"])
+    assert sum(probe["hit"] for probe in probes) == 4 == sum(cell["found"] for cell in want["cells"])
+    assert {(p["generated_text"], p["answer"], p["generated_correct"]) for p in probes} == {(HOSTILE, "7", False)}
+    assert page.json["needles"] == {"a system": [niah.describe(needle) for needle in needles]}
+    assert len(page.json["pictures"]) == (task == "vision")
+    assert page.tags.count("script") == len(page.scripts) == 2 and not page.loads and first.isascii()
+    resumed = results.ProbeLog(tmp_path, 0, lambda: None)
+    resumed.asked["a system"] = needles
+    results.write_results(tmp_path, want["settings"], resumed, {"a system": 8.0})
+    assert (tmp_path / results.PAGE).read_text() == first
+
+
+def test_page_of_600_noisy_photographs_is_small(tmp_path):
+    """Noise is what neither PNG nor JPEG makes small."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 99, 99, 3), np.uint8)
+    needles = [niah.Needle(f"{i}", Image.fromarray(pixels), "Which?" * 20, "7") for i, pixels in enumerate(noise)]
+    finished(tmp_path, "vision", needles, cells=[(8, 0.5)])
+    assert len(Page(tmp_path).json["pictures"]) == 600 and (tmp_path / results.PAGE).stat().st_size < 5_000_000
+
+
+def test_script_and_style_of_the_page_are_all_it_may_use():
+    """Nothing of the network, and no text as markup."""
+    text = results.TEMPLATE.read_text()
+    assert "default-src 'none'; img-src data:" in text and text.count("@RESULTS@") == 1
+    assert not [word for word in ("http:", "https:", "innerHTML", "insertAdjacent", "document.write", "eval(", "fetch",
+                                  "import(", "url(") if word in text]  # fmt: skip

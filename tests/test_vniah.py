@@ -21,6 +21,7 @@ from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from data.config import to_dict
 from tests import bench, ranks, shapes
+from tests.test_data_results import Page
 
 torch.set_num_threads(1)
 EYE = clip.ClipConfig(16, 32, 2, 2, 8, synthetic.SIDE)
@@ -662,8 +663,12 @@ def test_the_miniature_figure(tmp_path, capsys, task):
         "untrained" in name for name in names
     )
     assert sum("untrained" in name for name in names) == 1
+    page = Page(cfg.out).json
+    assert (
+        page["cells"] == found["cells"] and {*page["needles"]} == names and bool(page["pictures"]) == (task == "vision")
+    )
     vniah.main(cfg)  # draws again
-    assert by_cell(results(cfg)["cells"]) == by_cell(found["cells"])
+    assert by_cell(results(cfg)["cells"]) == by_cell(found["cells"]) and Page(cfg.out).json == page
 
 
 def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
