@@ -19,12 +19,13 @@ Differs   What is not supported (sliding windows, other towers and projectors) i
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data import weights
-from data.tokenizer import read_json
+from data.flags import check_fields, from_json, read_json, short
 
 
 def tokens_per_grid(patches: int) -> int:
@@ -40,67 +41,38 @@ def tokens_per_grid(patches: int) -> int:
     return (patches // 2) ** 2
 
 
-# ---- every value is checked once, by the dataclass that holds it ---------------------------------
+# ---- values of config.json -----------------------------------------------------------------------
 
-
-def check_fields(config: object) -> None:
-    """Raise ValueError where a field of a dataclass has another type than its annotation, or an impossible value.
-
-    Whole numbers are sizes: 1 to 2**24, unless the field's metadata say otherwise (`least`, `most`). Other numbers are
-    finite and above 0. JSON has NaN, and Python takes True for 1: both would be computed with, and answer nonsense.
-    """
-    for f in fields(config):
-        value, kind = getattr(config, f.name), getattr(f.type, "__name__", str(f.type))
-        least, most = f.metadata.get("least", 1), f.metadata.get("most", 2**24)
-        if value is None and "None" in kind:
-            continue
-        if kind.startswith("int"):
-            fits, expected = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
-        elif kind.startswith("float"):
-            fits = type(value) in (int, float) and 0 < value < math.inf
-            expected = "a finite number above 0"
-        elif kind.startswith("bool"):
-            fits, expected = type(value) is bool, "true or false"
-        else:
-            continue
-        if not fits:
-            raise ValueError(f"{f.name} is {short(value)}; check the config, {expected} is expected")
-
-
-def short(value: object) -> str:
-    """Return a value for an error message, on one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-RAW_TYPES = {  # of config.json, before it is understood
-    "model_type": str, "hidden_act": str, "vision_config": dict, "rope_parameters": dict, "mm_vision_tower": str,
-    "mm_patch_merge_type": str, "image_grid_pinpoints": list, "sliding_window": int, "grid_rule": str,
+RAW = {  # of config.json, before it is understood
+    "model_type": str, "hidden_act": str, "vision_config": dict, "rope_parameters": dict, "rope_scaling": dict,
+    "mm_vision_tower": str, "mm_patch_merge_type": str, "mm_resampler_type": str, "use_sliding_window": bool,
+    "image_grid_pinpoints": list[list[int]], "attention_bias": bool, "mlp_bias": bool,
 }  # fmt: skip
 
 
 def check_raw(raw: dict) -> None:
     """Raise ValueError where config.json has a value of another type than it must have."""
-    for name, kind in RAW_TYPES.items():
-        if raw.get(name) is not None and not isinstance(raw[name], kind):
-            expected = {str: "text", dict: "a dictionary", list: "a list", int: "a whole number"}[kind]
-            raise ValueError(f"config.json's {name} is {short(raw[name])}; {expected} is expected")
+    for name, kind in RAW.items():
+        from_json(kind | None, raw.get(name), name)
+
+
+WIDTH, LAYERS = {"most": 2**18}, {"most": 1000}  # above what anybody has trained
+THETA = {"least": 1.0, "most": 1e15}
 
 
 @dataclass(frozen=True)
 class ClipConfig:
     """Sizes of the tower, under the names of Hugging Face's config.json; the defaults are ViT-L/14-336's."""
 
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = field(default=24, metadata={"most": 1000})
+    hidden_size: int = field(default=1024, metadata=WIDTH)
+    intermediate_size: int = field(default=4096, metadata=WIDTH)
+    num_hidden_layers: int = field(default=24, metadata=LAYERS)
     num_attention_heads: int = 16
     patch_size: int = 14  # pixels
-    image_size: int = 336  # pixels
-    layer_norm_eps: float = 1e-5
-    select_layer: int = field(
-        default=-2, metadata={"least": -1000}
-    )  # which hidden state `forward` returns: 0 enters block 0, -1 leaves the last block
+    image_size: int = field(default=336, metadata={"most": 4096})  # pixels
+    layer_norm_eps: float = field(default=1e-5, metadata={"most": 1.0})
+    # Which hidden state `forward` returns: 0 enters block 0, -1 leaves the last block.
+    select_layer: int = field(default=-2, metadata={"least": -1000, "most": 1000})
 
     def __post_init__(self):
         check_fields(self)
@@ -127,15 +99,15 @@ class ClipConfig:
         Raises ValueError for a missing size or for a tower that this file does not compute.
         """
         check_raw(raw)
-        raw = raw.get("vision_config", raw)
+        raw = raw.get("vision_config") or raw
         if (act := raw.get("hidden_act", "quick_gelu")) != "quick_gelu":
-            raise ValueError(f"the vision tower uses the activation {act!r}, but only quick_gelu is built")
+            raise ValueError(f"the vision tower uses the activation {short(act)}, but only quick_gelu is built")
         if (channels := raw.get("num_channels", 3)) != 3:
-            raise ValueError(f"the vision tower reads {channels} colour channels, but pictures have 3 here")
+            raise ValueError(f"the vision tower reads {short(channels)} colour channels, but pictures have 3 here")
         sizes = [f.name for f in fields(cls) if f.name not in ("layer_norm_eps", "select_layer")]
         if missing := [name for name in sizes if name not in raw]:
             raise ValueError(f"the vision config lacks {', '.join(missing)}; is this a CLIP's config.json?")
-        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        return from_json(cls, raw)
 
     @property
     def side(self) -> int:
@@ -170,9 +142,9 @@ FAMILIES = {  # model_type -> what it computes; llava_*: with a vision tower ins
 class RopeScaling:
     """How positions beyond the trained ones are scaled, under config.json's names; `longva.rope` asks for it."""
 
-    rope_type: str  # "linear", "dynamic" (NTK), "yarn" or "llama3"
-    factor: float  # how many times longer sequences get
-    original_max_position_embeddings: int  # tokens of the sequences before that
+    rope_type: Literal["linear", "dynamic", "yarn", "llama3"]  # dynamic: NTK
+    factor: float = field(metadata={"least": 1.0, "most": 1e4})  # how many times longer sequences get
+    original_max_position_embeddings: int = field(metadata={"most": 2**31})  # tokens of the sequences before that
     beta_fast: float = 32.0  # yarn: pairs with at least so many turns over the original length stay as they are
     beta_slow: float = 1.0  # yarn: pairs with at most so many are divided by the factor
     truncate: bool = True  # yarn: whole numbers for the first and the last pair between the two
@@ -181,12 +153,7 @@ class RopeScaling:
     attention_factor: float | None = None  # cos and sin are multiplied by it; None: yarn 0.1 ln(factor) + 1, others 1
 
     def __post_init__(self):
-        kinds = ("linear", "dynamic", "yarn", "llama3")
-        if self.rope_type not in kinds:
-            raise ValueError(f"there is no RoPE scaling {self.rope_type!r} here, but {', '.join(kinds)}")
         check_fields(self)
-        if self.factor < 1:
-            raise ValueError(f"the RoPE scaling's factor is {self.factor}; at least 1 is expected")
         if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
             raise ValueError(
                 "the RoPE scaling's low_freq_factor and beta_slow must be below its high_freq_factor, beta_fast"
@@ -196,10 +163,6 @@ class RopeScaling:
     def from_dict(cls, raw: dict) -> "RopeScaling | None":
         """Read `rope_scaling`, or a newer config's `rope_parameters`, of a whole config.json; None for plain RoPE."""
         found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if not isinstance(found, dict):
-            raise ValueError(
-                f"config.json's rope_scaling is {found!r}; a dictionary with rope_type and factor is expected"
-            )
         found = {name: value for name, value in found.items() if value is not None and name != "rope_theta"}
         rope_type = found.pop("type", "default")
         found = {"rope_type": rope_type} | found
@@ -208,10 +171,10 @@ class RopeScaling:
         trained = raw.get("max_position_embeddings", LMConfig.max_position_embeddings)
         if found["rope_type"] not in ("yarn", "llama3"):  # transformers takes no other length for these
             found["original_max_position_embeddings"] = trained
-        found = {"factor": None, "original_max_position_embeddings": trained} | found
+        found = {"original_max_position_embeddings": trained} | found
         if unknown := sorted(set(found) - {f.name for f in fields(cls)}):
-            raise ValueError(f"the RoPE scaling has {', '.join(unknown)}, which this decoder does not know")
-        return cls(**found)
+            raise ValueError(f"the RoPE scaling has {short(', '.join(unknown))}, which this decoder does not know")
+        return from_json(cls, found, "rope_scaling")
 
     @classmethod
     def parse(cls, text: str, trained: int) -> "RopeScaling":
@@ -267,17 +230,17 @@ class RopeScaling:
 
 def check_lm_supported(family: str, raw: dict) -> None:
     """Raise ValueError, one sentence, where config.json asks for what the decoder does not support."""
-    bases = {raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")} - {None}
-    if len(bases) > 1:
-        raise ValueError(f"config.json has two RoPE bases, {' and '.join(map(str, sorted(bases)))}; remove one")
+    bases = [raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")]
+    if None not in bases and bases[0] != bases[1]:
+        raise ValueError(f"config.json has two RoPE bases, {' and '.join(map(short, bases))}; remove one")
     window = raw.get("sliding_window", 4096 if family == "mistral" else None)  # 4096: Hugging Face's default
     if window and raw.get("use_sliding_window", family == "mistral"):
         raise ValueError(
-            f"config.json asks for a sliding window of {window} tokens, which this decoder does not have, and answers "
-            "would differ beyond it; take a model without one (of Mistral, v0.2)"
+            f"config.json asks for a sliding window of {short(window)} tokens, which this decoder does not have, and "
+            "answers would differ beyond it; take a model without one (of Mistral, v0.2)"
         )
     if (act := raw.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"config.json asks for the activation {act!r}, but only silu is built")
+        raise ValueError(f"config.json asks for the activation {short(act)}, but only silu is built")
     if raw.get("mlp_bias") or (family != "qwen2" and raw.get("attention_bias")):
         raise ValueError("config.json asks for biases in attention or MLP; a Llama or Mistral has none here")
 
@@ -287,15 +250,16 @@ class LMConfig:
     """Sizes of the decoder, under the names of Hugging Face's config.json; the defaults are Qwen2-7B's."""
 
     vocab_size: int = 152064
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = field(default=28, metadata={"most": 1000})
+    hidden_size: int = field(default=3584, metadata=WIDTH)
+    intermediate_size: int = field(default=18944, metadata=WIDTH)
+    num_hidden_layers: int = field(default=28, metadata=LAYERS)
     num_attention_heads: int = 28
     num_key_value_heads: int = 4
-    head_dim: int | None = None  # hidden_size / num_attention_heads
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6  # the RoPE base; LongVA raises it to 1e9 (Sec. 3.1)
-    max_position_embeddings: int = 32768  # what it was trained on; nothing here enforces it
+    head_dim: int | None = field(default=None, metadata={"most": 4096})  # None: hidden_size / num_attention_heads
+    rms_norm_eps: float = field(default=1e-6, metadata={"most": 1.0})
+    rope_theta: float = field(default=1e6, metadata=THETA)  # the RoPE base; LongVA raises it to 1e9 (Sec. 3.1)
+    # What it was trained on; nothing here enforces it.
+    max_position_embeddings: int = field(default=32768, metadata={"most": 2**31})
     tie_word_embeddings: bool = False
     attention_bias: bool = True  # Qwen2: biases on q, k and v alone
     rope_scaling: RopeScaling | None = None  # plain RoPE
@@ -311,7 +275,7 @@ class LMConfig:
             raise ValueError(
                 f"rope_theta is {self.rope_theta}, and RoPE scaling needs a base above 1; check config.json"
             )
-        if self.head_width % 2:
+        if self.head_width % 2 or not self.head_width:
             raise ValueError(f"RoPE turns pairs of numbers, but the head width is {self.head_width}; make it even")
 
     @property
@@ -329,17 +293,16 @@ class LMConfig:
         kind = raw.get("model_type", "qwen2")
         family = FAMILIES.get(kind)
         if family is None:
-            raise ValueError(f"config.json says model_type {kind!r}; only {', '.join(FAMILIES)} are built here")
+            raise ValueError(f"config.json says model_type {short(kind)}; only {', '.join(FAMILIES)} are built here")
         scaling = RopeScaling.from_dict(raw)
         check_lm_supported(family, raw)
         raw = {name: value for name, value in raw.items() if value is not None}
-        raw = raw.get("rope_parameters", {}) | raw
+        raw = raw.get("rope_parameters", {}) | raw | {"rope_scaling": scaling}
         if family == "llama":  # the first LLaMA had one RoPE base and as many key heads as query heads
             raw = {"rope_theta": 1e4, "num_key_value_heads": raw.get("num_attention_heads")} | raw
         if missing := [name for name in (*SIZES, "rope_theta") if name not in raw]:
             raise ValueError(f"config.json lacks {', '.join(missing)}; is this the folder of a language model?")
-        raw = {"attention_bias": family == "qwen2"} | raw | {"rope_scaling": scaling}
-        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        return from_json(cls, {"attention_bias": family == "qwen2"} | raw)
 
 
 TOWER = "clip-vit-large-patch14-336"  # what ClipConfig's defaults are
@@ -354,20 +317,24 @@ SUPPORTED = {
 def check_vision_supported(raw: dict) -> None:
     """Raise ValueError, one sentence, where config.json asks for another tower, projector or way to cut pictures."""
     if (merge := raw.get("mm_patch_merge_type", "flat")) not in SCHEMES:
-        raise ValueError(f"config.json asks for mm_patch_merge_type {merge!r}; only {' and '.join(SCHEMES)} are built")
+        raise ValueError(
+            f"config.json asks for mm_patch_merge_type {short(merge)}; only {' and '.join(SCHEMES)} are built"
+        )
     for key, built in SUPPORTED.items():
         if (asked := raw.get(key)) not in (None, built):
-            raise ValueError(f"config.json asks for {key} {asked!r}, but only {built!r} is built")
+            raise ValueError(f"config.json asks for {key} {short(asked)}, but only {built!r} is built")
     canvases = raw.get("image_grid_pinpoints") or []
     if merge != "unires" and (other := [c for c in canvases if tuple(c) not in NEXT_CANVASES]):
-        raise ValueError(f"config.json has a canvas of {other[0]} pixels; only LLaVA-NeXT's five are built for AnyRes")
+        raise ValueError(
+            f"config.json has a canvas of {short(other[0])} pixels; only LLaVA-NeXT's five are built for AnyRes"
+        )
     resampler = raw.get("mm_resampler_type")
     if resampler and (merge, resampler) != ("unires", "spatial_pool"):  # LongVA-DPO's, which nothing used
-        raise ValueError(f"config.json asks for mm_resampler_type {resampler!r}, which is not built")
+        raise ValueError(f"config.json asks for mm_resampler_type {short(resampler)}, which is not built")
     tower = raw.get("mm_vision_tower") or TOWER
     if TOWER not in tower and not raw.get("vision_config"):
         raise ValueError(
-            f"config.json names the tower {tower!r} without a vision_config; only {TOWER} is known by name"
+            f"config.json names the tower {short(tower)} without a vision_config; only {TOWER} is known by name"
         )
 
 
@@ -377,8 +344,9 @@ class LongVAConfig:
 
     lm: LMConfig = field(default_factory=LMConfig)
     vision: ClipConfig = field(default_factory=ClipConfig)
-    scheme: str = "unires"  # "anyres": LLaVA-NeXT's, the paper's baseline; "anyres_pooled": the same of pooled grids
-    rule: str = "canvas"  # how many grids a picture gets: a rule of unires.RULES
+    # "anyres": LLaVA-NeXT's, the paper's baseline; "anyres_pooled": the same of pooled grids
+    scheme: Literal["unires", "anyres", "anyres_pooled"] = "unires"
+    rule: Literal["canvas", "floor", "anyres"] = "canvas"  # how many grids a picture gets: a rule of unires.RULES
 
     @classmethod
     def from_dict(cls, raw: dict) -> "LongVAConfig":
@@ -393,7 +361,8 @@ class LongVAConfig:
             vision = vision | {"select_layer": raw["mm_vision_select_layer"]}
         scheme = SCHEMES[raw["mm_patch_merge_type"]]
         rule = raw.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
-        return cls(LMConfig.from_dict(raw), ClipConfig.from_dict(vision), scheme, rule)
+        lm, vision = LMConfig.from_dict(raw), ClipConfig.from_dict(vision)
+        return from_json(cls, {"lm": lm, "vision": vision, "scheme": scheme, "rule": rule})
 
 
 def check_trainable(lm: LMConfig) -> None:
@@ -478,21 +447,17 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
 class Sampling:
     """How the next token is drawn; the defaults are greedy."""
 
-    temperature: float = 0.0  # 0: greedy, the likeliest token always
-    top_p: float = 1.0  # draw from the likeliest tokens that have this probability together; 1: from all
-    top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
-    repetition_penalty: float = 1.0  # above 1, tokens said before in an answer get less likely (release: 1.05)
+    # 0: greedy, the likeliest token always
+    temperature: float = field(default=0.0, metadata={"least": 0.0, "most": 100.0})
+    # draw from the likeliest tokens that have this probability together; 1: from all
+    top_p: float = field(default=1.0, metadata={"most": 1.0})
+    # draw from so many of the likeliest tokens; 0: from all
+    top_k: int = field(default=0, metadata={"least": 0})
+    # above 1, tokens said before in an answer get less likely (release: 1.05)
+    repetition_penalty: float = field(default=1.0, metadata={"least": 0.01, "most": 100.0})
 
     def __post_init__(self):
-        for name, expected, fits in (
-            ("temperature", "a number from 0", lambda x: 0 <= x < math.inf),
-            ("top_p", "a number above 0 and up to 1", lambda x: 0 < x <= 1),
-            ("top_k", "a whole number from 0", lambda x: type(x) is int and x >= 0),
-            ("repetition_penalty", "a number above 0", lambda x: 0 < x < math.inf),
-        ):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not fits(value):
-                raise ValueError(f"{name} {value!r} is impossible; {expected} is expected")
+        check_fields(self)
 
 
 GENERATION = "generation_config.json"
@@ -506,26 +471,21 @@ def read_sampling(folder: Path | str) -> Sampling:
     """
     file = Path(folder) / GENERATION
     raw = {name: value for name, value in read_json(file).items() if value is not None}
-    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
-    wanted = {name: raw.get(name, default) for name, default in defaults.items()}
-    if not raw.get("do_sample", False):
-        wanted = {"repetition_penalty": wanted["repetition_penalty"]}
-    try:
-        return Sampling(**wanted)
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from e
+    raw = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0} | raw
+    found = from_json(Sampling, raw, f"{file}: ")
+    return found if raw.get("do_sample", False) else Sampling(repetition_penalty=found.repetition_penalty)
 
 
 def stop_ids(folder: Path | str) -> list[int]:
     """The ids that end an answer, by generation_config.json; [] where it names none. Raises ValueError."""
     named = read_json(file := Path(folder) / GENERATION).get("eos_token_id")
-    ids = named if isinstance(named, list) else [] if named is None else [named]
-    if bad := [i for i in ids if type(i) is not int or i < 0]:
-        raise ValueError(f"{file}: eos_token_id has {bad[0]!r}, expected ids from 0")
-    return ids
+    ids = from_json(list[int] | int | None, named, f"{file}: eos_token_id", least=0)
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 # ---- sampling ------------------------------------------------------------------------------------
+
+COLD = 1e-6  # a temperature below it is 0: divided by it, logits could overflow
 
 
 def next_token_probs(logits_V: Tensor, generated: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -540,9 +500,9 @@ def next_token_probs(logits_V: Tensor, generated: list[int], sampling: Sampling)
         scores = logits_V[repeated]
         scores = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
         logits_V = logits_V.index_put((repeated,), scores)
-    kept = 1 if sampling.temperature == 0 else min(sampling.top_k or len(logits_V), len(logits_V))
+    kept = 1 if sampling.temperature < COLD else min(sampling.top_k or len(logits_V), len(logits_V))
     logits, ids = (x.cpu() for x in logits_V.topk(kept))  # on the device: a vocabulary is slow to copy and to sort
-    probs = (logits / (sampling.temperature or 1.0)).softmax(-1)
+    probs = (logits / max(sampling.temperature, COLD)).softmax(-1)
     # Keep an id while those before it sum to less than top_p; the best one always stays.
     enough = (probs.cumsum(-1) - probs < sampling.top_p).sum()
     return ids[:enough], probs[:enough] / probs[:enough].sum()

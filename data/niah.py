@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.flags import from_json, short
 from data.video import read_picture
 
 Encode = Callable[[str], list[int]]  # a tokenizer's `encode`: text to ids, nothing added
@@ -62,22 +63,22 @@ def _load_records(folder: Path) -> tuple[Path, list]:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is not valid JSON in UTF-8 ({error})") from error
-    if not isinstance(records, list) or not records:
-        got = "an empty list" if records == [] else type(records).__name__
-        raise ValueError(f"{file}: expected a list with at least one needle, got {got}")
+    if not from_json(list, records, f"{file}: "):
+        raise ValueError(f"{file} is an empty list; at least one needle is expected")
     return file, records
 
 
-def _text(where: str, record: object, *keys: str) -> str:
-    """Return the first of `keys` that the record has, which must be text that is not empty."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with image, question and answer, got {record!r:.60}")
-    for key in keys:
-        if key in record:
-            if not isinstance(record[key], str) or not record[key].strip():
-                raise ValueError(f'{where}: "{key}" must be text that is not empty, got {record[key]!r:.60}')
-            return record[key]
-    raise ValueError(f'{where}: has no "{keys[0]}"; a record needs image, question and answer')
+@dataclass(frozen=True)
+class Record:
+    """What questions.json says of a needle."""
+
+    image: str
+    question: str
+    answer: str
+    kind: str = ""
+
+
+RELEASED = {"path": "image", "prompt": "question"}  # the release's names
 
 
 def read_needles(folder: str | Path) -> list[Needle]:
@@ -91,21 +92,26 @@ def read_needles(folder: str | Path) -> list[Needle]:
     needles, taken = [], {}
     for i, record in enumerate(records, start=1):
         where = f"{file}: record {i}"
-        image = _text(where, record, "image", "path")
-        question = _text(where, record, "question", "prompt")
-        answer = _text(where, record, "answer")
+        record = from_json(dict, record, where)
+        record = from_json(Record, {RELEASED.get(key, key): x for key, x in record.items()}, where)
+        image = record.image
+        if not (image.strip() and record.question.strip() and record.answer.strip()):
+            raise ValueError(f"{where} has an empty image, question or answer; each must be text")
         if "\0" in image or not (folder / image).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{where}: the picture {image!r} lies outside the folder; move it inside")
+            raise ValueError(f"{where}: the picture {short(image)} lies outside the folder; move it inside")
         name = Path(image).with_suffix("").as_posix()
         if name in taken:
-            raise ValueError(f"{where}: the needle {name!r} is record {taken[name]} already; give each its own picture")
+            raise ValueError(
+                f"{where}: the needle {short(name)} is record {taken[name]} already; give each its own picture"
+            )
         taken[name] = i
         try:
             picture = read_picture(folder / image)
+        except OSError as error:  # a name that no file can have
+            raise ValueError(f"{where}: the picture {short(image)} cannot be opened ({error.strerror})") from error
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        kind = _text(where, record, "kind") if "kind" in record else ""
-        needles.append(Needle(name, picture, question, answer, kind))
+        needles.append(Needle(name, picture, record.question, record.answer, record.kind))
     return needles
 
 

@@ -16,11 +16,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import tiktoken
+
+from data.flags import from_json, read_json, short
 
 QWEN2_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # in the order of their ids
 # How text falls into words before BPE; a token never crosses a word's border. Qwen2: one token per digit.
@@ -35,6 +39,7 @@ PAD = ("<|endoftext|>", "<|end_of_text|>", "<pad>", "<unk>")
 BOS = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # Qwen2 has none: its config names <|endoftext|>
 STOP = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 
+ID = {"least": 0, "most": 2**20}  # of a token
 CUT = 100_000  # characters given to tiktoken at once
 BORDER = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")  # always a border of two words, in both patterns
 
@@ -130,7 +135,7 @@ def byte_level(vocab: dict[str, int], special: dict[str, int], words: str = QWEN
     try:
         ranks = {bytes(BYTE[c] for c in token): i for token, i in vocab.items()}
     except KeyError as e:
-        raise ValueError(f"the vocabulary is not byte-level BPE: no byte is written {e}") from e
+        raise ValueError(f"the vocabulary is not byte-level BPE: no byte is written {short(e.args[0])}") from e
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, first {missing[0]:#04x}")
     if len(set(ranks.values()) | set(special.values())) < len(ranks) + len(special):
@@ -145,14 +150,18 @@ def byte_level(vocab: dict[str, int], special: dict[str, int], words: str = QWEN
 
 
 def check_vocabulary(vocab: dict[str, int], merges: Iterable[Sequence[str]], source: Path) -> None:
-    """Refuse ids that are no integers, or not in the order of the merges (if the folder has them)."""
-    if bad := [token for token, i in vocab.items() if type(i) is not int or i < 0]:
-        raise ValueError(f"{source}: token {bad[0]!r} has the id {vocab[bad[0]]!r}, expected an integer from 0")
+    """Refuse ids that are no ids, or not in the order of the merges (if the folder has them)."""
+    if bad := [token for token, i in vocab.items() if type(i) is not int or not ID["least"] <= i <= ID["most"]]:
+        i = short(vocab[bad[0]])
+        raise ValueError(f"{source}: token {short(bad[0])} has the id {i}, expected an integer from 0 to {ID['most']}")
     last = 0
     for pair in merges:
-        i = vocab.get("".join(pair), -1) if len(pair) == 2 else -1
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
+        i = vocab.get("".join(pair), -1) if is_pair else -1
         if i < last:
-            raise ValueError(f"{source}: merge {' '.join(pair)!r} has no id, or one out of merge order")
+            raise ValueError(
+                f"{source}: merge {short(' '.join(pair) if is_pair else pair)} has no id, or one out of merge order"
+            )
         last = i
 
 
@@ -163,19 +172,19 @@ def sentence_pieces(file: Path, special: dict[str, int]) -> Tokenizer:
     """A tokenizer from tokenizer.model; as in Hugging Face's slow legacy one, a call adds a leading space."""
     import sentencepiece  # only the baselines of Fig. 4 need it
 
+    pieces, control = {}, {}
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (RuntimeError, OSError) as e:
-        raise ValueError(f"{file} is not a sentencepiece model: {e}") from e
-    pieces, control = {}, {}
-    for i in range(model.get_piece_size()):
-        piece = model.id_to_piece(i)
-        if model.is_control(i) or model.is_unknown(i):
-            control[piece] = i
-        elif model.is_byte(i):  # written "<0x0A>"
-            pieces[i] = bytes([int(piece[3:5], 16)])
-        else:
-            pieces[i] = piece.replace("\u2581", " ").encode()
+        for i in range(model.get_piece_size()):
+            piece = model.id_to_piece(i)
+            if model.is_control(i) or model.is_unknown(i):
+                control[piece] = i
+            elif model.is_byte(i):  # written "<0x0A>"
+                pieces[i] = bytes([int(piece[3:5], 16)])
+            else:
+                pieces[i] = piece.replace("\u2581", " ").encode()
+    except (RuntimeError, OSError, ValueError) as e:
+        raise ValueError(f"{file} is not a sentencepiece model: {short(str(e))}") from e
     return SentencePieces(partial(model.encode, out_type=int), pieces, {**control, **special})
 
 
@@ -194,32 +203,57 @@ class SentencePieces(Tokenizer):
 # ---- a folder ------------------------------------------------------------------------------------
 
 
-def read_json(file: Path) -> dict:
-    """A JSON file whose top level is an object, or {} when there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file} is not valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} should hold a JSON object, found {type(content).__name__}")
-    return content
+@dataclass(frozen=True)
+class ControlToken:
+    """An entry of added_tokens in tokenizer.json, or of added_tokens_decoder in tokenizer_config.json."""
+
+    content: str
+    id: int = field(metadata=ID)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The pre_tokenizer or the normalizer of tokenizer.json, or a part of one."""
+
+    type: str
+    pattern: dict[str, str] = field(default_factory=dict)
+    pretokenizers: list[dict] | None = None
+
+
+@dataclass(frozen=True)
+class Bpe:
+    """The model of tokenizer.json; `check_vocabulary` looks into its tokens."""
+
+    vocab: dict
+    type: Literal["BPE"] = "BPE"
+    merges: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is read of tokenizer.json."""
+
+    model: Bpe
+    pre_tokenizer: Step | None = None
+    normalizer: Step | None = None
 
 
 def read_specials(folder: Path) -> dict[str, int]:
     """Control tokens from the three places where Hugging Face writes them; they must agree."""
-    whole, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
-    named = list(read_json(folder / "added_tokens.json").items())
-    try:
-        named += [(t["content"], t["id"]) for t in whole.get("added_tokens", [])]
-        named += [(t["content"], int(i)) for i, t in config.get("added_tokens_decoder", {}).items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{folder}: the list of control tokens is damaged, found {e!r}") from e
+    named = [*read_json(folder / "added_tokens.json", dict[str, int], **ID).items()]
+    lists = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "added_tokens_decoder"}
+    for file, key in lists.items():
+        entries = read_json(folder / file).get(key) or []
+        if isinstance(entries, dict) and all(map(str.isdecimal, entries)):
+            entries = [entry | {"id": int(i)} if isinstance(entry, dict) else entry for i, entry in entries.items()]
+        entries = from_json(list[ControlToken], entries, f"{folder / file}: {key}")
+        named += [(entry.content, entry.id) for entry in entries]
     special: dict[str, int] = {}
     for name, i in named:
-        if special.setdefault(name, i) != i:
-            raise ValueError(f"{folder}: control token {name!r} has two ids, {special[name]} and {i}")
+        if not name or special.setdefault(name, i) != i:
+            raise ValueError(
+                f"{folder}: control token {short(name)} has no name or two ids, {special.get(name)} and {i}"
+            )
     return special
 
 
@@ -232,16 +266,30 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises ValueError for a folder without these files, and for a file that is damaged or of another kind.
     """
     folder = Path(folder)
-    special = read_specials(folder)
+    rows = from_json(int | None, read_json(folder / "config.json").get("vocab_size"), "vocab_size") or ID["most"]
+    # The first Llama-2 lists a <pad> that its model has no embedding for.
+    special = {name: i for name, i in read_specials(folder).items() if i < rows or name != "<pad>"}
+    tokenizer = read_vocabulary(folder, special)
+    if tokenizer.size > rows:
+        name = short(tokenizer.decode([tokenizer.size - 1]))
+        raise ValueError(
+            f"{folder}: token {name} has the id {tokenizer.size - 1}, but config.json's vocab_size is {rows}; "
+            "copy config.json and tokenizer from one model"
+        )
+    return tokenizer
+
+
+def read_vocabulary(folder: Path, special: dict[str, int]) -> Tokenizer:
+    """The tokenizer of a folder whose control tokens are known."""
     words, nfc = QWEN2_WORDS, True
     if vocab := read_json(source := folder / "vocab.json"):
         merges = folder / "merges.txt"
-        lines = merges.read_text("utf-8").split("\n") if merges.exists() else [""]
+        lines = merges.read_text("utf-8", "replace").split("\n") if merges.exists() else [""]
         lines = lines[lines[0].startswith("#version") :]
         check_vocabulary(vocab, (line.split(" ") for line in lines if line), source)
     elif (source := folder / "tokenizer.model").exists():
         return sentence_pieces(source, special)
-    elif whole := read_json(source := folder / "tokenizer.json"):
+    elif whole := read_json(source := folder / "tokenizer.json", Whole):
         vocab, words, nfc = read_whole(whole, source)
     else:
         raise ValueError(
@@ -254,25 +302,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return byte_level(vocab, special, words, nfc)
 
 
-def read_whole(whole: dict, source: Path) -> tuple[dict[str, int], str, bool]:
+def read_whole(whole: Whole, source: Path) -> tuple[dict[str, int], str, bool]:
     """(vocabulary, word pattern, whether text is normalised to NFC) of a tokenizer.json."""
-    model = whole.get("model", {})
-    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise ValueError(f"{source}: expected a BPE model with a vocabulary, found {model.get('type')!r}")
-    before = whole.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    found = [s.get("pattern", {}).get("Regex") for s in steps if s.get("type") == "Split"]
+    before = whole.pre_tokenizer or Step("")
+    steps = [before] if before.pretokenizers is None else [from_json(Step, one) for one in before.pretokenizers]
+    found = [step.pattern.get("Regex") for step in steps if step.type == "Split"]
     if found not in ([QWEN2_WORDS], [LLAMA3_WORDS]):
         raise ValueError(
-            f"{source}: words are split by {found}, expected the pattern of Qwen2 or Llama 3; Llama 2, Vicuna and "
-            "Mistral are read from their tokenizer.model"
+            f"{source}: words are split by {short(found)}, expected the pattern of Qwen2 or Llama 3; Llama 2, Vicuna "
+            "and Mistral are read from their tokenizer.model"
         )
-    if (normal := (whole.get("normalizer") or {}).get("type")) not in (None, "NFC"):
-        raise ValueError(f"{source}: text is normalised by {normal!r}, expected 'NFC' or none")
+    if whole.normalizer and whole.normalizer.type != "NFC":
+        raise ValueError(f"{source}: text is normalised by {short(whole.normalizer.type)}, expected 'NFC' or none")
     # Older files write a merge as "a b", newer ones as ["a", "b"].
-    merges = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges", []))
-    check_vocabulary(model["vocab"], merges, source)
-    return model["vocab"], found[0], normal == "NFC"
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in whole.model.merges)
+    check_vocabulary(whole.model.vocab, merges, source)
+    return whole.model.vocab, found[0], whole.normalizer is not None
 
 
 # ---- training: the tiny model's vocabulary -------------------------------------------------------

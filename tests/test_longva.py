@@ -713,7 +713,7 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"video": "frames", "frames": 0}, "--frames 0 makes no sense; give 1 or more"),
     ({"video": "frames", "max_tokens": 0}, "--max-tokens 0 makes no sense"),
     ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no sense"),
-    ({"image": ("frames/0.png",), "top_p": 1.5}, "top_p 1.5 is impossible"),
+    ({"image": ("frames/0.png",), "top_p": 1.5}, "top_p is 1.5; a number"),
     ({"video": "frames", "weights": "blind"}, "cannot see"),
     ({"image": ("frames/0.png",), "question": __file__}, "is a file where the question should stand"),
     ({"image": ("frames/0.png",), "max_tokens": 10**12}, "tokens take .* GB can be had; give fewer"),

@@ -108,13 +108,13 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
 
 
 @pytest.mark.parametrize("scaling, complaint", [
-    ("yarn", "a dictionary with rope_type and factor is expected"),
-    ({"type": "longrope", "factor": 2}, "no RoPE scaling 'longrope'"),
-    ({"type": "yarn"}, "factor is None"),
+    ("yarn", "rope_scaling is 'yarn'; a dictionary is expected"),
+    ({"type": "longrope", "factor": 2}, "rope_scaling.rope_type is 'longrope'"),
+    ({"type": "yarn"}, "rope_scaling lacks factor"),
     ({"type": "linear", "factor": 0.5}, "factor is 0.5"),
     ({"type": "linear", "factor": math.nan}, "factor is nan"),
     ({"type": "yarn", "factor": "8"}, "factor is '8'"),
-    ({"type": "yarn", "factor": 8, "mscale": 1}, "has mscale"),
+    ({"type": "yarn", "factor": 8, "mscale": 1}, "has 'mscale'"),
     ({"type": "llama3", "factor": 8, "low_freq_factor": 4}, "must be below"),
     ({"type": "yarn", "factor": 8, "original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
 ])  # fmt: skip
@@ -178,7 +178,7 @@ def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, distractors,
 
 
 def test_a_scaling_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"--rope-scaling ntk:8: there is no RoPE scaling 'ntk'.* write KIND:FACTOR"):
+    with pytest.raises(ValueError, match=r"--rope-scaling ntk:8: rope_type is 'ntk'.* write KIND:FACTOR"):
         RopeScaling.parse("ntk:8", 256)
     with pytest.raises(ValueError, match=r"--rope-scaling yarn: .*write KIND:FACTOR"):
         RopeScaling.parse("yarn", 256)
