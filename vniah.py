@@ -38,7 +38,7 @@ import unires
 from data import chat, evaluate, niah, results, weights
 from data.config import stop_ids
 from data.evaluate import System
-from data.flags import at_least, print0, run, setting
+from data.flags import at_least, model_name, print0, run, setting
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ---- the test: one probe, one forward pass -------------------------------------------------------
@@ -394,7 +394,7 @@ CANDIDATE_SCALINGS = ("yarn:16", "llama3:16")  # and position scalings
 def resolve(cfg: Config) -> Config:
     """Fill unset values from the protocol."""
     values = {"depths": PAPER_DEPTHS[cfg.task]} | PROTOCOLS[cfg.protocol]
-    name = [cfg.task, cfg.weights.resolve().name if cfg.weights else "own" if cfg.own else "tiny"]
+    name = [cfg.task, model_name(cfg.weights) if cfg.weights else "own" if cfg.own else "tiny"]
     name += [Path(part).stem for part in (cfg.haystack, cfg.needles) if part and part != "synthetic"]
     values |= {"out": Path(f"runs/vniah-{'-'.join(name)}")} | ({"distractors": 0} if cfg.needles else {})
     return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import chat, niah, runs, synthetic, text, video
+from data import chat, flags, niah, runs, synthetic, text, video
 from data.config import LMConfig, LongVAConfig, RopeScaling, read_config
 from data.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ def figure_systems(
     if one is missing or cannot see.
     """
     if weights:
-        plain = System(weights.resolve().name, weights)
+        plain = System(flags.model_name(weights), weights)
         changed = untrained(plain, bases, scalings)
         models = [plain, *(replace(one, name=f"{plain.name}, {one.name}") for one in changed)]
     else:

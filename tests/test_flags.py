@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import MISSING, dataclass, replace
@@ -222,6 +223,81 @@ def test_ctrl_c_ends_quietly(capsys):
     with pytest.raises(SystemExit) as stop:
         flags.run(main, Config, argv=[])
     assert stop.value.code == 130 and capsys.readouterr().err == ""
+
+
+# ---- model folders -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Models:
+    """Toy."""
+
+    weights: Path | None = setting(None, "folder")
+    tokenizer: Path | None = setting(None, "folder")
+
+
+WHOLE = ("config.json", "model.safetensors.index.json", "a.safetensors")
+
+
+def cached(folder, files, revision="new", main="new"):
+    """A model in a cache: files as links to blobs; one that ends with "?" is a link that leads nowhere."""
+    snapshot = folder / "models--lab--Toy-7B/snapshots" / revision
+    for file in files:
+        blob = folder / "models--lab--Toy-7B/blobs" / file
+        (snapshot / file.rstrip("?")).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / file.rstrip("?")).symlink_to(blob)
+        blob.parent.mkdir(exist_ok=True)
+        if not file.endswith("?"):
+            blob.write_text('{"weight_map": {"x": "a.safetensors"}}' if "index" in file else "{}")
+    (refs := snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+    (refs / "main").write_text(f"{main}\n")
+    return snapshot
+
+
+@pytest.mark.parametrize("variable, below", [
+    ("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"), ("HOME", ".cache/huggingface/hub"),
+])  # fmt: skip
+def test_hub_names(tmp_path, monkeypatch, variable, below):
+    """A cached model's snapshot is found by the model's name: main's, else the newest; a local folder comes first."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    old, new = (cached(tmp_path / below, WHOLE, revision) for revision in ("old", "new"))
+    os.utime(old, (0, 0))
+    assert parse(Models, argv=["--weights", "lab/Toy-7B", "--tokenizer", "Toy-7B"]) == Models(new, Path("Toy-7B"))
+    assert flags.model_name(new) == "Toy-7B" and flags.model_name(Path("runs/x")) == "x"
+    (new.parents[1] / "refs/main").write_text("old")
+    assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == old
+    (new.parents[1] / "refs/main").write_text("gone")
+    assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == new
+    Path("lab/Toy-7B").mkdir(parents=True)
+    assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == Path("lab/Toy-7B")
+
+
+@pytest.mark.parametrize("files, complaint", [
+    (None, "there is no folder lab/Toy-7B, nor such a model in {}; if it is in the Hub: hf download lab/Toy-7B"),
+    (WHOLE[1:], "lab/Toy-7B is incomplete in {}, it lacks config.json; run again: hf download lab/Toy-7B"),
+    (WHOLE[:2], "lab/Toy-7B is incomplete in {}, it lacks a.safetensors; run again"),
+    (WHOLE[:1], "lab/Toy-7B is incomplete in {}, it lacks model.safetensors; run again"),
+    ((*WHOLE, "vocab.json?"), "lab/Toy-7B is incomplete in {}, it lacks vocab.json; run again"),
+])  # fmt: skip
+def test_hub_names_that_are_not_whole(tmp_path, monkeypatch, capsys, files, complaint):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    if files:
+        cached(tmp_path, files)
+    with pytest.raises(SystemExit) as stop:
+        parse(Models, argv=["--weights", "lab/Toy-7B"])
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"argument --weights: {complaint.format(tmp_path)}" in said and said.count("\n") == 1
+    )
+
+
+def test_a_tokenizer_needs_no_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = cached(tmp_path, ["tokenizer.json"])
+    assert parse(Models, argv=["--tokenizer", "lab/Toy-7B"]).tokenizer == snapshot
 
 
 def test_at_least():
