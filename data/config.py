@@ -17,7 +17,7 @@ Differs   What is not supported (sliding windows, other towers and projectors) i
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -424,11 +424,13 @@ def read_config(folder: Path | str) -> LMConfig | LongVAConfig:
 def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
     """The config.json of a model, as transformers (for the language model) and the release read it."""
     if isinstance(config, LongVAConfig):
+        is_openai = replace(config.vision, select_layer=ClipConfig().select_layer) == ClipConfig()
+        tower = f"openai/{TOWER}" if is_openai else f"clip-patch{config.vision.patch_size}-{config.vision.image_size}"
         return to_dict(config.lm, dtype) | {
             "architectures": ["LlavaQwenForCausalLM"], "image_aspect_ratio": "anyres", "grid_rule": config.rule,
             "mm_patch_merge_type": {ours: theirs for theirs, ours in SCHEMES.items()}[config.scheme],
             "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2, "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": config.vision.hidden_size,
+            "mm_vision_tower": tower, "mm_hidden_size": config.vision.hidden_size,
             "mm_vision_select_layer": config.vision.select_layer, "mm_vision_select_feature": "patch",
             "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "vision_config": asdict(config.vision),
         }  # fmt: skip
