@@ -1,6 +1,7 @@
 """Long-context extension: train a language model on long text, so that its context grows (Sec. 3.1).
 
-What      Continued pretraining with a larger RoPE base; ring attention spreads one sequence over all ranks.
+What      Continued pretraining with a larger RoPE base; ring attention spreads one sequence over all ranks. Kill it at
+          any moment and run the same command again: it continues, and on a CPU ends with the same weights to the bit.
 Paper     Sec. 3.1: Qwen2-7B-Instruct, 224,000 tokens, RoPE base 1e9, 1000 steps of 4 sequences.
 Run       python train_text.py --preset tiny-base                      the tiny base model, its context short
           torchrun --nproc-per-node 2 train_text.py                    its extension: two ranks, one sequence
@@ -9,9 +10,6 @@ Dimensions  B sequences   S tokens of the whole sequence   T tokens held by this
 Differs   The loss is the mean over all targets of a step, not the mean of its micro-batches' and ranks' means.
           The learning rate is what --lr says; the release's scheduler ignores its own flag.
           max_position_embeddings is set to the new length, which other programs read; the release leaves 32768.
-          The tiny model is trained from scratch here, so that nothing need be downloaded.
-
-Kill it at any moment and run the same command again: it continues, and on a CPU ends with the same weights to the bit.
 """
 
 import time
@@ -61,13 +59,12 @@ def train_step(
     local = [shard(batch, idx_T) for batch in batches]
     count = sum((batch.targets != chat.IGNORE).sum() for batch in local)
     losses = []
-    gradients = GradientSums(model)  # where parameters are offloaded, FSDP2 does not accumulate them itself
+    gradients = GradientSums(model, offload)  # where parameters are offloaded, FSDP2 does not accumulate them itself
     for batch in local:
         attend = ring.zigzag_attend(group, kernel, batch.doc_starts)
         nll_B, _ = model(batch.ids, idx_T, batch.targets, attend)
         ring.global_mean(nll_B.sum(), count, world).backward()
-        if offload:
-            gradients.take()
+        gradients.take()
         losses.append(nll_B.detach().sum())
     gradients.put_back()
     return torch.stack(losses), ring.all_reduce_sum(count, world)
@@ -93,22 +90,27 @@ def train(cfg: "Config") -> None:
     # 2. Model, with the larger RoPE base
     tokenizer = load_tokenizer(cfg.weights or synthetic.TOKENIZER)
     model, config = build_sharded_model(cfg, world)
+    kernel = memory_saving.choose_kernel(cfg.kernel, world.device, cfg.precision, cfg.separate_documents)
 
     # 3. Data: a function from the number of a micro-batch to its sequences
     read_batch = make_batches(cfg, tokenizer)
-    held_out = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.eval_windows, cfg.eval_needles, cfg.seed, tokenizer)
+    at_end = "synthetic" if cfg.expected and cfg.corpus == "synthetic" and cfg.seq_len >= SHORT["seq_len"] else None
+    held_out = evaluate.eval_sets(cfg.held_out or at_end, cfg.seq_len, cfg.seed, tokenizer)
 
     # 4. Optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay,
-        fused=(world.device.type == "cuda") or None,  # one kernel, where foreach holds a third copy of all parameters
-    )  # fmt: skip
+    fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
+    rates = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "eps": 1e-8, "weight_decay": cfg.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=fused)
 
     # 5. Resume
-    first = resume(cfg, model, optimizer, world)
+    if world.rank == 0:
+        runs.open_run(cfg.out, asdict(cfg))
+    first = ring.load_state(cfg.out / "state", model, optimizer, world)
+    if world.rank == 0:
+        runs.truncate_log(cfg.out, first)
+        runs.truncate_log(cfg.out, first + 1, evaluate.LOG)
 
     # 6. The loop
-    kernel = pick_kernel(cfg, world.device)
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     for step in bar:
         started = time.perf_counter()
@@ -124,27 +126,27 @@ def train(cfg: "Config") -> None:
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
+            S = batches[0].ids.shape[1]
             tokens_per_s = batches[0].ids.numel() * cfg.grad_accumulation / (time.perf_counter() - started)
-            flop_per_token = train_flop(config, batches[0].ids.shape[1])
-            line = {"step": step, "loss": loss, "norm": norm, "lr": rate, "seq_len": batches[0].ids.shape[1]}
-            line |= runs.speed(tokens_per_s / world.ranks, flop_per_token, cfg.peak_tflop, world.device)
-            line["tokens_per_s"] = round(tokens_per_s)
-            runs.log(cfg.out, line)
-            bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            if cfg.held_out:
-                log_evaluation(cfg.out, step + 1, score_held_out(model, held_out, kernel, group), group)
+            speed = runs.speed(tokens_per_s, world.ranks, train_flop(config, S), cfg.peak_tflop, world.device)
+            runs.log_step(cfg.out, {"step": step, "loss": loss, "norm": norm, "lr": rate, "seq_len": S} | speed, bar)
+        is_last = step + 1 == cfg.steps
+        if is_last or (step + 1) % cfg.save_every == 0:
+            if cfg.held_out or (is_last and held_out.windows):
+                scores = score_held_out(model, held_out, kernel, group)
+                if world.rank == 0:
+                    evaluate.log_scores(cfg.out, step + 1, scores, cfg.expected if is_last else ())
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
-    # 7. Export
-    print_verdict(cfg, model, tokenizer, kernel, group, world)
-    export(cfg, config, model, world)
+    # 7. Export, in Hugging Face's layout, beside the tokenizer
+    stream = ring.gather_parameters(model, world)
+    if world.rank == 0:
+        weights.save(cfg.out / "model", stream, to_dict(config), cfg.weights or synthetic.TOKENIZER)
+        runs.print_end(cfg.out, "python vniah.py text --weights {}" if cfg.corpus == "synthetic" else ALIGN)
     ring.stop()
 
 
-BAR_KEYS = ("loss", "norm", "tokens_per_s", "mfu", "gb")  # of a log line, in the progress bar
-
-# ---- model, data, log ----------------------------------------------------------------------------
+# ---- model, data, evaluation ---------------------------------------------------------------------
 
 
 def language_model(folder: Path | None) -> longva.LMConfig:
@@ -154,8 +156,7 @@ def language_model(folder: Path | None) -> longva.LMConfig:
     config = longva.read_config(folder)
     if not isinstance(config, longva.LMConfig):
         raise ValueError(f"{folder} sees already; long text trains a language model before it learns to see")
-    check_trainable(config)
-    return config
+    return check_trainable(config)
 
 
 def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LM, longva.LMConfig]:
@@ -171,99 +172,36 @@ def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LM, lo
     ring.shard_parameters(model, model.model.layers, world, cfg.offload, param_dtype)
     source = weights.read(cfg.weights) if cfg.weights else weights.init_weights(model, cfg.seed)
     weights.fill_from(model, source, ring.copy_shard)
-    size = sum(p.numel() for p in model.parameters())
-    print0(f"{size:,} parameters on {world.ranks} rank(s), device {world.device}")
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.ranks} rank(s), {world.device}")
     return model, config
 
 
 def make_batches(cfg: "Config", tokenizer: Tokenizer) -> Callable[[int], MicroBatch]:
     """Return a function from the number of a micro-batch to its whole sequences: nothing else decides what is read."""
+    tokens = None if cfg.corpus == "synthetic" else text.open_corpus(cfg.corpus, tokenizer)
 
-    def synthetic_batch(number: int) -> MicroBatch:
-        step = number // cfg.grad_accumulation
-        S = cfg.curriculum_len if step < cfg.curriculum_steps else cfg.seq_len
-        return MicroBatch(*synthetic.text_batch(tokenizer, cfg.seed, number, cfg.batch * cfg.seq_len // S, S), None)
-
-    if cfg.corpus == "synthetic":
-        return synthetic_batch
-    tokens = text.open_corpus(cfg.corpus, tokenizer)
-
-    def corpus_batch(number: int) -> MicroBatch:
+    def read_batch(number: int) -> MicroBatch:
+        if tokens is None:
+            S = 64 if number < cfg.curriculum_steps * cfg.grad_accumulation else cfg.seq_len
+            return MicroBatch(*synthetic.text_batch(tokenizer, cfg.seed, number, cfg.batch * cfg.seq_len // S, S), None)
         ids_BS, targets_BS = text.windows(tokens, cfg.seq_len, cfg.batch, cfg.seed, number)
         doc_starts = text.document_starts(ids_BS, tokenizer.bos_id) if cfg.separate_documents else None
         return MicroBatch(ids_BS, targets_BS, doc_starts)
 
-    return corpus_batch
+    return read_batch
 
 
-def pick_kernel(cfg: "Config", device: torch.device) -> str | None:
-    """Return the attention kernel: --kernel, or for auto the fastest; None lets ring.py choose."""
-    if cfg.kernel != "auto":
-        return cfg.kernel
-    if cfg.separate_documents:  # documents have many lengths, and cuDNN makes a plan for each
-        return None
-    return memory_saving.fastest_kernel(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-
-
-def resume(cfg: "Config", model: longva.LM, optimizer: torch.optim.Optimizer, world: ring.World) -> int:
-    """Open the run's folder and load its newest state; return the first step to take."""
-    if world.rank == 0:
-        runs.open_run(cfg.out, {name: value for name, value in asdict(cfg).items() if name not in NOT_SAVED})
-    first = ring.load_state(cfg.out / "state", model, optimizer, world)
-    if world.rank == 0:
-        runs.truncate_log(cfg.out, first)
-        runs.truncate_log(cfg.out, first + 1, evaluate.LOG)
-    return first
-
-
-def score_held_out(
-    model: longva.LM, sets: evaluate.EvalSets, kernel: str | None, group: ring.World
-) -> dict[str, float]:
+def score_held_out(model: longva.LM, sets: evaluate.EvalSets, kernel: str | None, group: ring.World) -> dict:
     """Score the model on held-out text; each ring does it all."""
 
     def score(ids_1S: Tensor, targets_1S: Tensor, measure: Callable) -> tuple[float, float]:
         idx_T = ring.zigzag_index(ids_1S.shape[1], group)
         batch = shard(MicroBatch(ids_1S, targets_1S, None), idx_T)
         sum_B, count_B = model(batch.ids, idx_T, batch.targets, ring.zigzag_attend(group, kernel), measure)
-        both = torch.stack([sum_B.sum().double(), count_B.sum().double()])
-        return tuple(ring.all_reduce_sum(both, group).tolist())
+        return tuple(ring.all_reduce_sum(torch.stack([sum_B.sum(), count_B.sum()]).double(), group).tolist())
 
     with ring.no_grad_reshard(model):
         return evaluate.evaluate(sets, score, longva.nll)
-
-
-def log_evaluation(out: Path, step: int, scores: dict[str, float], group: ring.World) -> None:
-    """Write the scores as a line of eval.jsonl, on the run's first rank."""
-    if group.peer(group.rank) == 0:
-        runs.log(out, {"step": step} | scores, evaluate.LOG)
-        tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
-
-
-def print_verdict(
-    cfg: "Config", model: longva.LM, tokenizer: Tokenizer, kernel: str | None, group: ring.World, world: ring.World
-) -> None:
-    """Print, for the miniature at its own lengths, what it reached on held-out text beside what is expected."""
-    if not cfg.expected or cfg.corpus != "synthetic" or cfg.seq_len < SHORT["seq_len"]:
-        return
-    scores = score_held_out(
-        model, evaluate.eval_sets("synthetic", cfg.seq_len, 4, 2, cfg.seed, tokenizer), kernel, group
-    )
-    if world.rank == 0:
-        runs.print_verdict(scores["held_out_loss"], scores["needles_found"], cfg.expected)
-
-
-def export(cfg: "Config", config: longva.LMConfig, model: longva.LM, world: ring.World) -> None:
-    """Write the model in Hugging Face's layout, beside its tokenizer, and print the next command."""
-    stream, folder = ring.gather_parameters(model, world), cfg.out / "model"
-    if world.rank > 0:
-        return
-    weights.save(folder, stream, to_dict(config), cfg.weights or synthetic.TOKENIZER)
-    following = f"python vniah.py text --weights {folder}"
-    if cfg.corpus != "synthetic":
-        flags = f"--preset longva --stage align --tower CLIP --data LLAVA.json --weights {folder}"
-        following = f"torchrun --nproc-per-node 8 train_vision.py {flags}"
-    print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
-    print(f"next:  {NEXT_COMMAND.get(cfg.out.name, following)}")
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -278,18 +216,14 @@ class Config:
     save_every: int = setting(200, "steps between saved states (release: extend_qwen2.sh)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on (ours)")
     plan: bool = setting(False, "print the memory that a step needs and the longest sequence; train nothing (ours)")
-    host_gb: float | None = setting(None, "CPU memory for --plan, 10^9 bytes; none: this one's (ours)", hidden=True)
     weights: Path | None = setting(None, "model folder; none: tiny, from scratch (Sec. 3.1: Qwen2-7B)", group="Model")
     rope_theta: float = setting(1e9, "RoPE base (Sec. 3.1)")
     corpus: str = setting("synthetic", "token file (data/pack.py), or synthetic (Sec. 3.1: SlimPajama)", group="Data")
     seq_len: int = setting(224_000, "tokens per sequence (Sec. 3.1)")
     separate_documents: bool = setting(False, "packed documents do not attend to each other (Sec. 3.1: they do)")
     held_out: str | None = setting(None, "text to evaluate on when state is saved: as --corpus (ours)")
-    eval_windows: int = setting(8, "windows of held-out text for the perplexity (ours)", hidden=True)
-    eval_needles: int = setting(1, "hidden magic numbers at each of five depths (App. A)", hidden=True)
     expected: tuple[float, ...] = setting((), "held-out loss and share of numbers to reach (ours)", hidden=True)
-    curriculum_steps: int = setting(0, "first steps, on short synthetic sequences (ours)", hidden=True)
-    curriculum_len: int = setting(64, "tokens per sequence in those steps (ours)", hidden=True)
+    curriculum_steps: int = setting(0, "first steps, on synthetic sequences of 64 tokens (ours)", hidden=True)
     batch: int = setting(1, "sequences per micro-batch (release: extend_qwen2.sh)", group="Optimization")
     grad_accumulation: int = setting(4, "micro-batches per optimizer step, over all rings (release: extend_qwen2.sh)")
     steps: int = setting(1000, "optimizer steps (Sec. 3.1)")
@@ -302,7 +236,7 @@ class Config:
     ring: int | None = setting(None, "ranks that share a sequence; none: all (Sec. 3.1: all)", group="Hardware")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of activations; parameters stay fp32 (Sec. 3.1)")
     checkpointing: Literal["none", "full", "selective"] = setting(
-        "full", "activations recomputed in backward; selective: all but attention, so the ring runs once (Sec. 3.1)"
+        "full", "activations to recompute in backward; selective: all but attention (Sec. 3.1)"
     )
     offload_activations: bool = setting(True, "offload checkpointed activations to CPU memory (release: train.py)")
     offload: bool = setting(True, "keep parameters and optimizer in CPU memory (Sec. 3.1)")
@@ -311,21 +245,19 @@ class Config:
     peak_tflop: float = setting(312.0, "peak bf16 TFLOP/s of a GPU, for mfu; H100: 989 (Sec. 3.1: A100)", hidden=True)
 
     def __post_init__(self):
-        at_least(self, seq_len=2, curriculum_len=2, batch=1, grad_accumulation=1, ring=1, steps=1, save_every=1)
+        at_least(self, seq_len=2, batch=1, grad_accumulation=1, ring=1, steps=1, save_every=1, seed=0, peak_tflop=1)
         at_least(self, curriculum_steps=0, warmup=0, cooldown=0, rope_theta=1, lr=0, weight_decay=0, grad_clip=0)
-        at_least(self, mlp_tile=0, seed=0, peak_tflop=1, eval_windows=1, eval_needles=1, host_gb=1)
+        at_least(self, mlp_tile=0)
 
 
-NOT_SAVED = ("plan", "host_gb")  # settings that do not describe a run
 TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the losses and scores to expect
     "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32",
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "rope_theta": 1e7, "expected": (0.05, 0.95)}
 SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "expected": (0.1, 0.6)}
-EXTEND = {
-    "steps": 160, "lr": 7e-4, "warmup": 20, "cooldown": 0.4, "weights": runs.trained_or_shipped("tiny-base", "base"),
-}  # fmt: skip
+BASE = runs.trained_or_shipped("tiny-base", "base")
+EXTEND = {"steps": 160, "lr": 7e-4, "warmup": 20, "cooldown": 0.4, "weights": BASE}
 SCRATCH = {"steps": 1600, "curriculum_steps": 700, "lr": 1e-3, "warmup": 100}
 PRESETS = {
     "tiny-base": {**TINY, **SHORT, **SCRATCH, "out": Path("runs/tiny-base")},
@@ -333,11 +265,7 @@ PRESETS = {
     "tiny-control": {**TINY, **SHORT, **EXTEND, "out": Path("runs/tiny-control")},
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
-NEXT_COMMAND = {
-    "tiny-base": "torchrun --nproc-per-node 2 train_text.py",
-    "tiny-extended": "python train_text.py --preset tiny-control",
-    "tiny-control": "python -m data.tiny.make tower",
-}
+ALIGN = runs.TORCHRUN_8 + " train_vision.py --preset longva --stage align --tower CLIP --data LLAVA.json --weights {}"
 TINY_LM = longva.LMConfig(  # 0.8 million parameters; the vocabulary's size is the tokenizer's
     hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     rope_theta=1e4, max_position_embeddings=256,
@@ -346,23 +274,16 @@ TINY_LM = longva.LMConfig(  # 0.8 million parameters; the vocabulary's size is t
 
 def check(cfg: Config, group: ring.World, num_rings: int) -> None:
     """Raise ValueError for settings that contradict each other, before anything is loaded."""
-    if cfg.weights and not cfg.weights.is_dir():
-        raise ValueError(f"--weights {cfg.weights} is no folder; name a model's folder")
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/pack.py)")
     if cfg.corpus != "synthetic" and cfg.weights is None:
         raise ValueError("--corpus is made with some model's tokenizer; give that model's folder as --weights")
     if cfg.separate_documents and cfg.corpus == "synthetic":
         raise ValueError("synthetic texts are not packed, so there is nothing to separate; give a --corpus")
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    memory_saving.check_kernel(cfg.kernel, group.device, dtype, cfg.separate_documents)
     if cfg.grad_accumulation % num_rings:
-        raise ValueError(
-            f"--grad-accumulation {cfg.grad_accumulation} micro-batches cannot be divided evenly among {num_rings} "
-            "rings; change one"
-        )
-    for S in {cfg.seq_len, cfg.curriculum_len if cfg.curriculum_steps else cfg.seq_len}:
-        ring.zigzag_index(S, group)
+        micro_batches = f"--grad-accumulation {cfg.grad_accumulation} micro-batches"
+        raise ValueError(f"{micro_batches} cannot be divided evenly among {num_rings} rings; change one")
+    ring.zigzag_index(cfg.seq_len, group)
 
 
 def main(cfg: Config) -> None:

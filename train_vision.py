@@ -149,20 +149,16 @@ def train_step(
     """Accumulate the gradient of one step; return the means of its metrics over all targets, or pairs, of all ranks."""
     count = sum(objective.count(batch) for batch in micro_batches).to(world.device)
     sums = torch.zeros(len(objective.metrics), dtype=torch.float64, device=world.device)
-    gradients = GradientSums(model)  # where parameters are offloaded, FSDP2 does not accumulate them itself
+    gradients = GradientSums(model, offload)  # where parameters are offloaded, FSDP2 does not accumulate them itself
     for batch in micro_batches:
         nll_B, _ = model(*batch.model_inputs)
         loss, metrics = objective.loss(batch, nll_B)
         ring.global_mean(loss, count, world).backward()
-        if offload:
-            gradients.take()
+        gradients.take()
         sums += metrics
     gradients.put_back()
     means = ring.all_reduce_sum(sums, world) / ring.all_reduce_sum(count, world)
     return dict(zip(objective.metrics, means.tolist()))
-
-
-BAR_KEYS = ("loss", "margin", "preferred", "norm", "samples_per_s", "gb")  # of a log line, in the progress bar
 
 
 def train(cfg: "Config", world: ring.World) -> None:
@@ -213,15 +209,17 @@ def train(cfg: "Config", world: ring.World) -> None:
             line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4)}
             line |= {"skipped": skipped_now, "gb": round(runs.peak_bytes(world.device) / 1e9, 3)}
-            runs.log(cfg.out, line)
-            bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
+            runs.log_step(cfg.out, line, bar)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
-    # 8. Export
+    # 8. Export, in Hugging Face's layout, beside the tokenizer
     if cfg.tiny and cfg.expected:
         print_held_out_score(cfg, model, tokenizer, rings, world)
-    export(cfg, model, world)
+    stream = ring.gather_parameters(model, world)
+    if world.rank == 0:
+        weights.save(cfg.out / "model", stream, to_dict(model.config), cfg.weights)
+        runs.print_end(cfg.out, NEXT_AT_TINY_SIZE if cfg.tiny else NEXT[cfg.stage])
 
 
 def resume(
@@ -451,40 +449,6 @@ def reference_logps(
     return logp_P2
 
 
-def export(cfg: "Config", model: longva.LongVA, world: ring.World) -> None:
-    """Write the model in Hugging Face's layout, beside its tokenizer, and print the next command."""
-    stream, folder = ring.gather_parameters(model, world), cfg.out / "model"
-    if world.rank > 0:
-        return
-    weights.save(folder, stream, to_dict(model.config), cfg.weights)
-    if padding := runs.column(cfg.out, "padding"):
-        print(f"padding: {sum(padding) / len(padding):.1%} of all ids")
-    print(f"model: {folder}   log: {cfg.out / 'log.jsonl'}   loss curve: {runs.draw_curve(cfg.out)}")
-    print(f"next:  {next_command(cfg, folder)}")
-
-
-def next_command(cfg: "Config", folder: Path) -> str:
-    """Return the command that continues from the exported model."""
-    if cfg.stage == "dpo":
-        return f'python longva.py "What happens in the film?" --video FILM.mp4 --weights {folder}'
-    if cfg.stage == "align":
-        if not cfg.tiny:
-            flags = f"--preset longva --weights {folder} --data LLAVA.json --images IMAGES"
-            return f"torchrun --nproc-per-node 8 train_vision.py --stage sft {flags}"
-        preset = "" if cfg.system == "tiny-longva" else f" --preset {cfg.system}"
-        start = "" if cfg.out == Path(f"runs/{cfg.system}-align") else f" --weights {folder}"
-        return f"torchrun --nproc-per-node 2 train_vision.py --stage sft{preset}{start}"
-    if not cfg.tiny:
-        return f"python vniah.py --weights {folder} --haystack FILM.mp4"
-    if cfg.data != "synthetic":
-        return f'python longva.py "QUESTION" --image PICTURE --weights {folder}'
-    chain = ["tiny-longva", "tiny-baseline", "tiny-anyres", "tiny-anyres-pooled", None]
-    other = chain[chain.index(cfg.system) + 1] if cfg.system in chain else None
-    return f"torchrun --nproc-per-node 2 train_vision.py --stage align --preset {other}" if other else VNIAH
-
-
-VNIAH = "python vniah.py --own"
-
 # ---- settings ------------------------------------------------------------------------------------
 
 
@@ -536,6 +500,12 @@ class Config:
             raise ValueError(f"--max-skip-fraction {self.max_skip_fraction:g} makes no sense; give a share, 0 to 1")
 
 
+NEXT_AT_TINY_SIZE = 'python longva.py "Which number is on the star?" --image PICTURE --weights {}'
+NEXT = {  # the command after each stage
+    "align": runs.TORCHRUN_8 + " train_vision.py --preset longva --stage sft --data LLAVA.json --images IMAGES --weights {}",
+    "sft": "python vniah.py --weights {} --haystack FILM.mp4",
+    "dpo": 'python longva.py "What happens in the film?" --video FILM.mp4 --weights {}',
+}
 STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
     "align": {"batch": 128, "micro_batch_size": 16, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0, "warmup": 0.03},
     "sft": {"batch": 32, "micro_batch_size": 4, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6, "warmup": 0.03},

@@ -365,12 +365,13 @@ class LongVAConfig:
         return from_json(cls, {"lm": lm, "vision": vision, "scheme": scheme, "rule": rule})
 
 
-def check_trainable(lm: LMConfig) -> None:
-    """Raise ValueError for a scaling that depends on the length of a sequence, which a rank does not know."""
+def check_trainable(lm: LMConfig) -> LMConfig:
+    """Return the sizes. Raises ValueError for a scaling by the length of a sequence, which a rank does not know."""
     if lm.rope_scaling and lm.rope_scaling.rope_type == "dynamic":
         raise ValueError(
             "config.json asks for dynamic NTK scaling, which is for answering; remove rope_scaling to train"
         )
+    return lm
 
 
 # ---- sizes ---------------------------------------------------------------------------------------

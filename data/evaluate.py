@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from data import chat, flags, niah, runs, synthetic, text, video
 from data.config import LMConfig, LongVAConfig, RopeScaling, read_config
@@ -183,7 +184,8 @@ def read_book(system: System, haystack: str, tokens: int, seed: int) -> str:
 # ---- held-out text while training ----------------------------------------------------------------
 
 LOG = "eval.jsonl"  # in the run's folder
-DEPTHS = (0, 0.25, 0.5, 0.75, 1)  # of a hidden number in the text
+WINDOWS = 8  # of held-out text, for the perplexity
+DEPTHS = (0, 0.25, 0.5, 0.75, 1) * 2  # of each hidden number in its text
 IdsTargets = tuple[Tensor, Tensor]  # (ids_1S, targets_1S)
 
 
@@ -194,15 +196,13 @@ class EvalSets(NamedTuple):
     needles: list[IdsTargets]
 
 
-def eval_sets(
-    held_out: str | None, seq_len: int, windows: int, needles: int, seed: int, tokenizer: Tokenizer
-) -> EvalSets:
-    """Return both sets, empty ones where nothing is held out; `needles` numbers at each of DEPTHS."""
+def eval_sets(held_out: str | None, seq_len: int, seed: int, tokenizer: Tokenizer) -> EvalSets:
+    """Return both sets, empty ones where nothing is held out; a hidden number at each of DEPTHS."""
     if held_out is None:
         return EvalSets([], [])
     return EvalSets(
-        [*perplexity_windows(held_out, seq_len, windows, seed, tokenizer)],
-        [*needle_windows(held_out, seq_len, needles * len(DEPTHS), seed, tokenizer)],
+        [*perplexity_windows(held_out, seq_len, WINDOWS, seed, tokenizer)],
+        [*needle_windows(held_out, seq_len, len(DEPTHS), seed, tokenizer)],
     )
 
 
@@ -234,7 +234,7 @@ def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer
     for i, number in enumerate(niah.magic_numbers(np.random.RandomState(seed), count, digits)):
         context, rng = 1, np.random.RandomState(0)  # there are no distractors, so nothing is drawn
         for _ in range(2):  # the first pass finds the length of prefix, needle and question
-            depth = DEPTHS[i % len(DEPTHS)]
+            depth = DEPTHS[i]
             ids, answer = niah.text_probe(tokenizer.encode, haystack, context, depth, number, (), rng, period_ids)
             context += seq_len + 1 - len(ids) - len(answer)
             if context < 1:
@@ -269,3 +269,10 @@ def evaluate(
     found = sum(correct == count for correct, count in answers) / len(answers)
     perplexity = math.exp(min(loss, 700))  # float64 overflows at exp(710)
     return {"held_out_loss": loss, "perplexity": perplexity, "needles_found": found}
+
+
+def log_scores(out: Path, step: int, scores: dict[str, float], expected: tuple[float, ...]) -> None:
+    """Write the scores as a line of eval.jsonl, and print them beside what is expected."""
+    runs.log(out, {"step": step} | scores, LOG)
+    tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
+    runs.print_verdict(scores["held_out_loss"], scores["needles_found"], expected)

@@ -216,18 +216,25 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     return "cudnn" if hopper and dtype == torch.bfloat16 else None
 
 
-def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, separate_documents: bool) -> None:
-    """Raise ValueError, one sentence, if `kernel` cannot run with these; "auto" and "math" take everything."""
+def choose_kernel(kernel: str, device: torch.device, precision: str, separate_documents: bool) -> str | None:
+    """Return what --kernel names; for "auto" the fastest, where None leaves the choice to `best_kernel`.
+
+    Raises ValueError, one sentence, if the kernel cannot run on this device, with "fp32", or with documents apart.
+    """
+    if kernel == "auto":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return None if separate_documents else fastest_kernel(device, dtype)
     if kernel == "cpu" and device.type == "cuda":
         raise ValueError("--kernel cpu needs tensors on the CPU, and this run computes on a GPU; leave it at auto")
-    if kernel not in ("cuda", "cudnn", "flash_attn"):
-        return
+    if kernel in ("cpu", "math"):
+        return kernel
     if device.type == "cpu":
         raise ValueError(f"--kernel {kernel} needs a CUDA GPU, and this run computes on the CPU; leave it at auto")
     if kernel == "cudnn" and separate_documents:
         raise ValueError("--kernel cudnn would make a plan for each document's length; leave --kernel at auto")
-    if dtype == torch.float32:
+    if precision == "fp32":
         raise ValueError(f"--kernel {kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
+    return kernel
 
 
 # ---- activations and gradients in CPU memory -----------------------------------------------------
@@ -325,12 +332,12 @@ class GradientSums:
     and 28,000 tokens the GPU was idle for 24 % of a micro-batch instead of 79 %.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model, self.sums = model, {}
+    def __init__(self, model: nn.Module, enabled: bool = True):
+        self.parameters, self.sums = list(model.parameters()) if enabled else [], {}
 
     def take(self) -> None:
-        """Add the gradients to the sums, and remove them from the parameters."""
-        for p in self.model.parameters():
+        """Add the gradients to the sums, and remove them from the parameters; nothing where not enabled."""
+        for p in self.parameters:
             if p.grad is not None:
                 self.sums[p] = self.sums[p].add_(p.grad) if p in self.sums else p.grad
                 p.grad = None

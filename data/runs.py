@@ -21,9 +21,26 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from tqdm import tqdm
 
 TINY = Path(__file__).parent / "tiny"  # the shipped models
 PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
+BAR_KEYS = ("loss", "margin", "preferred", "norm", "tokens_per_s", "samples_per_s", "mfu", "gb")  # in the progress bar
+TORCHRUN, TORCHRUN_8 = "torchrun --nproc-per-node 2", "torchrun --nproc-per-node 8"
+MINIATURE = {  # run of the miniature: the command after it
+    "tiny-base": f"{TORCHRUN} train_text.py",
+    "tiny-extended": "python train_text.py --preset tiny-control",
+    "tiny-control": "python -m data.tiny.make tower",
+    "tiny-tower": f"{TORCHRUN} train_vision.py --stage align",
+    "tiny-longva-align": f"{TORCHRUN} train_vision.py --stage sft",
+    "tiny-longva-sft": f"{TORCHRUN} train_vision.py --stage align --preset tiny-baseline",
+    "tiny-baseline-align": f"{TORCHRUN} train_vision.py --stage sft --preset tiny-baseline",
+    "tiny-baseline-sft": f"{TORCHRUN} train_vision.py --stage align --preset tiny-anyres",
+    "tiny-anyres-align": f"{TORCHRUN} train_vision.py --stage sft --preset tiny-anyres",
+    "tiny-anyres-sft": f"{TORCHRUN} train_vision.py --stage align --preset tiny-anyres-pooled",
+    "tiny-anyres-pooled-align": f"{TORCHRUN} train_vision.py --stage sft --preset tiny-anyres-pooled",
+    "tiny-anyres-pooled-sft": "python vniah.py --own",
+}
 
 
 def trained_or_shipped(run: str, shipped: str) -> Path:
@@ -126,6 +143,12 @@ def finite(step: int, losses: list[float]) -> float:
     return sum(losses)
 
 
+def log_step(folder: Path, line: dict, bar: tqdm) -> None:
+    """Append a step's line to log.jsonl, and show the main values in the progress bar."""
+    log(folder, line)
+    bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
+
+
 def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> None:
     """Print a stage's held-out loss and score beside what is `expected`, (loss at most, score at least); () for no one.
 
@@ -134,16 +157,26 @@ def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> Non
     if not expected:
         return
     most, least = expected
-    print(f"held-out: loss {loss:.4f} (expected at most {most:g}), score {score:.3f} (expected at least {least:g})")
+    missed = "WARNING: this stage missed what it should reach, and what is built on it will, too; take another --seed"
+    tqdm.write(f"held-out: loss {loss:.4f} (expected at most {most:g}), score {score:.3f} (at least {least:g})")
     if not (loss <= most and score >= least):
-        print("WARNING: this stage missed what it should reach, and what is built on it will, too; take another --seed")
+        tqdm.write(missed)
 
 
-def speed(tokens_per_s: float, flop_per_token: float, peak_tflop: float, device: torch.device) -> dict[str, float]:
-    """Return what a log line says of a rank's speed and memory; mfu, the part of the GPU's peak, on GPUs alone."""
-    tflop_per_s = flop_per_token * tokens_per_s / 1e12
+def print_end(folder: Path, following: str) -> None:
+    """Print where a finished run's files are, and the next command: the miniature's, else `following`."""
+    print(f"model: {folder / 'model'}   log: {folder / 'log.jsonl'}   loss curve: {draw_curve(folder)}")
+    print(f"next:  {MINIATURE.get(folder.name, following.format(folder / 'model'))}")
+
+
+def speed(
+    tokens_per_s: float, ranks: int, flop_per_token: float, peak_tflop: float, device: torch.device
+) -> dict[str, float]:
+    """Return what a log line says of speed and memory; mfu, the part of the GPU's peak, on GPUs alone."""
+    tflop_per_s = flop_per_token * tokens_per_s / ranks / 1e12
     line = {"tflop_per_s_and_rank": float(f"{tflop_per_s:.4g}"), "gb": round(peak_bytes(device) / 1e9, 3)}
-    return line | ({"mfu": round(tflop_per_s / peak_tflop, 4)} if device.type == "cuda" else {})
+    line |= {"mfu": round(tflop_per_s / peak_tflop, 4)} if device.type == "cuda" else {}
+    return line | {"tokens_per_s": round(tokens_per_s)}
 
 
 def column(folder: Path, key: str) -> list[float]:

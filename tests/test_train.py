@@ -168,8 +168,8 @@ def test_evaluation_measures_perplexity_and_finds_what_a_good_model_finds(tmp_pa
         tmp_path.joinpath(name).mkdir()
         model, words = longva.load(TINY / name), tokenizer.load_tokenizer(TINY / name)
         world = ring.World(0, 1, torch.device("cpu"))
-        sets = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.eval_windows, cfg.eval_needles, cfg.seed, words)
-        train_text.log_evaluation(cfg.out, 7, train_text.score_held_out(model, sets, None, world), world)
+        sets = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.seed, words)
+        evaluate.log_scores(cfg.out, 7, train_text.score_held_out(model, sets, None, world), ())
         (line,) = map(json.loads, (tmp_path / name / "eval.jsonl").open())
         found[name] = line["needles_found"]
         assert line["step"] == 7

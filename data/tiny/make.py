@@ -115,8 +115,7 @@ def make_tower(out: Path, steps: int, batch: int, device: str) -> None:
         bar.set_postfix(loss=f"{loss:.4g}")
     tower = ((name, x.detach()) for name, x in model.named_parameters() if name.startswith("vision_model."))
     weights.write(out / "model", tower, {"model_type": "clip_vision_model", **asdict(TINY_CLIP)}, dtype=torch.bfloat16)
-    print(f"model: {out / 'model'}   log: {out / 'log.jsonl'}   loss curve: {runs.draw_curve(out)}")
-    print("next:  torchrun --nproc-per-node 2 train_vision.py --stage align")
+    runs.print_end(out, f"{runs.TORCHRUN} train_vision.py --stage align --tower {{}}")
 
 
 def main(cfg: Config) -> None:
