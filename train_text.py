@@ -85,12 +85,11 @@ def train(cfg: "Config") -> None:
     # 1. Processes: the ranks form rings; the ranks of a ring share each sequence.
     world = ring.start(cfg.device)
     group, ring_rank, num_rings = ring.split_groups(world, cfg.ring or world.ranks)
-    check(cfg, group, num_rings)
+    kernel = check(cfg, group, num_rings)
 
     # 2. Model, with the larger RoPE base
     tokenizer = load_tokenizer(cfg.weights or synthetic.TOKENIZER)
     model, config = build_sharded_model(cfg, world)
-    kernel = memory_saving.choose_kernel(cfg.kernel, world.device, cfg.precision, cfg.separate_documents)
 
     # 3. Data: a function from the number of a micro-batch to its sequences
     read_batch = make_batches(cfg, tokenizer)
@@ -99,8 +98,7 @@ def train(cfg: "Config") -> None:
 
     # 4. Optimizer
     fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
-    rates = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "eps": 1e-8, "weight_decay": cfg.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay, fused=fused)
 
     # 5. Resume
     if world.rank == 0:
@@ -120,22 +118,21 @@ def train(cfg: "Config") -> None:
         sums[ring_rank::num_rings], count = train_step(model, batches, kernel, cfg.offload, group, world)
         loss = runs.finite(step, (ring.all_reduce_sum(sums, world) / count).tolist())
         norm = ring.clip_gradients(model, cfg.grad_clip)
-        rate = learning_rate(cfg.lr, step, cfg.steps, cfg.warmup, cfg.cooldown)
         for params in optimizer.param_groups:
-            params["lr"] = rate
+            params["lr"] = learning_rate(cfg.lr, step, cfg.steps, cfg.warmup, cfg.cooldown)
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0:
-            S = batches[0].ids.shape[1]
-            tokens_per_s = batches[0].ids.numel() * cfg.grad_accumulation / (time.perf_counter() - started)
-            speed = runs.speed(tokens_per_s, world.ranks, train_flop(config, S), cfg.peak_tflop, world.device)
-            runs.log_step(cfg.out, {"step": step, "loss": loss, "norm": norm, "lr": rate, "seq_len": S} | speed, bar)
+            B, S = batches[0].ids.shape
+            tokens_per_s = B * S * cfg.grad_accumulation / (time.perf_counter() - started)
+            line = {"step": step, "loss": loss, "norm": norm, "lr": params["lr"], "seq_len": S}
+            line |= runs.speed(tokens_per_s, world.ranks, train_flop(config, S), cfg.peak_tflop, world.device)
+            runs.log_step(cfg.out, line, bar, world.device)
         is_last = step + 1 == cfg.steps
         if is_last or (step + 1) % cfg.save_every == 0:
             if cfg.held_out or (is_last and held_out.windows):
                 scores = score_held_out(model, held_out, kernel, group)
-                if world.rank == 0:
-                    evaluate.log_scores(cfg.out, step + 1, scores, cfg.expected if is_last else ())
+                evaluate.log_scores(cfg.out, step + 1, scores, cfg.expected if is_last else (), world.rank)
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7. Export, in Hugging Face's layout, beside the tokenizer
@@ -143,7 +140,6 @@ def train(cfg: "Config") -> None:
     if world.rank == 0:
         weights.save(cfg.out / "model", stream, to_dict(config), cfg.weights or synthetic.TOKENIZER)
         runs.print_end(cfg.out, "python vniah.py text --weights {}" if cfg.corpus == "synthetic" else ALIGN)
-    ring.stop()
 
 
 # ---- model, data, evaluation ---------------------------------------------------------------------
@@ -272,8 +268,8 @@ TINY_LM = longva.LMConfig(  # 0.8 million parameters; the vocabulary's size is t
 )  # fmt: skip
 
 
-def check(cfg: Config, group: ring.World, num_rings: int) -> None:
-    """Raise ValueError for settings that contradict each other, before anything is loaded."""
+def check(cfg: Config, group: ring.World, num_rings: int) -> str | None:
+    """Return the attention kernel. Raises ValueError for settings that contradict each other, before all else."""
     if cfg.corpus == "synthetic" and cfg.seq_len > 8192:
         raise ValueError("the synthetic stories are for the tiny model; give a token file as --corpus (data/pack.py)")
     if cfg.corpus != "synthetic" and cfg.weights is None:
@@ -284,6 +280,7 @@ def check(cfg: Config, group: ring.World, num_rings: int) -> None:
         micro_batches = f"--grad-accumulation {cfg.grad_accumulation} micro-batches"
         raise ValueError(f"{micro_batches} cannot be divided evenly among {num_rings} rings; change one")
     ring.zigzag_index(cfg.seq_len, group)
+    return memory_saving.choose_kernel(cfg.kernel, group.device, cfg.precision, cfg.separate_documents)
 
 
 def main(cfg: Config) -> None:
@@ -292,6 +289,7 @@ def main(cfg: Config) -> None:
         memory.show_step(memory.Step.of(language_model(cfg.weights), cfg))
     else:
         train(cfg)
+        ring.stop()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 What      --stage align   trains the projector alone, on captions (LLaVA-1.5's first stage)
           --stage sft     trains vision tower, projector and language model, on conversations about pictures
-          --stage both    align, then sft (the miniature)
           --stage dpo     trains the same on pairs of answers about a video, one preferred (LongVA-DPO)
-          Three losses, one loop: `next_token_loss` for align and sft, `dpo_loss` for dpo.
+          The stages differ in what learns (`param_groups`) and in the loss; the loop is one. The ranks divide a step's
+          samples, or with --ring a sample's tokens. Kill it at any moment and run the same command again: it
+          continues, on a CPU to the same bits.
 Paper     Sec. 3.2 and App. C: LLaVA-1.6's data and recipe, UniRes; no video, no long sequence. Sec. 5.2: DPO, which is
           arXiv 2305.18290, on pairs of answers about videos.
 Run       python train_vision.py --stage both
@@ -18,16 +19,13 @@ Differs   --labels clean trains what the assistant says alone, with one newline 
           align cuts pictures as sft does; the release's crops them square and leaves 576 tokens unpooled.
           A sample that cannot be used is skipped, counted and reported (data/llava.py).
           dpo: the reference's log-probabilities are computed once, not at every step.
-
-The ranks divide a step's samples, or with --ring a sample's tokens; parameters are sharded over all ranks. Kill it at
-any moment and run the same command again: it continues, on a CPU to the same bits.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -35,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,12 +66,11 @@ def param_groups(model: nn.Module, stage: str, lr: float, tower_lr: float) -> li
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass takes: forward's arguments, the samples' indices, targets, the fraction of padding."""
+    """What one forward pass takes: forward's arguments, the samples' indices, and the targets among the arguments."""
 
     model_inputs: tuple
     sample_ids: list[int]
     targets: Tensor  # [B, T]
-    padding: float
 
 
 class Objective(NamedTuple):
@@ -85,14 +81,13 @@ class Objective(NamedTuple):
     metrics: tuple[str, ...]
 
 
-def next_token_loss(batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for align and sft, the summed -log p of the targets, which are the labelled tokens of the answers."""
-    return nll_B.sum(), nll_B.detach().sum().double()
+def next_token_objective() -> Objective:
+    """Return what align and sft minimize: the summed -log p of the targets, the labelled tokens of the answers."""
 
+    def loss(batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
+        return nll_B.sum(), nll_B.detach().sum().double()
 
-def count_targets(batch: MicroBatch) -> Tensor:
-    """Return the number of targets of a micro-batch on this rank."""
-    return (batch.targets != chat.IGNORE).sum()
+    return Objective(loss, lambda batch: (batch.targets != chat.IGNORE).sum(), ("loss",))
 
 
 DPO_METRICS = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # means over pairs, see `dpo_loss`
@@ -123,11 +118,8 @@ def dpo_loss(
 
 
 def dpo_objective(reference_logp_P2: Tensor, beta: float, group: ring.World) -> Objective:
-    """Return what the stage dpo minimizes."""
-
-    def loss(batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
-        return dpo_loss(batch, nll_B, reference_logp_P2, beta, group)
-
+    """Return what the stage dpo minimizes, a sum over pairs."""
+    loss = partial(dpo_loss, reference_logp_P2=reference_logp_P2, beta=beta, group=group)
     return Objective(loss, lambda batch: torch.tensor(len(batch.sample_ids)), DPO_METRICS)
 
 
@@ -144,17 +136,22 @@ def learning_rate(peak: float, step: int, steps: int, warmup: float, linear: boo
 
 
 def train_step(
-    model: nn.Module, micro_batches: list[MicroBatch], objective: Objective, offload: bool, world: ring.World
-) -> dict[str, float]:
-    """Accumulate the gradient of one step; return the means of its metrics over all targets, or pairs, of all ranks."""
+    model: nn.Module, micro_batches: list[MicroBatch], objective: Objective, offload: bool, world: ring.World,
+    score: Callable = longva.nll,
+) -> dict[str, float]:  # fmt: skip
+    """Accumulate the gradient of one step; return the means of its metrics over all targets, or pairs, of all ranks.
+
+    Where gradients are off it only measures; `score` may then be another sum over the targets of each row.
+    """
     count = sum(objective.count(batch) for batch in micro_batches).to(world.device)
     sums = torch.zeros(len(objective.metrics), dtype=torch.float64, device=world.device)
     gradients = GradientSums(model, offload)  # where parameters are offloaded, FSDP2 does not accumulate them itself
     for batch in micro_batches:
-        nll_B, _ = model(*batch.model_inputs)
+        nll_B, _ = model(*batch.model_inputs, score=score)
         loss, metrics = objective.loss(batch, nll_B)
-        ring.global_mean(loss, count, world).backward()
-        gradients.take()
+        if torch.is_grad_enabled():
+            ring.global_mean(loss, count, world).backward()
+            gradients.take()
         sums += metrics
     gradients.put_back()
     means = ring.all_reduce_sum(sums, world) / ring.all_reduce_sum(count, world)
@@ -183,7 +180,7 @@ def train(cfg: "Config", world: ring.World) -> None:
     first, skipped = resume(cfg, model, optimizer, dataset.rejected, world)
 
     # 6. Loss
-    objective = Objective(next_token_loss, count_targets, ("loss",))
+    objective = next_token_objective()
     if cfg.stage == "dpo":
         reference_logp_P2 = reference_logps(cfg.out, first, model, loader, cfg.batch, rings, world)
         objective = dpo_objective(reference_logp_P2, cfg.beta, rings.ring)
@@ -194,7 +191,7 @@ def train(cfg: "Config", world: ring.World) -> None:
     for step, (micro_batches, skipped_samples) in zip(bar, loader.batches(range(first, cfg.steps))):
         for sample in skipped_samples:
             runs.log(cfg.out, {"step": step, **sample}, llava.SKIPPED.format(world.rank))
-        skipped_now, padding = count_skipped(micro_batches, cfg.batch // rings.count, rings.ring, world)
+        skipped_now = cfg.batch - count_samples(micro_batches, rings.ring, world)
         skipped += skipped_now
         llava.check_skip_budget(skipped, max((step + 1) * cfg.batch, dataset.size or 0), cfg.max_skip_fraction, cfg.out)
         metrics = train_step(model, micro_batches, objective, cfg.offload, world)
@@ -207,19 +204,20 @@ def train(cfg: "Config", world: ring.World) -> None:
         if world.rank == 0:
             seconds, started = time.perf_counter() - started, time.perf_counter()
             line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-            line |= {"samples_per_s": round(cfg.batch / seconds, 2), "padding": round(padding, 4)}
-            line |= {"skipped": skipped_now, "gb": round(runs.peak_bytes(world.device) / 1e9, 3)}
-            runs.log_step(cfg.out, line, bar)
+            line |= {"samples_per_s": round(cfg.batch / seconds, 2), "skipped": skipped_now}
+            runs.log_step(cfg.out, line, bar, world.device)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 8. Export, in Hugging Face's layout, beside the tokenizer
     if cfg.tiny and cfg.expected:
-        print_held_out_score(cfg, model, tokenizer, rings, world)
+        samples = llava.synthetic_dataset(cfg.stage, cfg.seed + 1, cfg.batch, cfg.frames, cfg.grids, 0)
+        held_out = make_loader(cfg, samples, model.config, tokenizer, rings)
+        print_held_out_score(cfg, model, held_out, rings, world)
     stream = ring.gather_parameters(model, world)
     if world.rank == 0:
         weights.save(cfg.out / "model", stream, to_dict(model.config), cfg.weights)
-        runs.print_end(cfg.out, NEXT_AT_TINY_SIZE if cfg.tiny else NEXT[cfg.stage])
+        runs.print_end(cfg.out, next_command(cfg))
 
 
 def resume(
@@ -232,9 +230,7 @@ def resume(
     if world.rank == 0:
         runs.truncate_log(cfg.out, first)
     runs.truncate_log(cfg.out, first, llava.SKIPPED.format(world.rank))
-    if rejected:
-        lines = "\n".join(map(json.dumps, rejected)) + "\n"
-        runs.replace_text(cfg.out / f"unusable-{world.rank}.jsonl", lines)
+    llava.write_rejected(cfg.out / f"unusable-{world.rank}.jsonl", rejected)
     skipped = torch.tensor(sum(runs.column(cfg.out, "skipped")) if world.rank == 0 else 0)
     return first, ring.all_reduce_sum(skipped, world).item()
 
@@ -242,45 +238,40 @@ def resume(
 # ---- the model -----------------------------------------------------------------------------------
 
 
-def build(cfg: "Config") -> longva.LongVA:
-    """Return the model on the meta device: shapes without memory. Raises ValueError for weights of another kind."""
+def model_config(cfg: "Config") -> longva.LongVAConfig:
+    """Return the sizes of the model to train. Raises ValueError for weights of another kind."""
     found = longva.read_config(cfg.weights)
+    sees = isinstance(found, longva.LongVAConfig)
+    if sees == (cfg.stage == "align"):
+        kind = "sees already" if sees else "is a language model"
+        start = {"align": "a language model", "sft": "what --stage align made", "dpo": "a model that sees"}[cfg.stage]
+        raise ValueError(f"{cfg.weights} {kind}; --stage {cfg.stage} starts from {start}")
+    check_trainable(found.lm if sees else found)
+    if sees:
+        return found
+    vision = clip.ClipConfig.from_dict(weights.read_config(cfg.tower))
+    return longva.LongVAConfig(found, vision, cfg.scheme, cfg.rule or DEFAULT_RULE[cfg.scheme])
+
+
+def initial_weights(model: nn.Module, cfg: "Config") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the stage before; for align of a language model, a vision tower, and new ones."""
     if cfg.stage == "align":
-        if isinstance(found, longva.LongVAConfig):
-            raise ValueError(f"{cfg.weights} sees already; --stage align starts from a language model")
-        vision = clip.ClipConfig.from_dict(weights.read_config(cfg.tower))
-        found = longva.LongVAConfig(found, vision, cfg.scheme, cfg.rule or DEFAULT_RULE[cfg.scheme])
-    elif isinstance(found, longva.LMConfig):
-        made = "what --stage align made" if cfg.stage == "sft" else "a model that sees"
-        raise ValueError(f"{cfg.weights} is a language model; --stage {cfg.stage} starts from {made}")
-    check_trainable(found.lm)
-    with torch.device("meta"):
-        return longva.LongVA(found)
-
-
-def load_initial_weights(model: nn.Module, stage: str, lm: Path, tower: Path | None, seed: int) -> None:
-    """Fill a model from the stage before; for align from a language model, a vision tower, and the seed."""
-    if stage != "align":
-        weights.fill_from(model, weights.read(lm), ring.copy_shard)
-        return
-    new = {name for name, _ in model.named_parameters() if "mm_projector" in name or "image_newline" in name}
-    sources = [
-        (weights.init_weights(model, seed), new.__contains__),
-        (weights.read_tower(tower), lambda name: name.startswith(weights.TOWER)),
-        (weights.read(lm), lambda name: name not in new and "vision_tower" not in name),
-    ]
-    for stream, belongs in sources:
-        weights.fill_from(model, stream, ring.copy_shard, only=belongs)
+        new = ("mm_projector", "image_newline")
+        yield from ((name, x) for name, x in weights.init_weights(model, cfg.seed) if any(part in name for part in new))
+        yield from weights.read_tower(cfg.tower)
+    yield from weights.read(cfg.weights)
 
 
 def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LongVA, list[dict]]:
     """Return the model and AdamW's parameter groups: shapes first, then shards, then weights."""
-    model = build(cfg)
+    config = model_config(cfg)
+    with torch.device("meta"):
+        model = longva.LongVA(config)
     param_groups(model, cfg.stage, cfg.lr, cfg.tower_lr)  # FSDP2 must know what is frozen
     model.model.checkpointing, model.tower.recompute = cfg.checkpointing, cfg.checkpointing == "full"
     units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
     ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
-    load_initial_weights(model, cfg.stage, cfg.weights, cfg.tower, cfg.seed)
+    weights.fill_from(model, initial_weights(model, cfg), ring.copy_shard)
     groups = param_groups(model, cfg.stage, cfg.lr, cfg.tower_lr)  # of the shards, which are new parameters
     trained = sum(p.numel() for group in groups for p in group["params"])
     total = sum(p.numel() for p in model.parameters())
@@ -309,15 +300,10 @@ def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) 
         return ring.all_reduce_sum(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
 
     records = llava.open_records(cfg.data, measure, cfg.max_skip_fraction, world.rank, world.ranks, all_reduce)
-    if unusable := records.count - len(records):
-        where = cfg.out / "unusable-*.jsonl"
-        print0(f"{unusable:,} of {records.count:,} records are bad: {where} says why")
     return llava.json_dataset(records, cfg.images, cfg.frames, cfg.seed, cfg.batch)
 
 
-def preprocess(
-    picture: Image | list[Image], config: longva.LongVAConfig, max_grids: int
-) -> tuple[Tensor, unires.Layout]:
+def preprocess(picture: Image | list[Image], config: longva.LongVAConfig, max_grids: int) -> tuple:
     """Return a picture, or a video's frames in a row, as (pixels_NCYX, layout)."""
     if isinstance(picture, list):
         return unires.frames(picture, config.vision.side), unires.Layout(1, len(picture))
@@ -369,46 +355,35 @@ def collate(examples: list[Example], config: longva.LongVAConfig, pad_id: int, g
         unires.upload(x, group.device)
         for x in (ids_BS[:, idx_T], targets_BS[:, idx_T], idx_T, pixels_NCYX, visual_index, positions)
     )
-    padding = 1 - sum(len(ids) for ids, _ in texts) / ids_BS.numel()
     model_inputs = (ids_BT, idx_T, targets_BT, pixels_NCYX, layout, ring.zigzag_attend(group), visual_index, positions)
-    return MicroBatch(model_inputs, [example.sample_id for example in examples], targets_BT, padding)
+    return MicroBatch(model_inputs, [example.sample_id for example in examples], targets_BT)
 
 
-def count_skipped(
-    micro_batches: list[MicroBatch], expected: int, group: ring.World, world: ring.World
-) -> tuple[int, float]:
-    """Return (samples of a step that were skipped, mean fraction of padding) over all ranks."""
-    skipped = expected - sum(len(batch.sample_ids) for batch in micro_batches)
-    padding = sum(batch.padding for batch in micro_batches) / len(micro_batches)
-    both = torch.tensor([skipped / group.ranks, padding / world.ranks], dtype=torch.float64, device=world.device)
-    skipped, padding = ring.all_reduce_sum(both, world).tolist()
-    return round(skipped), padding
+def count_samples(micro_batches: list[MicroBatch], group: ring.World, world: ring.World) -> int:
+    """Return how many samples the ranks hold in all; those of one ring hold the same ones."""
+    here = torch.tensor(sum(len(batch.sample_ids) for batch in micro_batches), device=world.device)
+    return ring.all_reduce_sum(here, world).item() // group.ranks
 
 
 def print_held_out_score(
-    cfg: "Config", model: longva.LongVA, tokenizer: Tokenizer, rings: ring.RingGroup, world: ring.World
+    cfg: "Config", model: longva.LongVA, loader: llava.Loader, rings: ring.RingGroup, world: ring.World
 ) -> None:
-    """Print, of synthetic samples from another seed, the loss per target and the share of targets that are the argmax.
+    """Print the loss of HELD_OUT synthetic samples of another seed, and the share of targets that are the argmax.
 
-    For dpo: the loss of the preferred answers, and how many are more probable than the rejected ones.
+    For dpo: the loss with a reference that prefers nothing, and the share of pairs whose preferred answer is likelier.
     """
-    dataset = llava.synthetic_dataset(cfg.stage, cfg.seed + 1, cfg.batch, cfg.frames, cfg.grids, 0)
-    loader, group = make_loader(cfg, dataset, model.config, tokenizer, rings), rings.ring
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, targets, hits, tries
+    indices = range(0, HELD_OUT, cfg.batch)
+    batches = [one for i in indices for one in loader.micro_batches([*range(i, i + cfg.batch)])[0]]
+    objective, key = next_token_objective(), "loss"
+    if cfg.stage == "dpo":
+        no_reference_P2 = torch.zeros(HELD_OUT, 2, dtype=torch.float64, device=world.device)
+        objective, key = dpo_objective(no_reference_P2, cfg.beta, rings.ring), "preferred"
     with ring.no_grad_reshard(model):
-        for start in range(0, 128, cfg.batch):
-            for batch in loader.micro_batches([*range(start, start + cfg.batch)])[0]:
-                nll_B, count_B = model(*batch.model_inputs)
-                if cfg.stage == "dpo":
-                    nll_B, count_B = (ring.all_reduce_sum(x, group) / group.ranks for x in (nll_B, count_B))
-                    hits, tries = nll_B[0::2] < nll_B[1::2], torch.ones_like(nll_B[0::2])
-                    nll_B, count_B = nll_B[0::2], count_B[0::2]
-                else:
-                    hits, tries = model(*batch.model_inputs, score=evaluate.count_correct)
-                sums += torch.stack([x.sum().double() for x in (nll_B, count_B, hits, tries)])
-    loss, targets, hits, tries = ring.all_reduce_sum(sums, world).tolist()
+        loss = train_step(model, batches, objective, False, world)["loss"]
+        score = longva.nll if cfg.stage == "dpo" else evaluate.count_correct
+        share = train_step(model, batches, objective, False, world, score)[key]
     if world.rank == 0:
-        runs.print_verdict(loss / targets, hits / tries, cfg.expected)
+        runs.print_verdict(loss, share, cfg.expected)
 
 
 # ---- DPO's reference -----------------------------------------------------------------------------
@@ -423,11 +398,9 @@ def reference_logps(
     It is kept in the run's folder, for a run that continues. 0 stands for a pair that could not be read, which is
     skipped from then on. Raises ValueError if a run that continues at step `first` > 0 has lost the file.
     """
-    file = folder / "reference.safetensors"
-    if ring.all_gather(torch.tensor(file.exists()), world)[0]:  # as rank 0 sees it: a shared folder may lag
-        logp_P2 = load_file(file)["logp"].to(world.device)
-    elif first:
-        raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {folder}")
+    kept = llava.read_reference(folder, first)
+    if ring.all_gather(torch.tensor(kept is not None), world)[0]:  # as rank 0 sees it: a shared folder may lag
+        logp_P2 = kept.to(world.device)
     else:
         pairs = loader.dataset.size
         logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
@@ -442,9 +415,7 @@ def reference_logps(
         times = ring.all_reduce_sum((logp_P2 != 0).double(), world).clamp(min=1)  # so many ranks know a pair
         logp_P2 = ring.all_reduce_sum(logp_P2, world) / times
         if world.rank == 0:
-            draft = file.with_suffix(".tmp")
-            save_file({"logp": logp_P2.cpu()}, draft)
-            draft.rename(file)
+            llava.write_reference(folder, logp_P2)
     loader.dataset.unreadable.update((logp_P2 == 0).all(1).nonzero()[:, 0].tolist())
     return logp_P2
 
@@ -456,9 +427,7 @@ def reference_logps(
 class Config:
     """Teach a language model to see, on pictures only (Sec. 3.2). None means the stage's default, see STAGES."""
 
-    stage: Literal["align", "sft", "both", "dpo"] = setting(
-        "align", "what to train; both: align, then sft, of the miniature (Sec. 3.2)", group="Run"
-    )
+    stage: Literal["align", "sft", "both", "dpo"] = setting("align", "both: align, then sft (Sec. 3.2)", group="Run")
     out: Path | None = setting(None, "folder of this run, none: runs/SYSTEM-STAGE (ours)")
     seed: int = setting(42, "random seed of new weights and of the order of data (release: finetune.sh)")
     save_every: int = setting(500, "steps between saved states (ours)")
@@ -488,9 +457,7 @@ class Config:
     expected: tuple[float, ...] | None = setting(None, "held-out loss and score to reach (ours)", hidden=True)
     ring: int = setting(1, "ranks that share a sample's tokens by ring attention (release: 1)", group="Hardware")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of activations; parameters stay fp32 (Sec. 3.2)")
-    checkpointing: Literal["none", "full"] = setting(
-        "full", "activations recomputed in backward: none, or all of each layer (release: finetune.sh)"
-    )
+    checkpointing: Literal["none", "full"] = setting("full", "activations to recompute in backward (release)")
     offload: bool = setting(False, "keep parameters and optimizer in CPU memory (release: zero3.json)")
 
     def __post_init__(self):
@@ -500,17 +467,12 @@ class Config:
             raise ValueError(f"--max-skip-fraction {self.max_skip_fraction:g} makes no sense; give a share, 0 to 1")
 
 
-NEXT_AT_TINY_SIZE = 'python longva.py "Which number is on the star?" --image PICTURE --weights {}'
-NEXT = {  # the command after each stage
-    "align": runs.TORCHRUN_8 + " train_vision.py --preset longva --stage sft --data LLAVA.json --images IMAGES --weights {}",
-    "sft": "python vniah.py --weights {} --haystack FILM.mp4",
-    "dpo": 'python longva.py "What happens in the film?" --video FILM.mp4 --weights {}',
-}
 STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
     "align": {"batch": 128, "micro_batch_size": 16, "steps": 4361, "lr": 1e-3, "tower_lr": 0.0, "warmup": 0.03},
     "sft": {"batch": 32, "micro_batch_size": 4, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6, "warmup": 0.03},
     "dpo": {"batch": 128, "micro_batch_size": 1, "steps": 400, "lr": 5e-7, "tower_lr": 5e-7, "warmup": 0.1},
 }
+HELD_OUT = 128  # synthetic samples that a tiny stage is scored on
 TINY_STAGES = {
     "align": {"batch": 32, "steps": 500, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03, "expected": (0.2, 0.95)},
     "sft": {"batch": 16, "steps": 1000, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
@@ -528,7 +490,6 @@ PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes 
     "longva": {},  # 8 x 80 GB: 1.5 days on A100s for both stages (Sec. 3.2)
 }
 DEFAULT_RULE = {"unires": "canvas", "anyres": "anyres", "anyres_pooled": "anyres"}  # the release's
-LM_OF_SYSTEM = {"tiny-longva": "extended", "tiny-anyres": "extended", "tiny-baseline": "control"}
 
 
 def resolve(cfg: Config) -> Config:
@@ -537,15 +498,14 @@ def resolve(cfg: Config) -> Config:
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
     folders = {"out": Path(f"runs/{cfg.system}-{cfg.stage}")}
     if cfg.tiny and cfg.stage == "align":
-        lm = LM_OF_SYSTEM.get(cfg.system, "extended")
+        lm = "control" if cfg.system == "tiny-baseline" else "extended"
         folders["weights"] = runs.trained_or_shipped(f"tiny-{lm}", lm)
         folders["tower"] = runs.trained_or_shipped("tiny-tower", "tower")
-    elif cfg.stage == "sft":
-        folders["weights"] = Path(f"runs/{cfg.system}-align/model")
     elif cfg.tiny and cfg.stage == "dpo":
         folders["weights"] = runs.trained_or_shipped(f"{cfg.system}-sft", cfg.system.removeprefix("tiny-"))
-    elif cfg.stage == "dpo":
-        folders["weights"] = Path(f"runs/{cfg.system}-sft/model")
+    elif cfg.stage != "align":
+        before = "align" if cfg.stage == "sft" else "sft"
+        folders["weights"] = Path(f"runs/{cfg.system}-{before}/model")
     return replace(cfg, **{**rates, **folders, **given})
 
 
@@ -555,17 +515,26 @@ def check(cfg: Config, num_rings: int) -> None:
         raise ValueError(f"{cfg.batch} samples cannot be shared evenly by {num_rings} ranks or rings; change --batch")
     for name in ("weights", "tower") if cfg.stage == "align" else ("weights",):
         folder = getattr(cfg, name)
-        if folder is None:
-            raise ValueError(f"--stage {cfg.stage} at full size starts from a folder; give it as --{name}")
-        if not folder.is_dir():
-            before = {"sft": "run --stage align first, or ", "dpo": "run --stage sft first, or "}.get(cfg.stage, "")
-            raise ValueError(f"--{name} {folder} is no folder; {before}name another")
+        if folder is None or not folder.is_dir():
+            before = {"sft": "; run --stage align first", "dpo": "; run --stage sft first"}.get(cfg.stage, "")
+            raise ValueError(f"--stage {cfg.stage} starts from a folder, --{name}, and {folder} is none{before}")
     if cfg.images and not cfg.images.is_dir():
         raise ValueError(f"--images {cfg.images} is no folder; name the one in which --data's paths start")
     if cfg.data == "synthetic" and not cfg.tiny:
         raise ValueError("the synthetic pictures are for the tiny model; give LLaVA-style JSON as --data")
     if cfg.stage != "align" and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
         raise ValueError(f"--scheme and --rule belong to --stage align; {cfg.stage} goes on as the model was taught")
+
+
+def next_command(cfg: Config) -> str:
+    """Return the command after a stage, {} in place of its model; data/runs.py has those of the miniature's chain."""
+    if cfg.stage == "align":
+        preset = "tiny" if cfg.system == "tiny-longva" else cfg.system
+        data = "" if cfg.tiny else " --data LLAVA.json --images IMAGES"
+        return f"{runs.TORCHRUN_8} train_vision.py --stage sft --preset {preset}{data} --weights {{}}"
+    if cfg.stage == "sft" and not cfg.tiny:
+        return "python vniah.py --weights {} --haystack FILM.mp4"
+    return 'python longva.py "What is shown?" --image PICTURE --weights {}'
 
 
 def main(cfg: Config) -> None:

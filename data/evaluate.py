@@ -271,8 +271,10 @@ def evaluate(
     return {"held_out_loss": loss, "perplexity": perplexity, "needles_found": found}
 
 
-def log_scores(out: Path, step: int, scores: dict[str, float], expected: tuple[float, ...]) -> None:
-    """Write the scores as a line of eval.jsonl, and print them beside what is expected."""
+def log_scores(out: Path, step: int, scores: dict[str, float], expected: tuple[float, ...], rank: int = 0) -> None:
+    """Write the scores as a line of eval.jsonl, and print them beside what is expected; on rank 0 alone."""
+    if rank > 0:
+        return
     runs.log(out, {"step": step} | scores, LOG)
     tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
     runs.print_verdict(scores["held_out_loss"], scores["needles_found"], expected)

@@ -32,9 +32,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from data import chat, synthetic, video
+from data import chat, runs, synthetic, video
 from data.chat import PLACEHOLDER
+from data.flags import print0
 from data.text import shuffled
 from data.tokenizer import Tokenizer
 
@@ -112,6 +115,8 @@ def open_records(
         named = "; ".join(f"record {i} (id {record_id(r)}) {measure_or_error(r, measure)}" for i, r in found)
         allowed = f", more than --max-skip-fraction {max_skip_fraction:g} allows" if max_skip_fraction else ""
         raise ValueError(f"{path}: {unusable:,} of {len(tokens):,} records are bad{allowed}: {named}")
+    if unusable:
+        print0(f"{unusable:,} of {len(tokens):,} records are bad: the run's unusable-*.jsonl says why")
     return Records(path, spans, tokens, bad)
 
 
@@ -465,7 +470,34 @@ class Loader:
             yield self.make_micro_batches(loaded)
 
 
+REFERENCE = "reference.safetensors"
 SKIPPED = "skipped-{}.jsonl"  # the skipped samples of each rank, in the run's folder
+
+
+def read_reference(folder: Path, first: int) -> Tensor | None:
+    """Return DPO's reference, log p of each pair's answers before training, float64[pairs, 2]; None in a new run.
+
+    Raises ValueError if a run that continues at step `first` > 0 has lost it.
+    """
+    file = folder / REFERENCE
+    if file.exists():
+        return load_file(file)["logp"]
+    if first:
+        raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {folder}")
+    return None
+
+
+def write_reference(folder: Path, logp_P2: Tensor) -> None:
+    """Keep DPO's reference for a run that continues; a kill leaves no half of it."""
+    draft = folder / (REFERENCE + ".tmp")
+    save_file({"logp": logp_P2.cpu()}, draft)
+    draft.rename(folder / REFERENCE)
+
+
+def write_rejected(file: Path, rejected: list[dict]) -> None:
+    """Write the records that were found unusable at the start, a line each; nothing if there are none."""
+    if rejected:
+        runs.replace_text(file, "".join(json.dumps(one) + "\n" for one in rejected))
 
 
 def check_skip_budget(skipped: int, read: int, max_skip_fraction: float, out: Path) -> None:

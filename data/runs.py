@@ -143,8 +143,9 @@ def finite(step: int, losses: list[float]) -> float:
     return sum(losses)
 
 
-def log_step(folder: Path, line: dict, bar: tqdm) -> None:
-    """Append a step's line to log.jsonl, and show the main values in the progress bar."""
+def log_step(folder: Path, line: dict, bar: tqdm, device: torch.device) -> None:
+    """Append a step's line to log.jsonl, with the memory held, and show the main values in the progress bar."""
+    line = line | {"gb": round(peak_bytes(device) / 1e9, 3)}
     log(folder, line)
     bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
 
@@ -157,10 +158,12 @@ def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> Non
     if not expected:
         return
     most, least = expected
-    missed = "WARNING: this stage missed what it should reach, and what is built on it will, too; take another --seed"
-    tqdm.write(f"held-out: loss {loss:.4f} (expected at most {most:g}), score {score:.3f} (at least {least:g})")
+    scores = f"loss {loss:.4f} (expected at most {most:g}), score {score:.3f} (expected at least {least:g})"
+    tqdm.write(f"held-out: {scores}")
     if not (loss <= most and score >= least):
-        tqdm.write(missed)
+        tqdm.write(
+            "WARNING: this stage missed what it should reach; so will what is built on it; try another --seed"
+        )
 
 
 def print_end(folder: Path, following: str) -> None:
@@ -172,11 +175,10 @@ def print_end(folder: Path, following: str) -> None:
 def speed(
     tokens_per_s: float, ranks: int, flop_per_token: float, peak_tflop: float, device: torch.device
 ) -> dict[str, float]:
-    """Return what a log line says of speed and memory; mfu, the part of the GPU's peak, on GPUs alone."""
+    """Return what a log line says of speed; mfu, the part of the GPU's peak, on GPUs alone."""
     tflop_per_s = flop_per_token * tokens_per_s / ranks / 1e12
-    line = {"tflop_per_s_and_rank": float(f"{tflop_per_s:.4g}"), "gb": round(peak_bytes(device) / 1e9, 3)}
-    line |= {"mfu": round(tflop_per_s / peak_tflop, 4)} if device.type == "cuda" else {}
-    return line | {"tokens_per_s": round(tokens_per_s)}
+    mfu = {"mfu": round(tflop_per_s / peak_tflop, 4)} if device.type == "cuda" else {}
+    return {"tflop_per_s_and_rank": float(f"{tflop_per_s:.4g}"), **mfu, "tokens_per_s": round(tokens_per_s)}
 
 
 def column(folder: Path, key: str) -> list[float]:

@@ -86,21 +86,17 @@ def prepared(cfg, config, samples):
     return [loader.prepare(i, *sample) for i, sample in enumerate(samples)]
 
 
-def next_token():
-    return tv.Objective(tv.next_token_loss, tv.count_targets, ("loss",))
-
-
 def learn(cfg, world, samples, reference=None):
     """(what a step logs, gradients by name) of all samples as one step, and the reports of what was left out."""
     rings = ring.split_groups(world, cfg.ring)
     model, _ = tv.build_sharded_model(replace(cfg, batch=len(samples)), world)
     loader = loader_of(cfg, model.config, dataset_of(samples), rings)
     batches, skipped = loader.micro_batches([*range(len(samples))])
-    objective = next_token() if reference is None else tv.dpo_objective(reference, cfg.beta, rings.ring)
+    objective = tv.next_token_objective() if reference is None else tv.dpo_objective(reference, cfg.beta, rings.ring)
     told = tv.train_step(model, batches, objective, cfg.offload, world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
-    return told, whole, skipped, tv.count_skipped(batches, len(samples) // rings.count, rings.ring, world)
+    return told, whole, skipped, tv.count_samples(batches, rings.ring, world)
 
 
 def same(many, one):
@@ -134,12 +130,10 @@ def all_of_a_part_may_be_broken(world, *_):
     one = learn(cfg, ALONE, MIXED[::2])
     blind = some if world.rank else MIXED  # rank 1 alone
     for size, at_once, samples in ((1, None, some), (2, 1, blind)):
-        told, gradients, faults, (lost, padding) = learn(
-            replace(cfg, ring=size, micro_batch_size=at_once), world, samples
-        )
+        told, gradients, faults, used = learn(replace(cfg, ring=size, micro_batch_size=at_once), world, samples)
         same((told, gradients), one)
         reported = [{"sample": i, "why": "is broken"} for i in (1, 3, 5, 7)]
-        assert faults == reported * world.rank and lost == 4 and 0 < padding < 1
+        assert faults == reported * world.rank and used == 4
 
 
 def preference_on(world, *_):
@@ -288,7 +282,7 @@ def test_align_builds_no_graph_in_what_is_frozen():
     made = []
     model.tower.register_forward_hook(lambda module, arguments, z_NPE: made.append(z_NPE))
     batches, _ = loader_of(cfg, model.config, synthetic_pairs(cfg)).micro_batches([0, 1, 2])
-    tv.train_step(model, batches, next_token(), cfg.offload, ALONE)
+    tv.train_step(model, batches, tv.next_token_objective(), cfg.offload, ALONE)
     assert [z_NPE.grad_fn for z_NPE in made] == [None] and not made[0].requires_grad
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
     assert learned == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
@@ -533,7 +527,7 @@ def test_preference_is_learned(preferring):
 def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
     monkeypatch.setattr(llava, "SYNTHETIC_PAIRS", 128)
-    monkeypatch.setattr(tv, "save_file", None)  # it is computed no second time
+    monkeypatch.setattr(llava, "write_reference", None)  # it is computed no second time
     known = preferring / "reference.safetensors"
     assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
     kept = known.read_bytes()
@@ -570,12 +564,10 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
 def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch, capsys):
     """With the data that it needs, and on the model that was just made."""
-    for place, name in ((tv.weights, "save"), (tv.runs, "draw_curve"), (ring, "gather_parameters")):
-        monkeypatch.setattr(place, name, lambda *a: None)
+    monkeypatch.setattr(tv.runs, "draw_curve", lambda *a: None)
     given = {"stage": "align", "weights": tmp_path, "tower": tmp_path}
     cfg = tv.resolve(tv.Config(**tv.PRESETS[preset] | given))
-    model = longva.read_config(TINY / "longva")
-    tv.export(cfg, type("Model", (), {"config": model})(), ALONE)
+    tv.runs.print_end(cfg.out, tv.next_command(cfg))
     _, _, typed = capsys.readouterr().out.rpartition("train_vision.py ")
     after = tv.resolve(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
     assert after.stage == "sft" and after.weights == cfg.out / "model"
