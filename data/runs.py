@@ -161,9 +161,7 @@ def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> Non
     scores = f"loss {loss:.4f} (expected at most {most:g}), score {score:.3f} (expected at least {least:g})"
     tqdm.write(f"held-out: {scores}")
     if not (loss <= most and score >= least):
-        tqdm.write(
-            "WARNING: this stage missed what it should reach; so will what is built on it; try another --seed"
-        )
+        tqdm.write("WARNING: this stage missed what it should reach; so will what is built on it; try another --seed")
 
 
 def print_end(folder: Path, following: str) -> None:
