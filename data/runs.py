@@ -12,7 +12,9 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from typing import TextIO
 
 import torch
 from tqdm import tqdm
+
+from data.flags import read_json
 
 TINY = Path(__file__).parent / "tiny"  # the shipped models
 PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
@@ -220,6 +224,39 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+# ---- the model card ------------------------------------------------------------------------------
+
+PARTS = {"weights": "model to start from", "tower": "vision tower", "corpus": "text", "data": "pictures and questions"}
+HOW = "## How it was made\n"  # what follows is repeated in the card of every model that starts from this one
+
+
+def model_card(folder: Path) -> str:
+    """Return the README.md of the model that a run made: the command, the parts and their licences, and its bases'."""
+    settings = read_json(folder / "config.json")
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
+    start = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
+    command = shlex.join([*start, Path(sys.argv[0]).name, *sys.argv[1:]])
+    rows, bases, earlier = [], [], []
+    for name, part in PARTS.items():
+        if not (source := settings.get(name)):
+            continue
+        card = Path(source, "README.md")
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        ours = source == "synthetic" or Path(source).is_relative_to(TINY)
+        licence = "MIT" if ours else "not stated there"
+        if stated := re.search(r"^license: *(.+)$", text, re.MULTILINE):
+            licence = stated[1]
+        if in_cache := re.search(r"models--(.+)--([^/]+)/snapshots/", source):  # its name in the Hub
+            source = f"{in_cache[1]}/{in_cache[2]}"
+            bases.append(source)
+        rows.append(f"| {part} | {source} | {licence} |\n")
+        earlier.append(text.partition(HOW)[2])
+    based_on = f"base_model: [{', '.join(bases)}]\n" if bases else ""
+    head = f"---\n{based_on}license: other\n---\n# {folder.name}\n\n{HOW}\n"
+    table = "| part | from | licence |\n|---|---|---|\n" + "".join(rows)
+    return f"{head}    {command}\n\n{table}{''.join(earlier)}"
 
 
 # ---- memory of this machine ----------------------------------------------------------------------

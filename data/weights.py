@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data import runs
 from data.tokenizer import read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -279,8 +280,10 @@ def publish(written: Path, name: Path) -> None:
 
 
 def save(folder: Path, stream: Iterable[tuple[str, Tensor]], config: dict[str, Any], tokenizer: Path) -> None:
-    """Write a model folder in bfloat16, with the tokenizer of the folder `tokenizer`."""
+    """Write the model folder of a run in bfloat16, with the tokenizer of the folder `tokenizer`, and a model card."""
     copy_tokenizer(tokenizer, folder)
+    if not (card := folder / "README.md").exists():  # what a user added to it stays
+        runs.replace_text(card, runs.model_card(folder.parent))
     write(folder, stream, config, dtype=torch.bfloat16)
 
 

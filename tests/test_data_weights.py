@@ -228,6 +228,35 @@ def test_the_conversion_works_as_printed(tmp_path):
     assert same(dict(w.read(tmp_path)), tied)
 
 
+def test_model_card(tmp_path, monkeypatch):
+    """Command, parts and licences of a run and of the runs before it; what a user wrote stays."""
+    hub = tmp_path / "models--Qwen--Qwen2-7B/snapshots/abc"
+    parts = [{"weights": hub, "corpus": "my tokens"}, {"weights": tmp_path / "text/model", "data": "synthetic"}]
+    hub.mkdir(parents=True)
+    (hub / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Qwen2\n")
+    (hub / "vocab.json").write_text("{}")
+    for name, settings in zip(("text", "sft"), parts):
+        monkeypatch.setattr(sys, "argv", [f"/x/train_{name}.py", "--out", "a folder"])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings | {"tower": None}, default=str))
+        w.save(tmp_path / name / "model", state().items(), {}, hub)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    text = (tmp_path / "text/model/README.md").read_text()
+    assert text == (
+        "---\nbase_model: [Qwen/Qwen2-7B]\nlicense: other\n---\n# text\n\n## How it was made\n\n"
+        "    python train_text.py --out 'a folder'\n\n| part | from | licence |\n|---|---|---|\n"
+        "| model to start from | Qwen/Qwen2-7B | apache-2.0 |\n| text | my tokens | not stated there |\n"
+    )
+    card = tmp_path / "sft/model/README.md"
+    assert (
+        "    torchrun --nproc-per-node 8 train_sft.py" in card.read_text() and "synthetic | MIT |" in card.read_text()
+    )
+    assert card.read_text().endswith(text.split("## How it was made\n")[1])
+    card.write_text("mine")
+    w.save(tmp_path / "sft/model", state().items(), {}, hub)
+    assert card.read_text() == "mine"
+
+
 def test_copy_tokenizer(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "secret.txt").write_text("x")
