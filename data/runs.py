@@ -171,7 +171,8 @@ def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> Non
 def print_end(folder: Path, following: str) -> None:
     """Print where a finished run's files are, and the next command: the miniature's, else `following`."""
     print(f"model: {folder / 'model'}   log: {folder / 'log.jsonl'}   loss curve: {draw_curve(folder)}")
-    print(f"next:  {MINIATURE.get(folder.name, following.format(folder / 'model'))}")
+    chain = MINIATURE if folder.parent == Path("runs") else {}  # those commands take models from there
+    print(f"next:  {chain.get(folder.name, following.format(folder / 'model'))}")
 
 
 def speed(

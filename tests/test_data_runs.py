@@ -16,6 +16,17 @@ def entries(folder, name="log.jsonl"):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+@pytest.mark.parametrize("out, following", [
+    ("runs/tiny-tower", runs.MINIATURE["tiny-tower"]),
+    ("runs/mine", "train --tower runs/mine/model"),
+    ("elsewhere/tiny-tower", "train --tower elsewhere/tiny-tower/model"),
+])  # fmt: skip
+def test_the_next_command_names_the_model_that_was_made(out, following, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "draw_curve", lambda folder: folder / "curve.png")
+    runs.print_end(Path(out), "train --tower {}")
+    assert capsys.readouterr().out.splitlines()[-1] == f"next:  {following}"
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
