@@ -40,6 +40,7 @@ from PIL import Image
 STAMP_SLACK_SECONDS = 0.001  # Matroska rounds time stamps to milliseconds
 MIN_SEEK_SECONDS = 1.0  # a seek restarts the decoder, so it is worth it only beyond this
 MISSING_TAIL_SECONDS = 1.0  # may be missing at the end (headers round, decoders drop a frame)
+MAX_CLOCK_STEP_BACK_SECONDS = 1.0  # of decoding times, which never fall in a sound film
 MAX_STILL_SECONDS = 3600.0  # for one frame; damaged time stamps can make it days
 # Containers that hold their own pictures. Playlists (concat, HLS, DASH) name other files and hosts: left out.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,mxf,nut,ivf,rm,wtv"
@@ -169,17 +170,32 @@ class Index:
     """Time stamps of a film, from one pass over its packets without decoding."""
 
     stamps: list[float]  # when each frame comes on screen: seconds on the container's own clock, sorted
-    keys: list[float]  # those of them where decoding can start
+    order: list[int]  # of each of them: the number of its packet; packets come in decoding order
+    reach: list[float]  # of each: the latest stamp among the packets from its key frame to its own
+    keys: list[float]  # those stamps where decoding can start
     seconds: float  # from the first frame to the end of the last
+    rate: float  # frames per second as the header states it
     cut: bool  # the packets end earlier than the header says, or become unreadable
+
+    def number(self, stamp: float) -> int:
+        """The number of the frame on screen at a time on the film's clock."""
+        return max(0, bisect_right(self.stamps, stamp + STAMP_SLACK_SECONDS) - 1)
+
+    def find(self, seconds: float) -> tuple[int, float]:
+        """The number of the frame on screen at `seconds` of the film, and the key frame where its decoding starts."""
+        i = self.number(self.stamps[0] + seconds)
+        return i, self.keys[bisect_right(self.keys, self.stamps[i] + STAMP_SLACK_SECONDS) - 1]
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _open(path: Path) -> tuple[Any, Any]:
-    """Open a regular file with FFmpeg: (container, its first video stream that is not a cover picture)."""
+def _open(path: Path, threads: int = 0) -> tuple[Any, Any]:
+    """Open a regular file with FFmpeg: (container, its best video stream that is not a cover picture).
+
+    threads: of the decoder; 0: as many as it likes.
+    """
     import av  # here, so that folders of pictures work without it
 
     if not path.is_file():
@@ -193,8 +209,8 @@ def _open(path: Path) -> tuple[Any, Any]:
     except (av.error.FFmpegError, *DECODE_ERRORS) as error:
         kinds = "MP4, MKV, WebM, AVI, MPEG-TS, GIF or the like"
         raise ValueError(f"{path}: not a video that FFmpeg can open ({_reason(error)}); expected {kinds}") from error
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
+    cover, best = av.stream.Disposition.attached_pic, container.streams.best("video")
+    streams = [s for s in (best, *container.streams.video) if s and not s.disposition & cover]
     if not streams:
         container.close()
         raise ValueError(f"{path}: has no video stream (sound only?)")
@@ -203,8 +219,22 @@ def _open(path: Path) -> tuple[Any, Any]:
         container.close()
         what = "a codec that FFmpeg lacks" if codec is None else f"frames of more than {MAX_PIXELS:,} pixels"
         raise ValueError(f"{path}: has {what}; convert it, to H.264 for instance")
-    streams[0].thread_type = "AUTO"  # frame threads: FFmpeg's default would use one core for ordinary H.264
+    codec.thread_count, codec.thread_type = threads, "AUTO"  # FFmpeg's default would use one core for ordinary H.264
     return container, streams[0]
+
+
+def _packets(container: Any, streams: Any) -> Iterator[Any]:
+    """The packets from where the container stands; an unreadable rest of the file ends them as its end does."""
+    import av
+
+    with contextlib.suppress(av.error.FFmpegError, *DECODE_ERRORS):
+        yield from container.demux(streams)
+
+
+def _seconds(timed: Any, stream: Any) -> float:
+    """When a packet or a frame comes on screen, on the film's clock; inf for one that does not say."""
+    ticks = timed.dts if timed.pts is None else timed.pts
+    return math.inf if ticks is None else float(ticks * stream.time_base)
 
 
 def _scan(path: Path) -> Index:
@@ -212,63 +242,141 @@ def _scan(path: Path) -> Index:
     import av
 
     container, stream = _open(path)
-    stamps, keys, spans, whole, ours = [], [], {}, True, stream.index
+    packets, clock, spans, ours = [], [], {}, stream.index
     with container:  # once it is closed, asking `stream` anything reads freed memory
-        try:
-            for packet in container.demux([*container.streams.video, *container.streams.audio]):
-                ticks = packet.dts if packet.pts is None else packet.pts
-                if ticks is None:
-                    continue  # the empty packet that ends a stream
-                begin = float(ticks * packet.time_base)
-                end = begin + float((packet.duration or 0) * packet.time_base)
-                first, last = spans.get(packet.stream_index, (begin, end))
-                spans[packet.stream_index] = min(first, begin), max(last, end)
-                if packet.stream_index == ours and not packet.is_discard:
-                    stamps.append(begin)
-                    keys += [begin] if packet.is_keyframe else []
-        except (av.error.FFmpegError, *DECODE_ERRORS):
-            whole = False  # what was read stays valid; `cut` tells the caller
-        if not stamps:
+        rate, frames_of_avi = float(stream.average_rate or 0), stream.frames if container.format.name == "avi" else 0
+        for packet in _packets(container, [*container.streams.video, *container.streams.audio]):
+            if math.isinf(begin := _seconds(packet, packet.stream)):
+                continue  # the empty packet that ends a stream
+            end = begin + float((packet.duration or 0) * packet.time_base)
+            first, last = spans.get(packet.stream_index, (begin, end))
+            spans[packet.stream_index] = min(first, begin), max(last, end)
+            if packet.stream_index == ours and not packet.is_discard:
+                packets.append((begin, packet.is_keyframe))
+                clock.append(begin if packet.dts is None else float(packet.dts * packet.time_base))
+        if not packets:
             raise ValueError(f"{path}: the video stream holds no frame with a time stamp")
-        if stream.duration:  # the length in the header, in seconds
-            promised, first, last = float(stream.duration * stream.time_base), *spans[ours]
+        if stream.duration or frames_of_avi:  # the length in the header, in seconds
+            promised, first, last = float((stream.duration or 0) * stream.time_base), *spans[ours]
+            promised = max(promised, frames_of_avi / rate if rate else 0.0)  # FFmpeg shortens a cut AVI's duration
         else:
             promised = (container.duration or 0) / av.time_base  # of the longest stream, counted from time 0
             first, last = min(0.0, *(s[0] for s in spans.values())), max(s[1] for s in spans.values())
-    stamps.sort()  # packets come in decoding order
+    stamps, reach = [begin for begin, _ in packets], []
+    for begin, is_key in packets:
+        reach.append(begin if is_key or not reach else max(begin, reach[-1]))
+    order = np.argsort(stamps, kind="stable").tolist()  # packets come in decoding order
+    # Files joined end to end start their clock again. One odd stamp among others is damage.
+    for a, b, c, d in zip(clock, clock[1:], clock[2:], clock[3:]):
+        if max(c, d) < min(a, b) - MAX_CLOCK_STEP_BACK_SECONDS:
+            raise ValueError(
+                f"{path}: the clock starts again after {b - stamps[order[0]]:.1f} s, as in files that were joined "
+                f"end to end; repair it, for instance with ffmpeg -i {path.name} -c copy new.mkv"
+            )
+    keys = sorted({stamps[order[0]], *(begin for begin, is_key in packets if is_key)})
+    stamps, reach = [stamps[i] for i in order], [reach[i] for i in order]
     end = max(spans[ours][1], stamps[-1] + (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1))
     if (still := float(np.diff([*stamps, end]).max())) > MAX_STILL_SECONDS:
         raise ValueError(f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file")
-    return Index(
-        stamps, sorted({stamps[0], *keys}), end - stamps[0], not whole or last - first < promised - MISSING_TAIL_SECONDS
-    )
+    cut = last - first < promised - MISSING_TAIL_SECONDS
+    return Index(stamps, order, reach, keys, end - stamps[0], rate, cut)
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
-    """Decode from where the container stands: (seconds on its clock, frame). Damage ends it like the end."""
+def _decoded(packets: Iterable, stream: Any) -> Iterator[tuple[float, Any]]:
+    """Decode packets: (seconds on the film's clock, frame), in the order of display.
+
+    None stands for a broken packet or a damaged frame: with several threads, for one of the last packets. Behind a
+    broken packet come the frames that were decoded before it, then none up to the next key frame.
+    """
     import av
 
-    try:
-        for frame in container.decode(stream):
-            ticks = frame.dts if frame.pts is None else frame.pts
-            if ticks is not None:
-                yield float(ticks * stream.time_base), frame
-    except (av.error.FFmpegError, *DECODE_ERRORS):
-        return  # `decode_at` notices if a requested frame is missing
+    errors, whole = (av.error.FFmpegError, *DECODE_ERRORS), True
+    for packet in packets:
+        if not (whole := whole or packet.is_keyframe):
+            continue
+        frames = []
+        try:
+            if packet.is_corrupt:  # parts are missing, as the container says
+                raise ValueError
+            frames = stream.decode(packet)
+        except errors:
+            whole = False
+            yield _seconds(packet, stream), None
+            with contextlib.suppress(*errors):
+                frames = stream.decode(None)
+            stream.codec_context.flush_buffers()
+        for frame in frames:
+            if not math.isinf(seconds := _seconds(frame, stream)):
+                yield seconds, None if frame.is_corrupt else frame
 
 
-def _jump(container: Any, stream: Any, seconds: float) -> Iterator[tuple[float, Any]]:
-    """Seek to a key frame at or before `seconds` and decode on from there."""
+def _jump(container: Any, stream: Any, key: float, start: float) -> Iterator[tuple[float, Any]]:
+    """Go to the key frame at `key` seconds on the film's clock, which starts at `start`, and decode on from there."""
     import av
 
-    for back in (0.0, 10.0, math.inf):  # containers without an index (MPEG-TS) land too late: aim earlier
-        with contextlib.suppress(av.error.FFmpegError):  # one that cannot seek decodes on, which is right too
-            container.seek(max(0, round((seconds - min(back, seconds)) / stream.time_base)), stream=stream)
-        following = _decoded(container, stream)
-        first = next(following, None)
-        if first and first[0] <= seconds + STAMP_SLACK_SECONDS:
-            break
-    return itertools.chain([first] if first else [], following)
+    floor = min(0, round(start / stream.time_base))  # a clock may start below 0; AVI fails far below
+    # Containers without an index (MPEG-TS) land too late: aim earlier. MPEG-PS states other times after a seek,
+    # except at its start: read on to the key frame.
+    for back in (None, math.inf) if container.format.name == "mpeg" else (0.0, 10.0, math.inf):
+        target = floor if back == math.inf else back is not None and max(floor, round((key - back) / stream.time_base))
+        with contextlib.suppress(av.error.FFmpegError):  # one that cannot seek is read on, which is right too
+            if back is not None:
+                container.seek(target, stream=stream)
+        packets = _packets(container, stream)
+        if key > start:  # else an edit list may want packets that come before
+            packets = itertools.dropwhile(lambda packet: _seconds(packet, stream) < key - STAMP_SLACK_SECONDS, packets)
+        first = next(packets, None)
+        if first and (key == start or _seconds(first, stream) <= key + STAMP_SLACK_SECONDS):
+            return _decoded(itertools.chain([first], packets), stream)
+    return iter(())
+
+
+def _pull(following: Iterator, arrived: deque, wanted: float, reach: float, key: float) -> float | None:
+    """Decode up to `reach`; keep in `arrived` the last frame that begins by `wanted`, and those behind it.
+
+    Returns None, or the time of a broken packet, from `key` on, that came before: call again to go on behind it.
+    """
+    while True:
+        while len(arrived) > 1 and arrived[1][0] < wanted + STAMP_SLACK_SECONDS / 10:
+            arrived.popleft()
+        if arrived and arrived[-1][0] > reach - STAMP_SLACK_SECONDS / 10:
+            return None
+        coming = next(following, None)
+        if coming is None:  # the film ends; decoders may drop its last frames
+            return None
+        seconds, frame = coming
+        if frame is not None:
+            arrived.append(coming)
+        elif seconds >= key - STAMP_SLACK_SECONDS:
+            return seconds
+
+
+def _decode_alone(path: Path, index: Index, i: int, key: float) -> tuple[float, deque]:
+    """Decode frame number i from its key frame on, with one thread, so that an error comes at its own packet.
+
+    Returns (number of the first broken packet behind the key frame, inf if none came; the frame as `_pull` leaves it).
+    """
+    container, stream = _open(path, threads=1)
+    broken, arrived = math.inf, deque()
+    with container:
+        following = _jump(container, stream, key, index.stamps[0])
+        while (damage := _pull(following, arrived, index.stamps[i], index.reach[i], key)) is not None:
+            broken = min(broken, index.order[index.number(damage)])
+            if broken <= index.order[i]:
+                arrived.clear()
+                break
+    return broken, arrived
+
+
+def _is_missing(index: Index, i: int, key: float, arrived: deque) -> bool:
+    """Whether frame number i did not arrive, though later ones did: decoders drop what they cannot decode.
+
+    Single packets without a picture are common, and the frame before stays on screen; so is a start between key frames.
+    """
+    (first, _), *later = arrived
+    if first > index.stamps[i] + STAMP_SLACK_SECONDS:
+        return key > index.stamps[0]
+    return bool(later) and index.number(first) < i and index.number(later[0][0]) - index.number(first) > 2
 
 
 def _upright(path: Path, t: float, frame: Any) -> Image.Image:
@@ -288,31 +396,46 @@ def _refuse_cut(path: Path, seconds: float) -> NoReturn:
 
 
 def decode_at(path: Path, index: Index, times: list[float], resize: Callable, strict: bool) -> Iterator:
-    """Yield (t, picture) for the frame on screen at each of the rising `times`, holding one decoded frame."""
+    """Yield (t, picture) for the frame on screen at each of the rising `times`.
+
+    A frame is lost, and left out, if a packet between its key frame and its own, in decoding order, is broken: its
+    picture may be wrong. That depends on the file alone, not on the other times, so it is the same for every rank.
+    """
     container, stream = _open(path)
     start, end = index.stamps[0], index.seconds if index.cut else None
+    here = start
+    broken, lost, shown = {}, 0, 0  # broken: key frame -> number of the first broken packet behind it
     with container:
-        following, here, frame = _decoded(container, stream), start, None
+        following, arrived = _decoded(_packets(container, stream), stream), deque()
         for t in times:
-            wanted = index.stamps[bisect_right(index.stamps, start + t + STAMP_SLACK_SECONDS) - 1]
-            key = index.keys[bisect_right(index.keys, wanted + STAMP_SLACK_SECONDS) - 1]
-            if key - here > MIN_SEEK_SECONDS:
-                following = _jump(container, stream, wanted)
-            while frame is None or here < wanted - STAMP_SLACK_SECONDS / 10:
-                arrived = next(following, None)
-                if arrived is None:
-                    break
-                here, frame = arrived
-            if frame is None:
-                raise ValueError(f"{path}: no frame could be decoded (damaged, or a codec that FFmpeg lacks)")
-            if wanted - here > MISSING_TAIL_SECONDS:
+            i, key = index.find(t)
+            if index.order[i] < broken.get(key, math.inf):
+                if following is None or key - (arrived[-1][0] if arrived else start) > MIN_SEEK_SECONDS:
+                    following = _jump(container, stream, key, start)
+                    arrived.clear()
+                damage = _pull(following, arrived, index.stamps[i], index.reach[i], key)
+                if damage is not None or (arrived and _is_missing(index, i, key, arrived)):
+                    broken[key], arrived = _decode_alone(path, index, i, key)
+                    following = None
+            if index.order[i] >= broken.get(key, math.inf) or (arrived and _is_missing(index, i, key, arrived)):
+                lost += 1
+                continue
+            here, frame = arrived[0] if arrived else (here, None)
+            if frame is None or index.stamps[i] - here > MISSING_TAIL_SECONDS:
                 end = here - start
                 break
+            shown += 1
             yield t, resize(_upright(path, t, frame))
+    # Other ranks may see some, unless no key frame can be decoded.
+    if times and not shown and not any(_decode_alone(path, index, *index.find(key - start))[1] for key in index.keys):
+        raise ValueError(f"{path}: no frame could be decoded (damaged, or a codec that FFmpeg lacks)")
     if end is not None and strict:
         _refuse_cut(path, end)
-    if end is not None:
-        warnings.warn(f"{path}: the film is cut or damaged after {end:.1f} s; using what came", stacklevel=2)
+    places = sum(place < math.inf for place in broken.values())
+    said = [f"damaged in {places} place(s), {lost} of {len(times)} frames are left out"] if lost else []
+    said += [f"the film is cut or damaged after {end:.1f} s; using what came"] if end is not None else []
+    if said:
+        warnings.warn(f"{path}: {'; '.join(said)}", stacklevel=2)
 
 
 # ---- frames of either ----------------------------------------------------------------------------

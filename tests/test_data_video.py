@@ -4,6 +4,7 @@ Every test film has its frame numbers painted in: eight vertical stripes, black 
 """
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import threading
@@ -37,6 +38,11 @@ FILMS = [(suffix, codec, "yuv420p") for suffix, codec in CODEC.items()] + [
 def stripes(number, size=(64, 48)):
     bits = [255 * (number >> b & 1) for b in range(8)]
     return Image.fromarray(np.repeat([bits], 48, 0).astype(np.uint8)).resize(size, Image.NEAREST).convert("RGB")
+
+
+def noisy(i):
+    """The same with noise, so that no two packets are alike."""
+    return Image.blend(stripes(i), Image.effect_noise((64, 48), 90).convert("RGB"), 0.4)
 
 
 def number(picture):
@@ -205,6 +211,40 @@ def test_cut_film(tmp_path, suffix):
         frames(path, count=4)
 
 
+BROKEN = [(".mp4", "libx264"), (".mkv", "libx264"), (".webm", "libvpx-vp9"), (".webm", "libvpx"), (".avi", "mpeg4")]
+
+
+@pytest.mark.parametrize("suffix, codec", BROKEN)
+@pytest.mark.parametrize("packet", [25, 40])
+def test_a_broken_packet_costs_the_frames_up_to_the_next_key_frame(tmp_path, suffix, codec, packet):
+    """Packet 40 is a key frame; packet 25 is followed, in decoding order, by frames that come on screen before it."""
+    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
+    path = film(tmp_path / f"a{suffix}", regular(60), codec=codec, gop=20, picture=noisy, options=options)
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(container.streams.video[0]) if p.size]
+        content = [bytes(p) for p in packets]
+        keys = [i for i, p in enumerate(packets) if p.is_keyframe]
+        shown = np.argsort(np.argsort([p.dts if p.pts is None else p.pts for p in packets]))
+    if suffix == ".webm" and codec == "libvpx":
+        keys, packet = keys[1:], keys[1]  # only in a key frame's header can VP8 see damage
+    data = bytearray(path.read_bytes())
+    assert data.count(content[packet]) == 1
+    at = data.index(content[packet])
+    data[at : at + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    lost = set(shown[packet : min([k for k in keys if k > packet], default=60)].tolist())
+    want = [(i / 10, i) for i in range(60) if i not in lost]
+    with pytest.warns(UserWarning, match=rf"damaged in 1 place.s., {len(lost)} of 60 frames are left out") as told:
+        assert seen(path, fps=10) == want and len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for share in (5, 7):  # of ranks: the same frames, whatever else a rank decodes
+            shares = [seen(path, fps=10, keep=lambda n, r=r: n // share % 3 == r) for r in range(3)]  # noqa: B023
+            assert sorted(itertools.chain(*shares)) == want
+        evenly = [(round(t, 3), on_screen(regular(60), t)) for t in np.linspace(0, 5.9, 30)]
+        assert seen(path, count=30) == [(t, n) for t, n in evenly if n not in lost]
+
+
 def test_damage_inside(tmp_path, monkeypatch):
     """The packets are all there, but the decoder gives up half way; or a time stamp is nonsense."""
     path, real = film(tmp_path / "a.mp4", regular(60)), video._decoded
@@ -213,11 +253,73 @@ def test_damage_inside(tmp_path, monkeypatch):
         assert seen(path) == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 30)]  # MISSING_TAIL_SECONDS
     with pytest.raises(ValueError, match=r"after 3\.0 s"):
         list(frames(path, count=6))
-    monkeypatch.setattr(video, "_decoded", lambda c, s: iter(()))
-    with pytest.raises(ValueError, match=r"a\.mp4: no frame could be decoded"):
-        list(frames(path))
+    for nothing in ([], [(0.0, None)]):
+        monkeypatch.setattr(video, "_decoded", lambda c, s, nothing=nothing: iter(nothing))
+        with pytest.raises(ValueError, match=r"a\.mp4: no frame could be decoded"):
+            list(frames(path))
     with pytest.raises(ValueError, match=r"a\.mkv: damaged time stamps \(one frame would last 5,000 s\)"):
         frames(film(tmp_path / "a.mkv", [0, 0.1, 5000]))
+
+
+def test_a_clock_that_wraps(tmp_path):
+    """MPEG-TS counts to 2^33 at 90,000 a second; FFmpeg makes what comes before the wrap negative."""
+    begin = 2**33 / 90_000 - 9.5
+    path = film(tmp_path / "a.ts", [begin + t for t in regular(200)], clock=Fraction(1, 90_000))
+    assert video._scan(path).stamps[0] < 0
+    assert seen(path, fps=0.3) == [(round(k / 0.3, 3), int(k / 0.03 + 1e-6)) for k in range(6)]
+    for t, n in seen(path, count=7, keep=lambda n: n % 2 == 1):
+        assert n == on_screen(regular(200), t)
+
+
+def test_a_clock_that_starts_again(tmp_path):
+    path = film(tmp_path / "a.ts", regular(40))
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"a\.ts: the clock starts again after 3\.7 s.* repair it.*ffmpeg -i a\.ts"):
+        frames(path)
+
+
+def test_the_default_stream_is_shown(tmp_path):
+    """Not the first: a preview may come before it."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        streams = [container.add_stream("libx264", rate=10) for _ in range(2)]
+        for stream, size in zip(streams, [(16, 16), (64, 48)]):
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        streams[1].disposition = av.stream.Disposition.default
+        for i in range(20):
+            for stream in streams:
+                frame = av.VideoFrame.from_image(stripes(i, (stream.width, stream.height)))
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode())
+    assert seen(tmp_path / "a.mkv") == [(0, 0), (1, 10)]
+
+
+def test_a_cut_avi(tmp_path):
+    """FFmpeg shortens its length to what is there; the header still has the number of frames."""
+    path = film(tmp_path / "a.avi", regular(100), clock=Fraction(1, 10))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="cut or damaged after"):
+        kept = seen(path)
+    assert kept == [(k, 10 * k) for k in range(len(kept))] and 0 < len(kept) < 9
+    with pytest.raises(ValueError, match="cut or damaged after"):
+        frames(path, count=4)
+
+
+def test_jumps_in_mpeg_ps(tmp_path):
+    """After a seek its time stamps are others, so it is read on to the key frame."""
+    path = tmp_path / "a.mpg"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 15
+        stream.codec_context.max_b_frames = 2
+        for i in range(150):
+            container.mux(stream.encode(av.VideoFrame.from_image(noisy(i))))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        plain = [number(frame.to_image()) for frame in container.decode(video=0)]
+    for wanted in (67, 121, 127, 133):
+        assert seen(path, fps=25, keep=lambda n, wanted=wanted: n == wanted) == [(wanted / 25, plain[wanted])]
 
 
 def test_folder_of_pictures(tmp_path):
