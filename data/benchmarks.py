@@ -143,7 +143,7 @@ def sampling(wanted: dict[str, Any], penalty: float) -> config.Sampling:
 class Config:
     """Run lmms-eval's tasks with this project's model. Other flags go to lmms-eval: --limit 20, --gen_kwargs ..."""
 
-    tasks: str = setting("longva_tiny", "tasks of lmms-eval, between commas (Tables 4, 6, 7)")
+    tasks: str = setting("longva_tiny", "tasks of lmms-eval, between commas (Table 4)")
     weights: Path = setting(chat.TINY_MODEL, "model folder (ours)")
     frames: int = setting(32, "frames taken evenly from each video (Table 4: 8 to 384)")
     together: bool = setting(False, "all ranks share the cache of each film, for thousands of frames (ours)")
