@@ -102,15 +102,14 @@ def train(cfg: "Config") -> None:
 
     # 5. Resume
     if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
+        runs.open_run(cfg.out, asdict(cfg), ("weights", "corpus", "held_out"), more_steps=cfg.cooldown == 0)
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
-    if world.rank == 0:
-        runs.truncate_log(cfg.out, first)
-        runs.truncate_log(cfg.out, first + 1, evaluate.LOG)
+    runs.resume_log(cfg.out, first, world.rank, evaluate.LOG)
 
     # 6. The loop
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
-    for step in bar:
+    signals = runs.Signals(lambda x: ring.all_reduce_sum(x, world))
+    for step in signals.steps(bar):
         started = time.perf_counter()
         numbers = range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
         batches = [read_batch(number) for number in numbers[ring_rank::num_rings]]  # each ring takes every n-th
@@ -129,10 +128,11 @@ def train(cfg: "Config") -> None:
             line |= runs.speed(tokens_per_s, world.ranks, train_flop(config, S), cfg.peak_tflop, world.device)
             runs.log_step(cfg.out, line, bar, world.device)
         is_last = step + 1 == cfg.steps
-        if is_last or (step + 1) % cfg.save_every == 0:
-            if cfg.held_out or (is_last and held_out.windows):
-                scores = score_held_out(model, held_out, kernel, group)
-                evaluate.log_scores(cfg.out, step + 1, scores, cfg.expected if is_last else (), world.rank)
+        due = is_last or (step + 1) % cfg.save_every == 0
+        if due and (cfg.held_out or (is_last and held_out.windows)):
+            scores = score_held_out(model, held_out, kernel, group)
+            evaluate.log_scores(cfg.out, step + 1, scores, cfg.expected if is_last else (), world.rank)
+        if signals.came() or due:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 7. Export, in Hugging Face's layout, beside the tokenizer

@@ -188,9 +188,9 @@ def train(cfg: "Config", world: ring.World) -> None:
     # 7. The loop
     bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
     started = time.perf_counter()
-    for step, (micro_batches, skipped_samples) in zip(bar, loader.batches(range(first, cfg.steps))):
-        for sample in skipped_samples:
-            runs.log(cfg.out, {"step": step, **sample}, llava.SKIPPED.format(world.rank))
+    signals, steps = runs.Signals(partial(ring.all_reduce_sum, world=world)), range(first, cfg.steps)
+    for step, (micro_batches, skipped_samples) in zip(signals.steps(bar), loader.batches(steps)):
+        runs.log(cfg.out, *({"step": step, **one} for one in skipped_samples), name=llava.SKIPPED.format(world.rank))
         skipped_now = cfg.batch - count_samples(micro_batches, rings.ring, world)
         skipped += skipped_now
         llava.check_skip_budget(skipped, max((step + 1) * cfg.batch, dataset.size or 0), cfg.max_skip_fraction, cfg.out)
@@ -206,7 +206,7 @@ def train(cfg: "Config", world: ring.World) -> None:
             line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "skipped": skipped_now}
             runs.log_step(cfg.out, line, bar, world.device)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+        if signals.came() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 8. Export, in Hugging Face's layout, beside the tokenizer
@@ -225,10 +225,9 @@ def resume(
 ) -> tuple[int, int]:
     """Open the run's folder and load its newest state; return (first step to take, samples skipped before it)."""
     if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg))
+        runs.open_run(cfg.out, asdict(cfg), ("weights", "tower", "data"))
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
-    if world.rank == 0:
-        runs.truncate_log(cfg.out, first)
+    runs.resume_log(cfg.out, first, world.rank)
     runs.truncate_log(cfg.out, first, llava.SKIPPED.format(world.rank))
     llava.write_rejected(cfg.out / f"unusable-{world.rank}.jsonl", rejected)
     skipped = torch.tensor(sum(runs.column(cfg.out, "skipped")) if world.rank == 0 else 0)
@@ -398,7 +397,7 @@ def reference_logps(
     It is kept in the run's folder, for a run that continues. 0 stands for a pair that could not be read, which is
     skipped from then on. Raises ValueError if a run that continues at step `first` > 0 has lost the file.
     """
-    kept = llava.read_reference(folder, first)
+    kept = llava.read_reference(folder, first, loader.dataset.size)
     if ring.all_gather(torch.tensor(kept is not None), world)[0]:  # as rank 0 sees it: a shared folder may lag
         logp_P2 = kept.to(world.device)
     else:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import longva
 import ring
 import unires
-from data import chat, evaluate, niah, results, weights
+from data import chat, evaluate, niah, results
 from data.config import stop_ids
 from data.evaluate import System
 from data.flags import at_least, model_name, print0, run, setting
@@ -320,7 +320,7 @@ def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: result
             trained = model.model.config
         model.model.config = system.change(trained)
         test = kind(cfg, system, model, load_tokenizer(folder), world, test)
-        log.provenance[system.name] = {"prompts": test.prompts, "haystack": test.hashes}
+        log.note_system(system.name, {"prompts": test.prompts, "haystack": test.hashes})
         mine = slice(world.rank, None, world.ranks) if cfg.engine == "cache" else slice(None)  # ring: all work on each
         groups = log.pending(system.name, test.needles, test.groups(cells))[mine]
         total = sum(len(group.needle_ids) * len(group.cells) for group in groups)
@@ -418,10 +418,10 @@ def main(cfg: Config) -> None:
         candidates = evaluate.untrained(baseline, *tried)
     folders = sorted({system.folder for system in systems})
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("trained_on", "device")}
-    settings |= {"weights": {str(folder): weights.hash_weights(folder) for folder in folders}}
+    settings |= {str(folder): folder for folder in folders}
     print0("testing " + ", ".join(map(str, folders)))
     if world.rank == 0:
-        results.open_results(cfg.out, settings)
+        results.open_results(cfg.out, settings, [*map(str, folders), "haystack", "needles"])
     barrier = ring.long_timeout_group(world)
     log = results.ProbeLog(cfg.out, world.rank, lambda: ring.all_reduce_sum(torch.zeros(1), barrier))
 
@@ -440,7 +440,7 @@ def main(cfg: Config) -> None:
     if world.rank == 0:
         trained, unit = evaluate.trained_lengths([*systems, *controls], cfg.task, cfg.trained_on)
         results.report(cfg.out, log.found, trained, len(systems), rates, lengths, cfg.depths, unit)
-        results.write_results(cfg.out, settings, log, trained)
+        results.write_results(cfg.out, log, trained)
         if not cfg.weights:
             print(f"next:    python {'vniah.py text' if vision else 'train_text.py --preset tiny-base'}")
     ring.stop()

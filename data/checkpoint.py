@@ -13,7 +13,6 @@ Differs   Not torch.distributed.checkpoint: it writes a pickle, which can run co
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -26,6 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from data.flags import read_json
+from data.runs import DRAFT, drafted, flush, replace_text, sha256, sweep
+
 # ---- files and folders ---------------------------------------------------------------------------
 
 Gather = Callable[[Tensor], list[Tensor]]  # everyone's tensor in rank order; waits for all ranks
@@ -35,19 +37,6 @@ MANIFEST, SEAL, PART = "manifest.json", "manifest.sha256", "rank-{}.safetensors"
 def saved_steps(folder: Path) -> list[int]:
     """Steps with a state in `folder`, sound or not, in order."""
     return sorted(int(p.name[5:]) for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
-
-
-def sha256(path: Path) -> bytes:
-    """Checksum of a file, 32 bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def flush(path: Path) -> None:
-    """Make sure that a file's bytes, or a folder's names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -62,55 +51,61 @@ def tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def write_part(folder: Path, step: int, tensors: dict[str, Tensor], rank: int) -> bytes:
+def write_part(folder: Path, step: int, tensors: dict[str, Tensor], rank: int) -> str:
     """Write one rank's part of the draft `folder`/step-N.tmp; its checksum, when all of it is on the disk."""
     part = folder / f"step-{step}.tmp" / PART.format(rank)
     part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({key: x.contiguous() for key, x in tensors.items()}, part)
-    except SafetensorError as error:
-        raise OSError(f"{part} cannot be written ({error})") from error
-    flush(part)
+    with drafted(part) as draft:
+        save_file({key: x.contiguous() for key, x in tensors.items()}, draft)
     return sha256(part)
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], rank: int, gather: Gather) -> None:
     """Save one rank's tensors, in CPU memory, as its part of `folder`/step-N; all ranks call it together."""
-    sums = gather(torch.tensor(list(write_part(folder, step, tensors, rank))))  # and by now every part is on disk
+    digest = bytes.fromhex(write_part(folder, step, tensors, rank))
+    sums = gather(torch.tensor(list(digest)))  # and by now every part is on disk
     if rank == 0:
-        publish(folder, step, [bytes(x.tolist()) for x in sums])
+        publish(folder, step, [bytes(x.tolist()).hex() for x in sums])
     gather(torch.zeros(1))  # no one goes on before the new state is in place
 
 
-def publish(folder: Path, step: int, sums: list[bytes]) -> None:
+def publish(folder: Path, step: int, sums: list[str]) -> None:
     """Seal the draft and rename it; the state before it is kept, older ones and what killed saves left go.
 
     Rank 0 calls it, once all parts are written; `sums`: their checksums, in rank order.
     """
     final, draft = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    files = {PART.format(rank): digest.hex() for rank, digest in enumerate(sums)}
-    (draft / MANIFEST).write_text(json.dumps({"step": step, "ranks": len(sums), "files": files}, indent=2))
-    (draft / SEAL).write_text(sha256(draft / MANIFEST).hex())
-    for path in (draft / MANIFEST, draft / SEAL, draft):
-        flush(path)
+    files = {PART.format(rank): digest for rank, digest in enumerate(sums)}
+    replace_text(draft / MANIFEST, json.dumps({"step": step, "ranks": len(sums), "files": files}, indent=2))
+    replace_text(draft / SEAL, sha256(draft / MANIFEST))
     if final.exists():  # damaged, or saved twice; the new one takes its place
         final.rename(folder / f"step-{step}.old.tmp")
     draft.rename(final)
     flush(folder)
-    before = max((n for n in saved_steps(folder) if n < step), default=step)
-    for path in folder.glob("step-*"):
-        if path.name not in (f"step-{step}", f"step-{before}"):
-            shutil.rmtree(path)
+    for later in saved_steps(folder):  # of a run that had come further
+        if later > step:
+            shutil.rmtree(folder / f"step-{later}")
+    prune(folder)
+
+
+def prune(folder: Path) -> None:
+    """Keep the last two states; older ones go, and what killed processes left."""
+    sweep(folder, "step-*.tmp")
+    for step in saved_steps(folder)[:-2]:
+        shutil.rmtree(folder / f"step-{step}")
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 def read_manifest(state: Path) -> dict | None:
-    """What a state says it is, or None if that is missing or not what was sealed."""
+    """What a state says it is, or None if that is missing, not what was sealed, or no manifest of ours."""
     text, seal = state / MANIFEST, state / SEAL
-    sealed = text.is_file() and seal.is_file() and seal.read_bytes() == sha256(text).hex().encode()
-    return json.loads(text.read_text()) if sealed else None
+    if not (text.is_file() and seal.is_file() and seal.read_bytes() == sha256(text).encode()):
+        return None
+    found, kinds = read_json(text), {"step": int, "ranks": int, "files": dict}
+    whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    return found if whole and [*found["files"]] == [PART.format(rank) for rank in range(found["ranks"])] else None
 
 
 def first_damaged(state: Path, share: slice = slice(None)) -> str | None:
@@ -122,7 +117,7 @@ def first_damaged(state: Path, share: slice = slice(None)) -> str | None:
     if manifest is None:
         return MANIFEST
     for name in [*manifest["files"]][share]:
-        if not (state / name).is_file() or sha256(state / name).hex() != manifest["files"][name]:
+        if not (state / name).is_file() or sha256(state / name) != manifest["files"][name]:
             return name
     return None
 
@@ -133,12 +128,11 @@ def newest(folder: Path, rank: int, gather: Gather) -> Path | None:
     Deletes what killed saves left behind, and prints a sentence about each state that is passed over. Raises
     ValueError if every state is damaged, or if ranks see different folders.
     """
-    for path in folder.glob("step-*.tmp") if rank == 0 else ():
-        shutil.rmtree(path)
     probe = secrets.randbits(62) if rank == 0 else 0
-    probe = folder / f".probe-{gather(torch.tensor(probe))[0].item()}"
+    probe = folder / DRAFT.format(gather(torch.tensor(probe))[0].item())
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        prune(folder)
         probe.touch()
     gather(torch.zeros(1))
     steps = saved_steps(folder)
@@ -177,6 +171,11 @@ def restore(state: Path, model: nn.Module, optimizer: Optimizer, fill: Callable[
                 saved.setdefault(key, []).append(file.get_slice(key))
     if strange := {key[6:] for key in saved if key.startswith("model/")} ^ parameters.keys():
         raise ValueError(f"{state} is of another model: only one of the two has {min(strange)}")
+    moments = {}  # of each parameter
+    for kind, name, *moment in (key.split("/") for key in saved):
+        moments.setdefault(name, set()).update(moment if kind == "optimizer" else ())
+    if odd := [name for name, found in moments.items() if found and found != set().union(*moments.values())]:
+        raise ValueError(f"{state} lacks a moment of {odd[0]} that others have; remove that folder")
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for key, slices in saved.items():
         whole, (kind, name, *moment) = join(slices), key.split("/")
@@ -190,3 +189,25 @@ def restore(state: Path, model: nn.Module, optimizer: Optimizer, fill: Callable[
             raise ValueError(f"{key} was saved as {whole.dtype} {[*whole.shape]}, but the model has {is_now}")
         fill(target, whole)
     return manifest["step"]
+
+
+# ---- a file of its own ---------------------------------------------------------------------------
+
+
+def write_sealed(file: Path, name: str, tensor: Tensor) -> None:
+    """Write one tensor, on the CPU, and its checksum."""
+    digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    with drafted(file) as draft:
+        save_file({name: tensor.contiguous()}, draft, {"sha256": digest})
+
+
+def read_sealed(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Read it back. Raises ValueError if it is damaged or of another shape."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensor, digest = opened.get_tensor(name), (opened.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); remove {file.parent} to start anew") from error
+    if tensor.shape != shape or hashlib.sha256(tensor.numpy().tobytes()).hexdigest() != digest:
+        raise ValueError(f"{file} is damaged, or not for {shape[0]} samples; remove {file.parent} to start anew")
+    return tensor

@@ -275,6 +275,6 @@ def log_scores(out: Path, step: int, scores: dict[str, float], expected: tuple[f
     """Write the scores as a line of eval.jsonl, and print them beside what is expected; on rank 0 alone."""
     if rank > 0:
         return
-    runs.log(out, {"step": step} | scores, LOG)
+    runs.log(out, {"step": step} | scores, name=LOG)
     tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.3f}" for name, value in scores.items())]))
     runs.print_verdict(scores["held_out_loss"], scores["needles_found"], expected)

@@ -32,11 +32,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import chat, runs, synthetic, video
 from data.chat import PLACEHOLDER
+from data.checkpoint import read_sealed, write_sealed
 from data.flags import print0
 from data.text import shuffled
 from data.tokenizer import Tokenizer
@@ -474,24 +474,22 @@ REFERENCE = "reference.safetensors"
 SKIPPED = "skipped-{}.jsonl"  # the skipped samples of each rank, in the run's folder
 
 
-def read_reference(folder: Path, first: int) -> Tensor | None:
+def read_reference(folder: Path, first: int, pairs: int) -> Tensor | None:
     """Return DPO's reference, log p of each pair's answers before training, float64[pairs, 2]; None in a new run.
 
-    Raises ValueError if a run that continues at step `first` > 0 has lost it.
+    Raises ValueError if a run that continues at step `first` > 0 has lost it, or if it is damaged.
     """
     file = folder / REFERENCE
     if file.exists():
-        return load_file(file)["logp"]
+        return read_sealed(file, "logp", (pairs, 2))
     if first:
         raise ValueError(f"{file} is gone, and a trained model cannot make it again; remove {folder}")
     return None
 
 
 def write_reference(folder: Path, logp_P2: Tensor) -> None:
-    """Keep DPO's reference for a run that continues; a kill leaves no half of it."""
-    draft = folder / (REFERENCE + ".tmp")
-    save_file({"logp": logp_P2.cpu()}, draft)
-    draft.rename(folder / REFERENCE)
+    """Keep DPO's reference for a run that continues."""
+    write_sealed(folder / REFERENCE, "logp", logp_P2.cpu())
 
 
 def write_rejected(file: Path, rejected: list[dict]) -> None:

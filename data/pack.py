@@ -16,7 +16,6 @@ Kill it at any moment and run the same command again: it continues, and ends wit
 
 import fcntl
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -32,14 +31,13 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from data import runs
 from data.flags import run, setting
 from data.text import find_shards, shard_file, summary_file, vocabulary_digest
-from data.tokenizer import Tokenizer, load_tokenizer, read_json
-from data.weights import publish
+from data.tokenizer import Tokenizer, load_tokenizer
 
 MAX_BAD_FRACTION = 0.001  # of the documents
 BAD_BEFORE_END = 1000  # so many bad documents, if they are too many, stop the run before its end
-MAX_LINE_BYTES = 64 * 2**20  # a file of 10 KB can unpack to a line of gigabytes
 CHARACTERS_PER_TOKEN = 3.68  # to guess a document's length before it is tokenized (Fu et al.)
 SAVE_EVERY = 2000  # documents between two entries of the journal
 UNNAMED = "(no source named)"
@@ -124,15 +122,11 @@ def open_zst(path: Path) -> BinaryIO:
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
 
 
-def json_lines(path: Path, opened: Callable[[Path], BinaryIO]) -> Iterator[bytes]:
-    """Yield the lines of a JSONL file that are not blank; of a giant one its beginning, too long to be accepted."""
+def lines_of(path: Path, opened: Callable[[Path], BinaryIO]) -> Iterator[bytes]:
+    """Yield the lines of a JSONL file."""
     with opened(path) as stream:
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            rest = line
-            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                rest = stream.readline(MAX_LINE_BYTES + 1)
-            if line.strip():
-                yield line
+        for _, line in runs.json_lines(stream):
+            yield line
 
 
 def plain_text(path: Path) -> Iterator[dict]:
@@ -164,9 +158,9 @@ def parquet_rows(path: Path) -> Iterator[dict]:
 
 READERS = {
     ".txt": plain_text,
-    ".jsonl": partial(json_lines, opened=partial(open, mode="rb")),
-    ".jsonl.gz": partial(json_lines, opened=gzip.open),
-    ".jsonl.zst": partial(json_lines, opened=open_zst),
+    ".jsonl": partial(lines_of, opened=partial(open, mode="rb")),
+    ".jsonl.gz": partial(lines_of, opened=gzip.open),
+    ".jsonl.zst": partial(lines_of, opened=open_zst),
     ".parquet": parquet_rows,
 }
 
@@ -207,18 +201,10 @@ def validate(document: bytes | dict, vocabulary: int) -> tuple[str | np.ndarray,
 
     vocabulary: ids must be below it.
     """
-    if isinstance(document, bytes):
-        if len(document) > MAX_LINE_BYTES:
-            raise ValueError(f"giant line: more than {MAX_LINE_BYTES:,} bytes")
-        try:
-            document = json.loads(document)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"not JSON: {e}") from e
-    if not isinstance(document, dict):
-        raise ValueError(f"no JSON object: found {type(document).__name__}")
+    document = runs.parse_line(document) if isinstance(document, bytes) else document
     meta, content = document.get("meta"), document.get("input_ids", document.get("text"))
     source = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-    source = source if source and isinstance(source, str) else UNNAMED
+    source = source.encode(errors="replace").decode() if source and isinstance(source, str) else UNNAMED
     try:
         if isinstance(content, str) and content:
             content.encode()  # half of a surrogate pair ("\ud800") is a ValueError
@@ -262,6 +248,11 @@ class Progress:
         return None
 
 
+def shown(file: Path) -> str:
+    """Return a path as it can be printed and written to JSON, also one that is no UTF-8."""
+    return str(file).encode(errors="backslashreplace").decode()
+
+
 def encode(content: str | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Return the ids of a document with the separator in front."""
     ids = np.array(tokenizer.encode(content)) if isinstance(content, str) else content
@@ -270,24 +261,21 @@ def encode(content: str | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 def job_spec(cfg: Config, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
     """Return what decides the content of a token file. Folders do not: machines may mount the files elsewhere."""
-    names = hashlib.sha256("\n".join(file.name for file in files).encode()).hexdigest()
-    spec = {"files": len(files), "names": names}
+    own = files[cfg.worker :: cfg.workers] if len(files) >= cfg.workers else files
+    facts = {"file_names": [os.fsencode(file.name).hex() for file in files]}
+    facts |= {
+        "file_sizes": [file.stat().st_size for file in files],
+        "file_contents": [runs.sha256(file) for file in own],
+    }
+    spec = {"files": len(files)} | {name: runs.checksum(fact) for name, fact in facts.items()}
     spec |= {"tokenizer": vocabulary_digest(tokenizer), "vocabulary": tokenizer.size}
     return spec | {name: getattr(cfg, name) for name in ("long", "keep_short", "seed", "worker", "workers")}
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    draft = file.with_name(f".{file.name.lstrip('.')}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    publish(draft, file)
 
 
 def clean_up(shard: Path) -> None:
     """Remove the hidden files beside a token file: draft, journal, and what a killed process left."""
     for name in (shard.name, summary_file(shard).name):
-        for hidden in shard.parent.glob(f".{name}.*"):
-            hidden.unlink()
+        runs.sweep(shard.parent, f".{name}.*", runs.DRAFT.format(f"*{name}*"))
 
 
 def write_header(file: BinaryIO, dtype: str, count: int) -> int:
@@ -298,10 +286,16 @@ def write_header(file: BinaryIO, dtype: str, count: int) -> int:
     return file.tell()
 
 
-def resume(journal: Path, job: dict, written: int) -> Progress | None:
-    """Return the journal of a killed process of the same job; None without one, or if the draft has fewer tokens."""
-    noted = read_json(journal)
-    return Progress(**noted) if noted.get("job") == job and noted["tokens"] <= written else None
+def resume(journal: Path, job: dict, written: int) -> Progress:
+    """Return what a killed process of the same job noted; nothing if it is damaged, or the draft has fewer tokens."""
+    try:
+        noted = runs.read_checked(journal)
+    except ValueError:
+        noted = {}
+    changed = [name for name in noted.get("job", ()) if noted["job"][name] != job.get(name)]
+    if changed:
+        print(f"{journal.parent} holds the beginning of another packing, begun anew: changed {', '.join(changed)}")
+    return Progress(**noted) if noted and not changed and noted["tokens"] <= written else Progress(job)
 
 
 def write_documents(
@@ -325,7 +319,7 @@ def write_documents(
             except ValueError as e:
                 kind = str(e).split(":")[0]
                 done.bad[kind] = done.bad.get(kind, 0) + 1
-                done.first_bad = [*done.first_bad, f"{files[number]}, document {done.document}: {e}"][:5]
+                done.first_bad = [*done.first_bad, f"{shown(files[number])}, document {done.document}: {e}"][:5]
                 yield
                 continue
             tokens = estimate_tokens(content)
@@ -354,21 +348,15 @@ def pack(cfg: Config, tokenizer: Tokenizer) -> dict:
     files = find_files(cfg.files)
     job, shard = job_spec(cfg, files, tokenizer), cfg.shard
     draft, journal = shard.with_name(f".{shard.name}.writing"), shard.with_name(f".{shard.name}.journal")
-    summary = read_json(summary_file(shard))
-    if summary.get("job") == job and shard.exists() and not draft.exists():
-        clean_up(shard)
-        return summary
-
     dtype = np.dtype("uint16" if tokenizer.size <= 2**16 else "uint32")
     shard.parent.mkdir(parents=True, exist_ok=True)
-    draft.touch()
-    with open(draft, "rb+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"{shard} is being written by another process; give each its own --worker") from e
+    with os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
+        lock_draft(file, draft, shard)
+        if summary := finished(shard, job):
+            clean_up(shard)
+            return summary
         head = write_header(file, dtype, 0)
-        done = resume(journal, job, (draft.stat().st_size - head) // dtype.itemsize) or Progress(job)
+        done = resume(journal, job, (draft.stat().st_size - head) // dtype.itemsize)
         file.truncate(head + done.tokens * dtype.itemsize)
         file.seek(0, os.SEEK_END)
         steps = write_documents(file, dtype, cfg, files, tokenizer, done)
@@ -376,18 +364,45 @@ def pack(cfg: Config, tokenizer: Tokenizer) -> dict:
             if n % SAVE_EVERY == 0:
                 file.flush()
                 os.fsync(file.fileno())  # the journal must not name tokens that a power cut loses
-                write_json(journal, asdict(done))
+                runs.write_checked(journal, asdict(done))
                 if sum(done.bad.values()) > BAD_BEFORE_END and done.complaint():
                     break
         write_header(file, dtype, done.tokens)
-    if complaint := done.complaint():
+        file.flush()
+        if complaint := done.complaint():
+            clean_up(shard)
+            raise ValueError(complaint)
+        summary = summarize([asdict(done)]) | {"sha256": runs.sha256(draft)}
+        runs.write_checked(summary_file(shard), summary)
+        runs.publish(draft, shard)
         clean_up(shard)
-        raise ValueError(complaint)
-    summary = summarize([asdict(done)])
-    write_json(summary_file(shard), summary)
-    publish(draft, shard)
-    clean_up(shard)
     return summary
+
+
+def lock_draft(file: BinaryIO, draft: Path, shard: Path) -> None:
+    """Lock an open draft until it is closed. Raises ValueError if another process writes, or has published, it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if draft.exists() and os.path.samestat(os.fstat(file.fileno()), draft.stat()):
+            return
+    except BlockingIOError:
+        pass
+    raise ValueError(f"{shard} is being written by another process; give each its own --worker")
+
+
+def finished(shard: Path, job: dict) -> dict:
+    """Return the summary of a token file that is whole and of this job; of any other {}, after a sentence why."""
+    if not (shard.exists() and summary_file(shard).exists()):
+        return {}
+    try:
+        summary = runs.read_checked(summary_file(shard))
+        changed = [name for name in job if summary["job"].get(name) != job[name]]
+        why = f"changed {', '.join(changed)}" if changed else "damaged" * (summary["sha256"] != runs.sha256(shard))
+    except (ValueError, KeyError):
+        why = "its summary is damaged"
+    if why:
+        print(f"{shard} is packed anew: {why}")
+    return {} if why else summary
 
 
 # ---- the summary ---------------------------------------------------------------------------------
@@ -452,8 +467,8 @@ def main(cfg: Config) -> None:
         if len(complete) < cfg.workers:
             print(f"{len(complete)} of {cfg.workers} files are complete; the corpus is when all workers are done")
             return
-        summary = summarize([read_json(summary_file(shard)) for shard in find_shards(cfg.out)])
-        write_json(cfg.out / "summary.json", summary)
+        summary = summarize([runs.read_checked(summary_file(shard)) for shard in find_shards(cfg.out)])
+        runs.replace_text(cfg.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         if cfg.workers > 1:
             print(report(cfg.out, summary))
     settings = f"--preset longva --weights {cfg.tokenizer} --corpus {cfg.out}"

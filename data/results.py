@@ -1,6 +1,7 @@
 """Results of the needle tests: hit rates with intervals, tables, heatmaps and the files that hold them.
 
-What      Each probe is one line of cells-RANK.jsonl; results.json holds settings, provenance and all cells.
+What      Each probe is one line of cells-RANK.jsonl, each system's prompts and hashes one of systems.jsonl;
+          results.json holds settings, inputs, systems and all cells.
           `table` and `ascii_heatmap` print hit rates; `draw_heatmaps` and `draw_comparison` draw them.
 Paper     Fig. 4 and Fig. 7: length across, depth down; a dotted line where training ended.
 Run       imported by vniah.py
@@ -22,12 +23,18 @@ import numpy as np
 from PIL import Image
 
 from data import runs
+from data.flags import read_json
 from data.niah import Needle, ProbeGroup, describe, picture_hash
 
 SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
 CELLS = "cells-{}.jsonl"  # of each rank: one line a probe
+SYSTEMS = "systems.jsonl"  # one line a system: its prompts, the hashes of its haystack
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 MAX_BYTES = 3_000_000  # of all needles' pictures on the page, before they become text
+PROBE = {  # the fields of a probe, and their types in JSON
+    "system": str, "length": int, "depth": float, "needle": str, "kind": str, "hit": bool,
+    "generated_correct": bool | None, "generated_text": str, "answer": str, "tokens": int,
+}  # fmt: skip
 
 # (system, length, depth) -> needle -> its probe: hit, generated_correct, generated_text, tokens, kind
 Results = dict[tuple[str, int, float], dict[str, dict]]
@@ -99,22 +106,24 @@ def read_results(folder: Path) -> Results:
     """Return every finished probe of a run, whichever rank found it."""
     results: Results = {}
     for file in cell_files(folder):
-        for _, line in runs.entries(file):
+        for _, line in runs.read_log(file, **PROBE)[0]:
             results.setdefault((line["system"], line["length"], line["depth"]), {})[line["needle"]] = line
     return results
 
 
-def open_results(folder: Path, settings: dict) -> None:
-    """Open a run's folder, on rank 0. A run with the same settings is continued, without the line that a kill tore.
+def open_results(folder: Path, settings: dict, inputs: Iterable[str] = ()) -> None:
+    """Open a run's folder, on rank 0. A run with the same settings is continued, without lines that are damaged.
 
-    Raises ValueError if the folder holds probes of other settings.
+    Raises ValueError if the folder holds probes of other settings, or `inputs`, settings too, have other content.
     """
     if folder.is_dir() and not cell_files(folder):
         runs.lock(folder)
-        (folder / "config.json").unlink(missing_ok=True)  # of a run that ended with an error before any probe
-    runs.open_run(folder, settings)
+        for name in ("config.json", SYSTEMS):  # of a run that ended with an error before any probe
+            (folder / name).unlink(missing_ok=True)
+    runs.open_run(folder, settings, inputs)
     for file in cell_files(folder):
-        runs.truncate_log(folder, None, file.name)
+        runs.truncate_log(folder, None, file.name, **PROBE)
+    runs.truncate_log(folder, None, SYSTEMS, system=str)
 
 
 class ProbeLog:
@@ -124,7 +133,7 @@ class ProbeLog:
     """
 
     def __init__(self, folder: Path, rank: int, barrier: Callable[[], object]):
-        self.folder, self.rank, self.barrier, self.provenance = folder, rank, barrier, {}
+        self.folder, self.rank, self.barrier = folder, rank, barrier
         self.asked: dict[str, list[Needle]] = {}  # of each system, as evaluate.asked_needles returns them
         self.read()
 
@@ -151,8 +160,17 @@ class ProbeLog:
 
     def append(self, lines: Iterable[dict]) -> None:
         """Append finished probes at once, so that a killed run loses none of them."""
-        with open(self.folder / CELLS.format(self.rank), "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        runs.log(self.folder, *lines, name=CELLS.format(self.rank))
+
+    def note_system(self, name: str, found: dict) -> None:
+        """Note a system's prompts and hashes before its first probe, on rank 0, for the results of a killed run."""
+        if self.rank == 0 and name not in read_systems(self.folder):
+            runs.log(self.folder, {"system": name, **found}, name=SYSTEMS)
+
+
+def read_systems(folder: Path) -> dict[str, dict]:
+    """Return the prompts and hashes of each system that was tested."""
+    return {line.pop("system"): line for _, line in runs.read_log(folder / SYSTEMS, system=str)[0]}
 
 
 def probe_line(
@@ -165,25 +183,20 @@ def probe_line(
     return line | {"answer": answer, "tokens": tokens}
 
 
-def write_results(folder: Path, settings: dict, log: ProbeLog, trained: dict[str, float]) -> None:
+def write_results(folder: Path, log: ProbeLog, trained: dict[str, float]) -> None:
     """Write results.json (settings, versions, prompts, hashes, every probe, intervals), and report.html with the same.
 
     trained: system -> the length it was trained at, in the unit of lengths.
     """
-    file = folder / "results.json"
-    try:  # prompts and hashes of systems that had no probe to run
-        before = dict(json.loads(file.read_text())["systems"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: every score is in the cells
-        before = {}
-    cells = []
+    file, cells = folder / "results.json", []
     for (system, length, depth), probes in sorted(log.found.items()):
         hits = [bool(probe["hit"]) for probe in probes.values()]
         low, high = wilson(sum(hits), len(hits))
         cell = {"system": system, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
         cells.append(cell | {"wilson": [round(low, 4), round(high, 4)], "probes": probes})
-    record = {"settings": settings, "versions": runs.versions(), "systems": before | log.provenance}
-    record |= {"trained_lengths": trained, "cells": cells}
-    runs.replace_text(file, json.dumps(record, indent=1, default=str) + "\n")
+    record = {"settings": read_json(folder / "config.json"), "versions": runs.versions()}
+    record |= {"systems": read_systems(folder), "trained_lengths": trained, "cells": cells}
+    runs.replace_text(file, json.dumps(record, indent=1) + "\n")
     write_page(folder, record, log.asked)
     print(f"results: {file}   pictures: {folder / 'heatmap.png'}, {folder / 'comparison.png'}   page: {folder / PAGE}")
 
@@ -347,7 +360,8 @@ def draw_heatmaps(
     for ax, one in zip(axes.flat, heatmaps):
         picture = draw_heatmap(ax, one, lengths, depths, unit, tokens_per_unit)
     figure.colorbar(picture, ax=axes, label="found", shrink=0.8)
-    figure.savefig(file, dpi=130)
+    with runs.drafted(file) as draft:
+        figure.savefig(draft, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -375,5 +389,6 @@ def draw_comparison(file: Path, heatmaps: Sequence[Heatmap], lengths: Sequence[i
     ax.set_xticks(lengths, map(axis_label, lengths), fontsize=7, rotation=0 if len(lengths) <= 8 else 60)
     ax.minorticks_off()
     figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
-    figure.savefig(file, dpi=130)
+    with runs.drafted(file) as draft:
+        figure.savefig(draft, dpi=130, format="png")
     plt.close(figure)

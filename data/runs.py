@@ -1,31 +1,38 @@
-"""A run's folder, runs/<name>/: its settings, what happened at each step, and a plot; the memory of the machine.
+"""A run's folder, runs/<name>/: its settings, what happened at each step, and a plot; how files are written safely.
 
 What      config.json (the settings), log.jsonl (one line per step), curve.png (the loss). Saved state and the
-          exported model lie beside them, in state/ and model/. `free_bytes` and `peak_bytes` of this process.
+          exported model lie beside them, in state/ and model/. Every file that any module publishes is written by
+          `drafted`, every JSONL file read by `json_lines`; `fingerprints` say whether an input is still the same.
+          `free_bytes` and `peak_bytes` of this process.
 Paper     None.
-Run       imported by train_text.py, train_vision.py and vniah.py (cells.jsonl); rank 0 alone writes.
+Run       imported by all that reads or writes files; of a run's folder rank 0 alone writes
 Dimensions  none
 Differs   The release logs to Weights & Biases; here a log is a file, and a resumed run continues it without a gap.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import resource
 import shlex
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data.flags import read_json
+from data.flags import from_json, print0, read_json
 
 TINY = Path(__file__).parent / "tiny"  # the shipped models
 PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
@@ -53,6 +60,130 @@ def trained_or_shipped(run: str, shipped: str) -> Path:
     return own if (own / "config.json").is_file() else TINY / shipped
 
 
+# ---- files: written whole or not at all, known by their content, read line by line ---------------
+
+DRAFT = ".draft-{}"  # the name of a file while it is being written
+MAX_LINE_BYTES = 64 * 2**20  # a compressed file of 10 KB can hold a line of gigabytes
+
+
+@contextmanager
+def drafted(file: Path) -> Iterator[Path]:
+    """Yield the path to write `file` to; when the `with` block ends, it is flushed to the disk and gets its name.
+
+    A kill leaves the old file or the new one, and maybe a draft, which `sweep` removes. Raises OSError that names
+    the file, also for a full disk.
+    """
+    draft = file.with_name(DRAFT.format(file.name))
+    try:
+        yield draft
+        publish(draft, file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{file} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def publish(draft: Path, file: Path) -> None:
+    """Give a finished draft its name, both on the disk before this returns."""
+    flush(draft)
+    os.replace(draft, file)
+    flush(file.parent)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's bytes, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def sweep(folder: Path, *patterns: str) -> None:
+    """Remove the drafts that killed processes left in `folder`, and what `patterns` match."""
+    for pattern in (DRAFT.format("*"), ".tmp*", *patterns):  # .tmp: where safetensors' save_file writes
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file so that a kill leaves the old one or the new one."""
+    with drafted(file) as draft:
+        draft.write_text(text)
+
+
+def write_checked(file: Path, content: dict) -> None:
+    """Write a JSON object whose damage `read_checked` will notice."""
+    replace_text(file, json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n")
+
+
+def read_checked(file: Path) -> dict:
+    """Read it back; {} when there is no such file. Raises ValueError when it is damaged."""
+    content = read_json(file)
+    if content and content.pop("checksum", None) != checksum(content):
+        raise ValueError(f"{file} is damaged; remove it, then run the same command again")
+    return content
+
+
+def checksum(content: dict) -> str:
+    """Return a SHA-256 of what JSON can hold, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """Return the checksum of a file, 64 hexadecimal digits."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fingerprints(paths: Mapping[str, Path | str | None]) -> dict[str, str]:
+    """Return what each existing file or folder holds, as 16 hexadecimal digits; "synthetic" and None hold nothing.
+
+    Of a folder, all files below it and their names count, but not hidden ones and texts about it (.md).
+    """
+    found = {}
+    for name, path in paths.items():
+        if path in (None, "synthetic") or not Path(path).exists():
+            continue
+        below = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.suffix != ".md")
+        named = [(p.relative_to(path).as_posix(), p) for p in below] if Path(path).is_dir() else [("", Path(path))]
+        lines = [f"{sha256(file)} {inside}" for inside, file in named if not f"/{inside}".count("/.")]
+        found[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return found
+
+
+def json_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (first byte, content) of each line that is not blank; of a giant one its beginning, too long to parse."""
+    start = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        rest, size = line, len(line)
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(MAX_LINE_BYTES + 1)
+            size += len(rest)
+        if line.strip():
+            yield start, line
+        start += size
+
+
+def parse_line(line: bytes, **kinds: Any) -> dict:
+    """Return the JSON object of a line with at least the fields `kinds`, of these types, numbers from 0 to 2**62.
+
+    Raises ValueError that says "kind of fault: what was found" for anything else.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"giant line: more than {MAX_LINE_BYTES:,} bytes")
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON: {str(e)[:80]}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"no JSON object: found {type(found).__name__}")
+    for name, kind in kinds.items():
+        if kind is not str or not isinstance(found.get(name), str):  # any text: a model may say half a surrogate pair
+            from_json(kind, found.get(name), f"odd value: {name}", 0, 2**62)
+    return found
+
+
+# ---- the folder and its settings -----------------------------------------------------------------
+
 LOCKS: dict[Path, TextIO] = {}  # open while this process lives; the system drops the lock when it ends
 
 
@@ -79,63 +210,137 @@ def lock(folder: Path, patience: float = 3.0) -> None:
         return
 
 
-def open_run(folder: Path, settings: dict) -> None:
-    """Make and lock the folder, and write the settings to config.json.
+def open_run(folder: Path, settings: dict, inputs: Iterable[str] = (), more_steps: bool = False) -> None:
+    """Make and lock the folder, and write settings and fingerprints to config.json.
 
-    Raises ValueError if another process is running there, or if the folder holds a run with other settings.
+    Raises ValueError if another process is running there, or if the folder holds a run of other settings. What the
+    settings `inputs` name may lie elsewhere, but must hold the same; `folder` may have been moved. more_steps: "steps"
+    may grow, as no step depends on it.
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file, but a run needs a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    file = folder / "config.json"
-    new = json.loads(json.dumps(settings, default=str))
-    if file.exists():
-        try:
-            old = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read ({error}); remove {folder} to start anew") from error
-        changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out, "
-                "or remove that folder to start anew"
-            )
+    sweep(folder)
+    file, anew = folder / "config.json", f"choose another --out, or remove {folder} to start anew"
+    content = fingerprints({name: settings[name] for name in inputs})
+    new = json.loads(json.dumps({**settings, "inputs": content}, default=str))
+    try:
+        old = read_json(file) or new
+    except ValueError as error:
+        raise ValueError(f"{error}; {anew}") from error
+    before, now = old.get("inputs", new["inputs"]), new["inputs"]
+    if not isinstance(before, dict):
+        raise ValueError(f"{file} is damaged, its inputs are no JSON object; {anew}")
+    fixed = [name for name in {**old, **new} if name not in ("out", "inputs", *now)]
+    changed = [name for name in fixed if old.get(name) != new.get(name)]
+    if "steps" in changed and isinstance(old.get("steps"), int) and more_steps and old["steps"] < new["steps"]:
+        changed.remove("steps")
+    if changed:
+        said = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)[:120]
+        why = "; the learning rate depends on the number of steps" if "steps" in changed else ""
+        raise ValueError(f"{folder} holds a run with other settings ({said}); {anew}{why}")
+    if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        raise ValueError(f"{folder} holds a run on other data: the content of {other[0]} has changed; {anew}")
     replace_text(file, json.dumps(new, indent=2) + "\n")
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    draft = file.with_suffix(".tmp")
-    draft.write_text(text)
-    os.replace(draft, file)
+# ---- the log -------------------------------------------------------------------------------------
 
 
-def truncate_log(folder: Path, step: int | None = None, name: str = "log.jsonl") -> None:
-    """Remove the lines of step `step` and later, which will be written again, and torn lines."""
-    file = folder / name
-    if not file.exists():
+def log(folder: Path, *lines: dict, name: str = "log.jsonl") -> None:
+    """Append JSON lines. They are on the disk before this returns, so no saved state is newer than the log."""
+    if not lines:
         return
-    kept = [line + "\n" for line, entry in entries(file) if step is None or entry["step"] < step]
-    replace_text(file, "".join(kept))
-
-
-def entries(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yield (line, its JSON) of a log; a line that was torn when its writer was killed is left out."""
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            yield line, json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
-def log(folder: Path, line: dict, name: str = "log.jsonl") -> None:
-    """Append one JSON line."""
     try:
         with open(folder / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f"{folder / name} cannot be written ({error.strerror})") from error
+
+
+def read_log(file: Path, **kinds: Any) -> tuple[list[tuple[bytes, dict]], list[str]]:
+    """Return the (line, its JSON) of a log that `parse_line` accepts, and what is wrong with each of the others.
+
+    A last line that was torn when its writer was killed is in neither list. No file is an empty one.
+    """
+    good, faults = [], []
+    if not file.exists():
+        return good, faults
+    with open(file, "rb") as stream:
+        for number, (_, line) in enumerate(json_lines(stream), start=1):
+            try:
+                good.append((line.removesuffix(b"\n") + b"\n", parse_line(line, **kinds)))
+            except ValueError as error:
+                faults += [f"line {number}, {error}"] if line.endswith(b"\n") else []
+    return good, faults
+
+
+def truncate_log(folder: Path, step: int | None = None, name: str = "log.jsonl", **kinds: Any) -> list[dict]:
+    """Remove the lines of step `step` and later, which will be written again, and damaged ones; return the others.
+
+    A sentence counts the damaged ones: they are no JSON object with at least the fields `kinds`.
+    """
+    kinds |= {} if step is None else {"step": int}
+    good, faults = read_log(folder / name, **kinds)
+    kept = [(line, entry) for line, entry in good if step is None or entry["step"] < step]
+    if faults:
+        print(f"{folder / name}: {len(faults)} damaged line(s) left out, the first: {faults[0]}")
+    if (folder / name).exists():
+        with drafted(folder / name) as draft:
+            draft.write_bytes(b"".join(line for line, _ in kept))
+    return [entry for _, entry in kept]
+
+
+def resume_log(folder: Path, step: int, rank: int, *others: str) -> None:
+    """Truncate log.jsonl, on rank 0, for a run that continues at `step`; say so, and what steps the log has lost.
+
+    others: logs of states, which keep the line of this step.
+    """
+    if rank > 0:
+        return
+    logged = {entry["step"] for entry in truncate_log(folder, step)}
+    for name in others:
+        truncate_log(folder, step + 1, name)
+    if step:
+        print(f"{folder} resumes at step {step}")
+    if lost := [n for n in range(step) if n not in logged]:
+        print(f"WARNING: {folder / 'log.jsonl'} lacks {len(lost)} of {step} steps, the first: step {lost[0]}")
+
+
+class Signals:
+    """Ctrl-C (SIGINT) and SIGTERM during a loop of steps: the loop can save, then it ends by KeyboardInterrupt.
+
+    sum_over_ranks: adds up a number of each rank, so that all of them stop at one step.
+    """
+
+    def __init__(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]):
+        self.sum_over_ranks, self.noted, self.stop = sum_over_ranks, [], False
+
+    def steps(self, steps: Iterable[int]) -> Iterator[int]:
+        """Yield the steps. A first signal is noted; a second one of its kind (torchrun sends both) acts as ever."""
+
+        def note(number: int, frame: object) -> None:
+            self.noted.append(number)
+            signal.signal(number, before[number])
+            print0("\nsaves after this step, and ends; again: ends at once", file=sys.stderr)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in steps:
+                yield step
+                if self.stop:
+                    raise KeyboardInterrupt
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def came(self) -> bool:
+        """Return whether this step is the last, as a signal came to some rank. All ranks must call it in each step."""
+        self.stop = self.sum_over_ranks(torch.tensor(len(self.noted))).item() > 0
+        return self.stop
 
 
 def finite(step: int, losses: list[float]) -> float:
@@ -186,9 +391,7 @@ def speed(
 
 def column(folder: Path, key: str) -> list[float]:
     """Return the values of one key in log.jsonl, in the order of steps."""
-    file = folder / "log.jsonl"
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return [line[key] for line in lines if key in line]
+    return [entry[key] for _, entry in read_log(folder / "log.jsonl", **{key: float})[0]]
 
 
 def draw_curve(folder: Path) -> Path:
@@ -198,7 +401,7 @@ def draw_curve(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [entry for _, entry in read_log(folder / "log.jsonl", step=int, loss=float)[0]]
     steps, losses, smooth = [line["step"] for line in lines], [line["loss"] for line in lines], []
     for loss in losses:
         smooth.append(loss if not smooth else 0.95 * smooth[-1] + 0.05 * loss)
@@ -211,7 +414,8 @@ def draw_curve(folder: Path) -> Path:
             axes.text(line["step"], 1, f" {now:,} tokens", va="top", fontsize=7, transform=axes.get_xaxis_transform())
     axes.set(xlabel="step", ylabel="loss (nats per target)", title=folder.name, yscale="log")
     axes.legend(frameon=False)
-    figure.savefig(folder / "curve.png", dpi=150)
+    with drafted(folder / "curve.png") as draft:
+        figure.savefig(draft, dpi=150, format="png")
     plt.close(figure)
     return folder / "curve.png"
 

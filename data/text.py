@@ -13,14 +13,17 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, read_json
+from data.runs import read_checked, sha256
+from data.tokenizer import Tokenizer
 
 DTYPES = ("uint16", "uint32", "int32")  # of a token file
+BAD_HEADER = (ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError)  # numpy's answers to one
 
 # ---- opening -------------------------------------------------------------------------------------
 
@@ -47,7 +50,8 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> np.memm
 
     tokenizer: that of the model to train; a file that was packed with another one is refused, if the summary
     that data/pack.py writes beside it is there to tell. Raises ValueError, naming the file, when it is missing, cut,
-    empty, or of another dtype or shape, and when a folder lacks files or mixes those of several corpora.
+    empty, changed since it was packed, or of another dtype or shape, and when a folder lacks files or mixes those of
+    several corpora.
     """
     path = Path(path)
     tokens = TokenShards(path, [open_shard(shard, tokenizer) for shard in find_shards(path)]) if path.is_dir() else None
@@ -71,24 +75,27 @@ def open_shard(path: Path, tokenizer: Tokenizer | None) -> np.memmap:
         raise ValueError(f"{path} is no file or folder of tokens; make it with python -m data.pack")
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} is not a token file ({e}); make one with python -m data.pack") from e
+    except (*BAD_HEADER, OSError) as e:
+        raise ValueError(f"{path} is not a token file ({str(e)[:80]}); make one with python -m data.pack") from e
     if tokens.ndim != 1 or tokens.dtype not in DTYPES:
         raise ValueError(
             f"{path} holds {tokens.dtype}{list(tokens.shape)}, expected one dimension of {', '.join(DTYPES)}; "
             "make it with python -m data.pack"
         )
-    summary = read_json(summary_file(path))
-    if summary and summary.get("tokens") != len(tokens):
+    if not (summary := read_checked(summary_file(path))):
+        return tokens
+    if summary["tokens"] != len(tokens):
         raise ValueError(
-            f"{path} holds {len(tokens):,} tokens, but {summary_file(path).name} lists {summary.get('tokens')}; "
+            f"{path} holds {len(tokens):,} tokens, but {summary_file(path).name} lists {summary['tokens']}; "
             "pack it again, or remove the summary if it is of another file"
         )
-    if tokenizer and summary and summary["job"]["tokenizer"] != vocabulary_digest(tokenizer):
+    if tokenizer and summary["job"]["tokenizer"] != vocabulary_digest(tokenizer):
         raise ValueError(
             f"{path} was packed with another tokenizer, of {summary['job']['vocabulary']:,} ids, than the model's, "
             f"of {tokenizer.size:,}; pack it again with --tokenizer and that model's folder"
         )
+    if summary["sha256"] != sha256(path):
+        raise ValueError(f"{path} has changed since it was packed: its checksum differs; pack it again")
     return tokens
 
 
@@ -105,7 +112,8 @@ def find_shards(folder: Path) -> list[Path]:
             f"{folder} holds {len(found)} files of a corpus in {workers} parts, missing {missing[:5]}; run those "
             "workers of python -m data.pack, or pack into an empty folder"
         )
-    jobs = [{**read_json(summary_file(shard)).get("job", {}), "worker": None} for shard in shards]
+    alone = {"worker": None, "file_contents": None}  # what a worker has for itself
+    jobs = [{**read_checked(summary_file(shard)).get("job", {}), **alone} for shard in shards]
     if odd := next((job for job in jobs if job != jobs[0]), None):
         names = ", ".join(name for name in jobs[0] if odd.get(name) != jobs[0][name])
         raise ValueError(f"{folder} mixes parts that were packed with different {names}; pack into an empty folder")

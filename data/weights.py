@@ -2,8 +2,8 @@
 
 What      `read` streams any folder with config.json and safetensors, in one file or in shards; `read_tower` a
           CLIP's; `init_weights` makes new weights. `fill_from` fills a model from such a stream, sharded or not.
-          `write` is the way back, `hash_weights` names in a result which weights made it. Reading holds one tensor
-          in memory at a time (filling peaks at the model and one tensor), writing one shard.
+          `write` is the way back. Reading holds one tensor in memory at a time (filling peaks at the model and one
+          tensor), writing one shard.
 Paper     Sec. 3.1 starts from Qwen2-7B-Instruct, Sec. 3.2 from CLIP ViT-L/14-336 and a new projector.
 Run       imported; `for name, tensor in read("Qwen2-7B-Instruct"): ...`
 Dimensions  none
@@ -11,12 +11,11 @@ Differs   Loading is strict (every tensor used once, every parameter filled once
           warns and continues. Only safetensors and JSON are read: other formats can run code.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import runs
-from data.tokenizer import read_json
+from data.flags import read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 UNUSED = ("*rotary_emb.inv_freq", "*position_ids")  # buffers of old files; what they hold is computed here
@@ -208,32 +207,47 @@ def write(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config_text = json.dumps(config, indent=2) + "\n"
-    for left_over in folder.glob(".writing-*"):
-        left_over.unlink()
+    runs.sweep(folder)
+    try:
+        in_use = shards(folder)
+    except ValueError:  # none yet, or not readable
+        in_use = {}
+    remove_shards(folder, in_use)  # of killed exports
+    drafts = folder / runs.DRAFT.format("shards")
+    drafts.mkdir()
     written: list[list[str]] = []
     total = 0
-    for shard in grouped(stream, shard_bytes, dtype):
-        # Older readers refuse a file that does not say which framework it comes from.
-        save_file(shard, folder / f".writing-{len(written)}", metadata={"format": "pt"})
-        written.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    files = shard_names(folder, len(written))
+    try:
+        for shard in grouped(stream, shard_bytes, dtype):
+            # Older readers refuse a file that does not say which framework it comes from.
+            with runs.drafted(drafts / str(len(written))) as draft:
+                save_file(shard, draft, metadata={"format": "pt"})
+            written.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+    except OSError:
+        runs.sweep(folder)  # a full disk gets its room back
+        raise
+    files = shard_names(len(written), in_use)
     weight_map = {name: file for file, names in zip(files, written) for name in names}
     assert written and len(weight_map) == sum(map(len, written)), "no tensor, or a name that comes twice"
     for i, file in enumerate(files):
-        publish(folder / f".writing-{i}", folder / file)
+        os.replace(drafts / str(i), folder / file)
+    runs.flush(folder)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / ".writing-index").write_text(json.dumps(index, indent=2) + "\n")
-        publish(folder / ".writing-index", folder / INDEX)
+        runs.replace_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    (folder / ".writing-config").write_text(config_text)
-    publish(folder / ".writing-config", folder / CONFIG)
-    for old in folder.glob("*.safetensors"):
-        if old.name not in files and (old.name == SINGLE or OUR_SHARD.fullmatch(old.name)):
-            old.unlink()
+    runs.replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    remove_shards(folder, files)
+    drafts.rmdir()
+
+
+def remove_shards(folder: Path, in_use: Container[str]) -> None:
+    """Remove weight files of ours that are not `in_use`."""
+    for file in folder.glob("*.safetensors"):
+        if file.name not in in_use and (file.name == SINGLE or OUR_SHARD.fullmatch(file.name)):
+            file.unlink()
 
 
 def grouped(
@@ -258,25 +272,12 @@ def grouped(
         yield shard
 
 
-def shard_names(folder: Path, count: int) -> list[str]:
-    """File names for `count` shards, none of which the folder has yet (a single file replaces its like)."""
+def shard_names(count: int, in_use: Container[str]) -> list[str]:
+    """Return file names for `count` shards, none of which is `in_use` (a single file replaces its like)."""
     if count == 1:
         return [SINGLE]
-    for tag in ("", "a-", "b-"):
-        names = [f"model-{tag}{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        if not any((folder / name).exists() for name in names):
-            return names
-    raise ValueError(f"{folder} holds shards of three interrupted exports; delete them or write elsewhere")
-
-
-def publish(written: Path, name: Path) -> None:
-    """Give a finished file its name, both on the disk before this returns."""
-    with open(written, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(written, name)
-    folder = os.open(name.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    plain, other = ([f"model-{tag}{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] for tag in ("", "b-"))
+    return other if any(name in in_use for name in plain) else plain
 
 
 def save(folder: Path, stream: Iterable[tuple[str, Tensor]], config: dict[str, Any], tokenizer: Path) -> None:
@@ -294,18 +295,5 @@ def copy_tokenizer(src: str | Path, dst: str | Path) -> None:
         raise ValueError(f"{src} has no tokenizer files to copy; expected one of {', '.join(TOKENIZER_FILES[:6])}")
     Path(dst).mkdir(parents=True, exist_ok=True)
     for file in found:
-        shutil.copyfile(Path(src) / file, Path(dst) / file)
-
-
-def hash_files(files: Iterable[Path]) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of the files' digests, in order."""
-    whole = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            whole.update(hashlib.file_digest(f, "sha256").digest())
-    return whole.hexdigest()
-
-
-def hash_weights(folder: str | Path) -> str:
-    """Return `hash_files` of the folder's weight files."""
-    return hash_files(Path(folder) / file for file in sorted(shards(Path(folder))))
+        with runs.drafted(Path(dst) / file) as draft:
+            shutil.copyfile(Path(src) / file, draft)

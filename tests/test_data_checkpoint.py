@@ -1,5 +1,6 @@
 """Saved states as files: whole or not there, pruned, refused when a byte changed; ranks are threads here."""
 
+import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -123,6 +124,60 @@ def test_a_torn_save_is_ignored_and_swept(saved):
     (saved / "step-3").rename(saved / "step-4.tmp")  # killed just before the rename
     assert newest(saved) == saved / "step-2" and checkpoint.saved_steps(saved) == [2]
     assert not (saved / "step-4.tmp").exists()
+
+
+def test_what_kills_left_is_swept(saved):
+    """A killed probe of the shared folder, a third state, a draft, a stray file of such a name."""
+    (saved / "step-1").mkdir(), (saved / ".draft-7").touch(), (saved / "step-9.tmp").touch()
+    assert newest(saved) == saved / "step-3"
+    assert sorted(p.name for p in saved.iterdir()) == ["step-2", "step-3"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda said: said.pop("files"), lambda said: said.update(step="3"), lambda said: said.update(ranks=1),
+    lambda said: said["files"].update({"../../x.safetensors": ""}), lambda said: said.update(files=["rank-0.safetensors"]),
+])  # fmt: skip
+def test_a_forged_manifest_is_not_used(saved, change):
+    manifest, seal = saved / "step-3/manifest.json", saved / "step-3/manifest.sha256"
+    said = json.loads(manifest.read_text())
+    change(said)
+    manifest.write_text(json.dumps(said))
+    seal.write_text(checkpoint.sha256(manifest))
+    assert newest(saved) == saved / "step-2"
+
+
+def test_a_missing_moment_is_refused(tmp_path):
+    model, optimizer = trained(1)
+    found = checkpoint.tensors(model, optimizer)
+    found.pop("optimizer/bias/exp_avg")
+    together(
+        1, lambda rank, gather: checkpoint.save(tmp_path, 1, {k: x.detach() for k, x in found.items()}, rank, gather)
+    )
+    with pytest.raises(ValueError, match="lacks a moment of bias"):
+        checkpoint.restore(newest(tmp_path, 1), *trained(0), copy)
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(tensors, file, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"step-1\.tmp/rank-0\.safetensors cannot be written \(No space left"):
+        save(tmp_path, 1, ranks=1)
+
+
+def test_a_sealed_tensor(tmp_path):
+    """DPO's reference: damage is seen, and another number of pairs."""
+    file, logp_P2 = tmp_path / "reference.safetensors", torch.randn(7, 2, dtype=torch.float64)
+    checkpoint.write_sealed(file, "logp", logp_P2)
+    assert torch.equal(checkpoint.read_sealed(file, "logp", (7, 2)), logp_P2)
+    with pytest.raises(ValueError, match="is damaged, or not for 6 samples"):
+        checkpoint.read_sealed(file, "logp", (6, 2))
+    whole = file.read_bytes()
+    for at in (3, 20, len(whole) // 2, -1):
+        file.write_bytes(whole), flip(file, at)
+        with pytest.raises(ValueError, match="start anew"):
+            checkpoint.read_sealed(file, "logp", (7, 2))
 
 
 def test_ranks_must_share_the_folder(saved, tmp_path):

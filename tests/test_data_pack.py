@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from data import flags, pack, synthetic, text
+from data import flags, pack, runs, synthetic, text
 from data.tokenizer import load_tokenizer
 
 ODD = "A caption with <|im_end|> and <|endoftext|> in it\u2028and a line separator"
@@ -135,7 +135,7 @@ def test_too_many_bad_documents_stop_it(tmp_path, words, monkeypatch):
 
 def test_a_giant_line_is_one_bad_document(tmp_path, words, monkeypatch):
     """However it ends, the lines around it are read as they are."""
-    monkeypatch.setattr(pack, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(runs, "MAX_LINE_BYTES", 64)
     for giant in (65, 128, 130, 195, 1000):
         lines = ['{"text": " star"}'] * 999 + ["x" * giant] + ['{"text": " moon"}'] * 2
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -252,10 +252,14 @@ def test_the_source_of_a_document(tmp_path, words, kind):
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
         rows += [{"text": " star", "meta": {"redpajama_set_name": [1]}}, {"text": " star", "meta": 3}]
+        rows += [{"text": " star", "meta": {"redpajama_set_name": "\ud800"}}]  # no UTF-8
         zst(file, "\n".join(map(json.dumps, rows)).encode())
     found = packs([file], words, tmp_path / "t.npy")["sources"]
-    unnamed = {pack.UNNAMED: len(rows) - 2}
+    unnamed = {pack.UNNAMED: 1} if kind == ".parquet" else {pack.UNNAMED: 3, "?": 1}
     assert {s: n["kept"] for s, n in found.items()} == {"RedPajamaBook": 1, "RedPajamaC4": 1} | unnamed
+    assert pack.report(
+        file, {"documents": 0, "kept": 0, "tokens": 0, "bad": {}, "sources": found, "lengths": {}}
+    ).encode()
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
@@ -318,9 +322,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, words, monkeypat
     assert len(whole) == 2
     for name, after in (("encode", False), ("publish", False), ("publish", True), ("write_header", True)):
         for call in (0, 1, 5, 40):
-            out = tmp_path / f"{name}{after}{call}"
+            out, module = tmp_path / f"{name}{after}{call}", runs if name == "publish" else pack
             with monkeypatch.context() as patch:
-                patch.setattr(pack, name, killer(getattr(pack, name), call, after))
+                patch.setattr(module, name, killer(getattr(module, name), call, after))
                 for _ in range(2):  # and killed again, as far into what was left
                     killed += dies(lambda out=out: packs(files, words, out, 0.5, **settings))
             resumed += any(f.name.endswith(".journal") for f in out.iterdir())
@@ -329,26 +333,45 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, words, monkeypat
     assert killed > 12 and resumed > 3, (killed, resumed)
 
 
-def test_what_is_complete_is_not_made_again(tmp_path, words, monkeypatch):
-    files, _ = sources_corpus(tmp_path, 50, 1)
-    first = packs(files, words, tmp_path / "t.npy")
-    monkeypatch.setattr(pack, "write_documents", None)
-    assert packs(files, words, tmp_path / "t.npy") == json.loads(json.dumps(first))
-    monkeypatch.undo()
-    assert packs(files, words, tmp_path / "t.npy", 0.1, long=16)["kept"] < first["kept"]  # other settings: anew
+def test_what_is_complete_is_not_made_again(tmp_path, words, monkeypatch, capsys):
+    """But anew, with a sentence, where documents, settings or the token file itself have changed."""
+    (file, *_), _ = sources_corpus(tmp_path, 50, 1)
+    out, lines = tmp_path / "t.npy", file.read_text().splitlines()
+    first = packs([file], words, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "write_documents", None)
+        assert packs([file], words, out) == json.loads(json.dumps(first)) and not capsys.readouterr().out
+    whole = out.read_bytes()
+    for spoil in (lambda: out.write_bytes(whole[:-2]), lambda: out.write_bytes(whole[:-2] + b"\5\0")):
+        spoil()
+        with pytest.raises(ValueError, match=r"is not a token file|has changed since it was packed"):
+            text.open_tokens(out, words)
+        packs([file], words, out)
+        assert out.read_bytes() == whole and capsys.readouterr().out == f"{out} is packed anew: damaged\n"
+    file.write_text("\n".join([lines[0].replace("1", "2", 1), *lines[1:]]))  # neither name nor size
+    assert packs([file], words, out)["tokens"] == first["tokens"] and out.read_bytes() != whole
+    assert capsys.readouterr().out == f"{out} is packed anew: changed file_contents\n"
+    assert packs([file], words, out, 0.1, long=16)["kept"] < first["kept"]  # other settings
+    assert "changed long, keep_short" in capsys.readouterr().out
 
 
-def test_a_draft_of_other_settings_or_without_its_tokens_is_not_continued(tmp_path, words, monkeypatch):
-    files, _ = sources_corpus(tmp_path, 100, 1)
+def test_a_draft_of_another_job_or_without_its_tokens_is_not_continued(tmp_path, words, monkeypatch):
+    (file, *_), _ = sources_corpus(tmp_path, 100, 1)
     monkeypatch.setattr(pack, "SAVE_EVERY", 10)
-    whole = packs(files, words, tmp_path / "whole.npy")
-    for n, spoil in enumerate((lambda draft: draft.unlink(), lambda draft: None)):
+    whole, content = packs([file], words, tmp_path / "whole.npy"), file.read_text()
+    for n, spoil in enumerate(("draft", "settings", "documents", "journal")):
         out = tmp_path / f"{n}.npy"
+        file.write_text(content.replace("1", "2", 1) if spoil == "documents" else content)
         with monkeypatch.context() as patch:
             patch.setattr(pack, "encode", killer(pack.encode, 55, False))
-            assert dies(lambda out=out, n=n: packs(files, words, out, seed=n))
-        spoil(tmp_path / f".{n}.npy.writing")
-        assert packs(files, words, out)["table"] == whole["table"]
+            assert dies(lambda out=out, spoil=spoil: packs([file], words, out, seed=int(spoil == "settings")))
+        file.write_text(content)
+        if spoil == "draft":
+            (tmp_path / f".{n}.npy.writing").unlink()
+        if spoil == "journal":
+            journal = tmp_path / f".{n}.npy.journal"
+            journal.write_text(journal.read_text().replace('"tokens": ', '"tokens": 1', 1))
+        assert packs([file], words, out)["table"] == whole["table"]
         assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
@@ -358,6 +381,22 @@ def test_two_processes_do_not_write_one_part(tmp_path, words):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"t\.npy is being written by another process"):
             packs(files, words, tmp_path / "t.npy")
+
+
+def test_a_part_that_was_published_meanwhile_is_not_touched(tmp_path, words, monkeypatch):
+    """A second process opens the draft before the first one renames it, and locks it when that lets go."""
+    files, _ = sources_corpus(tmp_path, 10, 1)
+    flock = fcntl.flock
+
+    def first_ends_before(file, how):
+        monkeypatch.setattr(pack.fcntl, "flock", flock)
+        packs(files, words, tmp_path / "t.npy")
+        flock(file, how)
+
+    monkeypatch.setattr(pack.fcntl, "flock", first_ends_before)
+    with pytest.raises(ValueError, match=r"t\.npy is being written by another process"):
+        packs(files, words, tmp_path / "t.npy")
+    assert len(text.open_tokens(tmp_path / "t.npy", words))
 
 
 @pytest.mark.parametrize("files, workers", [(5, 2), (1, 3), (2, 7)])
@@ -408,6 +447,11 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, words):
     np.save(out, np.arange(9, dtype=np.uint16))
     with pytest.raises(ValueError, match=r"t\.npy holds 9 tokens, but t\.summary\.json lists"):
         text.open_tokens(out)
+    summary = tmp_path / "t.summary.json"
+    for wrong in ('{"tokens": 9}', summary.read_text().replace('"job"', '"jab"')):
+        summary.write_text(wrong)
+        with pytest.raises(ValueError, match=r"t\.summary\.json is damaged; remove it"):
+            text.open_tokens(out)
 
 
 @pytest.mark.parametrize("wrong, complaint", [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import niah, results
+from data import niah, results, runs
 
 LENGTHS, DEPTHS = (8, 16, 32), (0.0, 0.5, 1.0)
 
@@ -123,7 +123,8 @@ def finished(folder, task, needles, cells=((8, 0.0), (8, 1.0)), said=HOSTILE):
     log.append(results.probe_line("a system", cell, needle, 40, i > 0, "7", said) for cell in cells
                for i, needle in enumerate(needles))  # fmt: skip
     log.read()
-    results.write_results(folder, {"task": task, "weights": {HOSTILE: "0"}}, log, {"a system": 8.0})
+    runs.replace_text(folder / "config.json", json.dumps({"task": task, "weights": {HOSTILE: "0"}}))
+    results.write_results(folder, log, {"a system": 8.0})
 
 
 @pytest.mark.parametrize("task", ["vision", "text"])
@@ -144,7 +145,7 @@ def test_page_has_every_probe_and_no_text_acts(tmp_path, task):
     assert page.tags.count("script") == len(page.scripts) == 2 and not page.loads and first.isascii()
     resumed = results.ProbeLog(tmp_path, 0, lambda: None)
     resumed.asked["a system"] = needles
-    results.write_results(tmp_path, want["settings"], resumed, {"a system": 8.0})
+    results.write_results(tmp_path, resumed, {"a system": 8.0})
     assert (tmp_path / results.PAGE).read_text() == first
 
 

@@ -1,7 +1,10 @@
 """A run's folder: settings that may not change, a log that survives being killed, a picture of the loss."""
 
+import errno
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,7 @@ def test_settings_are_kept_and_found_again(tmp_path):
     folder = tmp_path / "new" / "run"
     runs.open_run(folder, SETTINGS)
     kept = json.loads((folder / "config.json").read_text())
-    assert kept == {"out": "runs/x", "steps": 10, "lr": 1e-5, "betas": [0.9, 0.95], "weights": None}
+    assert kept == {"out": "runs/x", "steps": 10, "lr": 1e-5, "betas": [0.9, 0.95], "weights": None, "inputs": {}}
     before = (folder / "config.json").read_bytes()
     runs.open_run(folder, dict(SETTINGS))  # the same command again
     assert (folder / "config.json").read_bytes() == before
@@ -59,12 +62,92 @@ def test_fewer_settings_are_refused(tmp_path):
         runs.open_run(tmp_path, {name: value for name, value in SETTINGS.items() if name != "lr"})
 
 
+def test_a_moved_folder_goes_on(tmp_path):
+    runs.open_run(tmp_path / "a", SETTINGS)
+    runs.LOCKS.pop((tmp_path / "a").resolve()).close()
+    (tmp_path / "a").rename(tmp_path / "b")
+    runs.open_run(tmp_path / "b", {**SETTINGS, "out": tmp_path / "b"})
+
+
+@pytest.mark.parametrize("more_steps, steps, fine", [(True, 20, True), (True, 5, False), (False, 20, False)])
+def test_more_steps_where_the_schedule_allows(tmp_path, more_steps, steps, fine):
+    runs.open_run(tmp_path, SETTINGS, more_steps=more_steps)
+    if fine:
+        runs.open_run(tmp_path, {**SETTINGS, "steps": steps}, more_steps=more_steps)
+        assert json.loads((tmp_path / "config.json").read_text())["steps"] == steps
+        return
+    with pytest.raises(ValueError, match=r"steps was 10, is .*; the learning rate depends on the number of steps"):
+        runs.open_run(tmp_path, {**SETTINGS, "steps": steps}, more_steps=more_steps)
+
+
+def test_changed_inputs_are_refused(tmp_path):
+    """By content: another time or place is the same input, another byte, name or file is not."""
+    model, data, out = tmp_path / "model", tmp_path / "data.json", tmp_path / "run"
+    model.mkdir()
+    (model / "config.json").write_text("{}"), (model / "README.md").write_text("a"), data.write_text("[1]")
+    inputs = {"weights": model, "data": data, "tower": None, "haystack": "synthetic"}
+    runs.open_run(out, {**SETTINGS, **inputs}, inputs.keys())
+    os.utime(data, (0, 0)), (model / ".cache").mkdir(), (model / "README.md").write_text("b")
+    runs.open_run(out, {**SETTINGS, **inputs}, inputs.keys())
+    model.rename(tmp_path / "moved")
+    moved = {**inputs, "weights": tmp_path / "moved"}
+    runs.open_run(out, {**SETTINGS, **moved}, moved.keys())
+    for name, change in (("data", lambda: data.write_text("[2]")), ("weights", lambda: (tmp_path / "moved/b").touch())):
+        change()
+        with pytest.raises(ValueError, match=f"holds a run on other data: the content of {name} has changed"):
+            runs.open_run(out, {**SETTINGS, **moved}, moved.keys())
+        data.write_text("[1]")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 10**5, "5", "{", '{"inputs": 5}', '{"steps": []}'])
+def test_damaged_settings_are_a_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="start anew") as said:
+        runs.open_run(tmp_path, SETTINGS, more_steps=True)
+    assert len(str(said.value).replace(str(tmp_path), "")) <= 300
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.txt"
+    runs.replace_text(file, "old")
+    with pytest.raises(KeyError), runs.drafted(file) as draft:
+        draft.write_text("new, but only ha")
+        raise KeyError
+    with (
+        pytest.raises(OSError, match=r"a\.txt cannot be written \(No space left on device\)"),
+        runs.drafted(file) as draft,
+    ):
+        draft.write_text("new, but only ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    (tmp_path / ".draft-b").write_text("left by a kill"), (tmp_path / ".tmpAbCdEf").write_text("by safetensors")
+    (tmp_path / ".draft-folder/deep").mkdir(parents=True)
+    runs.sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda t: t.replace("1", "2", 1), lambda t: t[:-9], lambda t: "[]", lambda t: '{"a": 1}']
+)
+def test_a_checked_file_notices_damage(tmp_path, spoil):
+    file = tmp_path / "a.json"
+    assert runs.read_checked(file) == {}
+    runs.write_checked(file, content := {"a": 1, "b": {"c": [0.1, None]}})
+    assert runs.read_checked(file) == content
+    file.write_text(spoil(file.read_text()))
+    with pytest.raises(ValueError, match=r"a\.json (is|should)"):
+        runs.read_checked(file)
+
+
 # ---- the log -------------------------------------------------------------------------------------
 
 
 def fill(folder, steps, name="log.jsonl"):
     for step in range(steps):
-        runs.log(folder, {"step": step, "loss": 1 / (step + 1)}, name)
+        runs.log(folder, {"step": step, "loss": 1 / (step + 1)}, name=name)
 
 
 def test_each_line_is_there_at_once(tmp_path):
@@ -112,6 +195,57 @@ def test_rewind_without_a_log_and_of_another_name(tmp_path):
     fill(tmp_path, 3), fill(tmp_path, 3, "probes.jsonl")
     runs.truncate_log(tmp_path, 1, "probes.jsonl")
     assert len(entries(tmp_path)) == 3 and len(entries(tmp_path, "probes.jsonl")) == 1
+
+
+BAD_LINES = [b"5", b"{}", b"null", b'{"step": "1"}', b"\xff", b'{"step": 2', b"[" * 10**5]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda bad: str(bad[:12]))
+def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys, bad):
+    fill(tmp_path, 2)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(bad + b"\n" + whole)
+    assert runs.column(tmp_path, "loss") == [1, 0.5] and runs.draw_curve(tmp_path)
+    runs.truncate_log(tmp_path, 9)
+    assert (tmp_path / "log.jsonl").read_bytes() == whole
+    assert "log.jsonl: 1 damaged line(s) left out, the first: line 1, " in capsys.readouterr().out
+
+
+def test_a_resumed_run_says_where_and_what_the_log_lost(tmp_path, capsys):
+    runs.resume_log(tmp_path, 0, 0)
+    assert not capsys.readouterr().out
+    fill(tmp_path, 3)
+    runs.resume_log(tmp_path, 3, 0)
+    assert capsys.readouterr().out == f"{tmp_path} resumes at step 3\n"
+    runs.resume_log(tmp_path, 5, 0)
+    assert "log.jsonl lacks 2 of 5 steps, the first: step 3" in capsys.readouterr().out
+
+
+def test_a_line_is_on_the_disk_before_a_state_can_be(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append((tmp_path / "log.jsonl").read_text()), fsync(handle))
+    )
+    runs.log(tmp_path, {"step": 0})
+    assert synced == ['{"step": 0}\n']
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_ends_the_loop_after_its_step_a_second_one_acts(number):
+    seen, done, before, signals = [], [], signal.getsignal(number), runs.Signals(lambda x: x)
+    signal.signal(number, lambda *_: seen.append("acts"))
+    with pytest.raises(KeyboardInterrupt):
+        for step in signals.steps(range(9)):
+            assert not signals.came()
+            if step == 2:
+                os.kill(os.getpid(), number)
+                assert signals.came() and not seen
+                os.kill(os.getpid(), number)
+            done.append(step)
+    assert (done, seen) == ([0, 1, 2], ["acts"])
+    os.kill(os.getpid(), number)
+    assert seen == ["acts"] * 2
+    signal.signal(number, before)
 
 
 # ---- the picture ---------------------------------------------------------------------------------

@@ -94,6 +94,23 @@ def test_a_cut_token_file_is_refused(tmp_path):
         text.open_tokens(tmp_path / "t.npy")
 
 
+def test_any_damage_of_the_header_is_a_sentence(tmp_path):
+    """300 mutations of an .npy header: a ValueError of at most 300 characters, or another array."""
+    np.save(file := tmp_path / "t.npy", np.arange(1000, dtype=np.uint16))
+    whole, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        raw = bytearray(whole)
+        for at in rng.integers(0, 80, rng.integers(1, 4)):
+            raw[at] = rng.choice([rng.integers(256), *b"\0'\"()[]{},:\\\n9"])
+        file.write_bytes(raw)
+        try:
+            text.open_tokens(file)
+        except ValueError as error:
+            assert "t.npy" in str(error) and len(str(error).replace(str(tmp_path), "")) <= 300
+            refused += 1
+    assert refused > 150
+
+
 def test_the_training_script_reads_it(tmp_path):
     import train_text
 

@@ -113,7 +113,7 @@ def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, old, 
         w.write(folder, state(3).items(), {"model": 3}, new)  # and the next export works and sweeps up
         assert same(dict(w.read(folder)), state(3)) and w.read_config(folder) == {"model": 3}
         assert len(list(folder.glob("*.safetensors"))) == (1 if new > 100 else 3)
-        assert not list(folder.glob(".writing-*"))
+        assert not list(folder.glob(".*"))
     assert seen == sorted(seen) and {1, 2} == set(seen)
 
 
@@ -257,18 +257,54 @@ def test_model_card(tmp_path, monkeypatch):
     assert card.read_text() == "mine"
 
 
-def test_copy_tokenizer(tmp_path):
+def test_copy_tokenizer(tmp_path, monkeypatch):
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "secret.txt").write_text("x")
     w.copy_tokenizer(tmp_path, tmp_path / "new")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["vocab.json"]
 
+    def killed(source, target):
+        Path(target).write_text("{")
+        raise KeyboardInterrupt
 
-def test_sha_knows_the_weights(tmp_path):
-    for name, seed, size in (("x", 1, 100), ("y", 1, 100), ("z", 2, 100)):
-        w.write(tmp_path / name, state(seed).items(), {"name": name}, size)
-    x, y, z = (w.hash_weights(tmp_path / name) for name in "xyz")
-    assert x == y != z and re.fullmatch("[0-9a-f]{64}", x)
+    monkeypatch.setattr(w.shutil, "copyfile", killed)  # again, into a folder that is complete
+    with pytest.raises(KeyboardInterrupt):
+        w.copy_tokenizer(tmp_path, tmp_path / "new")
+    assert (tmp_path / "new" / "vocab.json").read_text() == "{}"
+
+
+def test_killed_exports_leave_no_shards_for_ever(tmp_path, monkeypatch):
+    """However many were killed between their shards and their index: the next one sweeps them."""
+    w.write(tmp_path, state(1).items(), {}, 100)
+    flush = w.runs.flush
+
+    def killed_after_shards(path):
+        if path == tmp_path:
+            raise KeyboardInterrupt
+        flush(path)
+
+    for seed in range(4):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(w.runs, "flush", killed_after_shards)
+            w.write(tmp_path, state(seed).items(), {}, 100)
+        assert same(dict(w.read(tmp_path)), state(1))
+    (tmp_path / ".tmpAbCdEf").write_text("a shard that save_file was writing")
+    w.write(tmp_path, state(2).items(), {}, 100)
+    assert len([*tmp_path.iterdir()]) == 3 + 2 and same(dict(w.read(tmp_path)), state(2))
+
+
+def test_a_full_disk_gets_its_room_back(tmp_path, monkeypatch):
+    save, calls = w.save_file, iter(range(9))
+
+    def full(tensors, file, metadata):
+        save(tensors, file, metadata)
+        if next(calls):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(w, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device"):
+        w.write(tmp_path, state().items(), {}, 100)
+    assert not [*tmp_path.iterdir()]
 
 
 # ---- whole folders -------------------------------------------------------------------------------

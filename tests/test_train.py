@@ -126,7 +126,7 @@ def test_killed_runs_resume_to_the_bit(made, tmp_path, script, name, ranks):
         assert torch.equal(tensor, weights_of(tmp_path / "run")[key]), key
 
 
-def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path):
+def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
     """Packed documents kept apart: two ranks agree with one; evaluation too; together the loss is another one."""
     (tmp_path / "docs").mkdir()
     for i in range(30):
@@ -145,6 +145,14 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path):
     assert [line["step"] for line in lines[0]] == [2, 4]
     assert [line["needles_found"] for line in lines[0]] == [line["needles_found"] for line in lines[1]]
     assert lines[0][1]["perplexity"] == pytest.approx(lines[1][1]["perplexity"], rel=1e-4)
+    assert (
+        here("train_text.py", *flags, "--out", tmp_path / "together", "--steps", 5) == 0
+    )  # a constant rate: it goes on
+    assert "together resumes at step 4" in capsys.readouterr().out and len(losses(tmp_path / "together")) == 5
+    (tmp_path / "docs/00.txt").write_text("another")
+    pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
+    assert here("train_text.py", *apart, "--out", tmp_path / "one") == 2
+    assert "the content of corpus has changed" in capsys.readouterr().err
 
 
 def plainly(model, tokens, S, count):

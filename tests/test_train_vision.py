@@ -413,6 +413,10 @@ def test_broken_pictures_are_left_out_and_reported(tmp_path, capsys, suffix):
     assert all(f"shows {line['record']}.{suffix}: " in line["why"] for line in skipped)
     logged = lines(tmp_path / "out/log.jsonl")
     assert [line["skipped"] for line in logged] == [2, 2] and all(np.isfinite(line["loss"]) for line in logged)
+    data = flags[flags.index("--data") + 1]
+    data.write_text(json.dumps(json.loads(data.read_text())[::-1]))
+    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
+    assert "the content of data has changed" in capsys.readouterr().err
 
 
 def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
@@ -531,14 +535,18 @@ def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     known = preferring / "reference.safetensors"
     assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
     kept = known.read_bytes()
-    known.unlink()
-    capsys.readouterr()
     try:
-        assert here("train_vision.py", *PREFERRING, "--out", preferring) == 2
+        for complaint, spoil in (
+            ("is gone", known.unlink),
+            ("is damaged", lambda: known.write_bytes(kept[:-1] + b"x")),
+        ):
+            spoil()
+            capsys.readouterr()
+            assert here("train_vision.py", *PREFERRING, "--out", preferring) == 2
+            said = capsys.readouterr().err
+            assert f"reference.safetensors {complaint}" in said and len(said.strip().splitlines()) == 1
     finally:
         known.write_bytes(kept)
-    said = capsys.readouterr().err
-    assert "reference.safetensors is gone" in said and len(said.strip().splitlines()) == 1
 
 
 def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):

@@ -298,7 +298,7 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     found = results(shipped)
     hidden, _ = pick_needles(shipped, vniah.System("", None, 2))
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "numpy" in found["versions"]
-    assert found["settings"]["weights"] == {str(shipped.weights): weights.hash_weights(shipped.weights)}
+    assert found["settings"]["inputs"] == runs.fingerprints({str(shipped.weights): shipped.weights}) != {}
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
     panel = found["systems"]["longva"]
     assert len(set(panel["haystack"])) > 20 and len(panel["haystack"]) == 40
@@ -344,7 +344,7 @@ def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_pat
     with monkeypatch.context() as patch:
         written = counted(patch)
         vniah.main(whole)
-    want, writes, total = by_cell(results(whole)["cells"]), len(written), sum(written)
+    want, writes, total = results(whole), len(written), sum(written)
     for kill in (1, 2, 5, 8, writes - 1):
         at = replace(cfg, out=tmp_path / f"killed-{kill}")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -355,19 +355,24 @@ def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_pat
         with monkeypatch.context() as patch:
             after = counted(patch)
             vniah.main(at)
-        assert by_cell(results(at)["cells"]) == want and sum(before) + sum(after) == total
+        assert {**results(at), "settings": 0} == {**want, "settings": 0} and sum(before) + sum(after) == total
     monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
+    (whole.out / "results.json").write_text("damaged")
     vniah.main(whole)
-    assert by_cell(results(whole)["cells"]) == want
+    assert results(whole) == want
+    whole.needles.joinpath("n1.png").write_bytes(whole.needles.joinpath("n2.png").read_bytes())
+    with pytest.raises(ValueError, match="the content of needles has changed"):
+        vniah.main(whole)
 
 
-def test_a_lost_line_alone_is_found_out_again(undrawn, cfg, monkeypatch):
+def test_a_lost_line_alone_is_found_out_again(undrawn, cfg, monkeypatch, capsys):
     vniah.main(cfg)
     file, want = cfg.out / "cells-0.jsonl", by_cell(results(cfg)["cells"])
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:3] + lines[4:]))
+    file.write_text("".join([*lines[:3], "5\n", *lines[4:]]))
     written = counted(monkeypatch)
     vniah.main(cfg)
+    assert "cells-0.jsonl: 1 damaged line(s) left out, the first: line 4, no JSON object" in capsys.readouterr().out
     assert written == [1] and sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
     assert by_cell(results(cfg)["cells"]) == want
 
