@@ -1,7 +1,7 @@
 """Results of the needle tests: hit rates with intervals, tables, heatmaps and the files that hold them.
 
 What      Each probe is one line of cells-RANK.jsonl, each system's prompts and hashes one of systems.jsonl;
-          results.json holds settings, inputs, systems and all cells.
+          results.json holds settings, inputs, systems and all cells; report.html shows them.
           `table` and `ascii_heatmap` print hit rates; `draw_heatmaps` and `draw_comparison` draw them.
 Paper     Fig. 4 and Fig. 7: length across, depth down; a dotted line where training ended.
 Run       imported by vniah.py
