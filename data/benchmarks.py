@@ -68,7 +68,9 @@ class LongVA(lmms):
             x_TD = model.encode_images(pixels_NCYX, [layout])
             return [x_TD], len(x_TD)
         side, M, turn = model.config.vision.side, model.config.vision.tokens_per_grid, (world.rank, world.ranks)
-        frames = video.frames(visual, count=self.frames, repeat=True, keep=lambda n: n // group % turn[1] == turn[0])
+        frames = video.frames(
+            visual, count=self.frames, shorter="repeat", keep=lambda n: n // group % turn[1] == turn[0]
+        )
         grids = (unires.frame(picture, side, "crop") for _, picture in frames)
         local = longva.encode_video(model, video.prefetch(grids, 2 * group))
         return ring.gather_round_robin(local, model.lm_head.weight[:0], group * M, world), self.frames * M

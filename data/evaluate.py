@@ -162,8 +162,7 @@ def open_haystack(
     if haystack == "synthetic":
         pictures = synthetic.film(seed_of(system, seed))
     else:
-        fps = video.release_rate(haystack) if by_count and Path(haystack).is_file() else 1.0
-        pictures = (picture for _, picture in video.frames(haystack, fps=fps))
+        pictures = (picture for _, picture in video.frames(haystack, by_count=by_count))
     for picture in islice(pictures, count):
         hashes.append(niah.picture_hash(picture))
         yield picture

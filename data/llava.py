@@ -37,7 +37,7 @@ from torch import Tensor
 from data import chat, runs, synthetic, video
 from data.chat import PLACEHOLDER
 from data.checkpoint import read_sealed, write_sealed
-from data.flags import print0
+from data.flags import HALF, print0, short, shorten
 from data.text import shuffled
 from data.tokenizer import Tokenizer
 
@@ -45,9 +45,12 @@ ROLES = {"human": "user", "gpt": "assistant"}
 VIDEO_PLACEHOLDER = "<video>"  # a video's placeholder
 PLACEHOLDERS = re.compile(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 MAX_RECORD_CHARACTERS = 64 * 2**20  # characters of a record: no list of conversations has a longer one
+MAX_REASON_CHARACTERS = 200  # why a record cannot be used: a name in it may be of any length
 BLOCK_BYTES = 4 * 2**20  # bytes read at once
 RECORDS_AT_ONCE = 1024  # records that are looked at together
 STEPS_PER_GROUP = 32  # steps whose records are sorted by length together
+
+NO_PATH = re.compile(f"\0|{HALF.pattern}")  # what no file's name contains
 
 Turns = list[tuple[str, str]]  # ("user" or "assistant", text)
 Media = list[Image.Image | list[Image.Image]]  # pictures, and videos as lists of frames
@@ -114,7 +117,7 @@ def open_records(
         found = [(i, read_record(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
         named = "; ".join(f"record {i} (id {record_id(r)}) {measure_or_error(r, measure)}" for i, r in found)
         allowed = f", more than --max-skip-fraction {max_skip_fraction:g} allows" if max_skip_fraction else ""
-        raise ValueError(f"{path}: {unusable:,} of {len(tokens):,} records are bad{allowed}: {named}")
+        raise ValueError(shorten(f"{path}: {unusable:,} of {len(tokens):,} records are bad{allowed}: {named}"))
     if unusable:
         print0(f"{unusable:,} of {len(tokens):,} records are bad: the run's unusable-*.jsonl says why")
     return Records(path, spans, tokens, bad)
@@ -132,8 +135,8 @@ def measure_or_error(record: object, measure: Callable[[dict], int]) -> int | st
     try:
         validate(record)
         return measure(record)
-    except ValueError as e:
-        return str(e)
+    except (ValueError, OSError) as e:
+        return shorten(str(e), MAX_REASON_CHARACTERS)
 
 
 def iter_records(file: BinaryIO) -> Iterator[tuple[int, int, object]]:
@@ -184,7 +187,7 @@ def iter_json_list(file: BinaryIO, byte: int) -> Iterator[tuple[int, int, object
 
 def record_id(record: object) -> str:
     """Return a record's id for error messages."""
-    return repr(record.get("id")) if isinstance(record, dict) else "unknown"
+    return short(record.get("id")) if isinstance(record, dict) else "unknown"
 
 
 def validate(record: object) -> tuple[list[tuple[str, str]], list[Turns]]:
@@ -201,11 +204,13 @@ def validate(record: object) -> tuple[list[tuple[str, str]], list[Turns]]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("has no list of turns 'conversations'")
     if unknown := [turn.get("from") for turn in turns if turn.get("from") not in tuple(ROLES)]:
-        raise ValueError(f"has a turn from {unknown[0]!r}, expected 'human' or 'gpt'")
+        raise ValueError(f"has a turn from {short(unknown[0])}, expected 'human' or 'gpt'")
     if not all(isinstance(turn.get("value"), str) for turn in turns):
         raise ValueError("has a turn whose 'value' is no text")
     if "gpt" not in [turn["from"] for turn in turns[1:]]:
         raise ValueError("has no answer from 'gpt' after a question")
+    if any(HALF.search(turn["value"]) for turn in turns):
+        raise ValueError("has a turn with half of a surrogate pair, which is no text")
     pictures, films = paths(record, "image"), paths(record, "video")
     marks = [mark for turn in turns if turn["from"] == "human" for mark in PLACEHOLDERS.findall(turn["value"])]
     video_marks = marks.count(VIDEO_PLACEHOLDER)
@@ -222,6 +227,8 @@ def validate_pair(record: dict) -> tuple[list[tuple[str, str]], list[Turns]]:
     """Do as `validate` for {"prompt", "chosen", "rejected"}: media come before the question (release)."""
     if unknown := [key for key in ("prompt", "chosen", "rejected") if not isinstance(record.get(key), str)]:
         raise ValueError(f"has a {unknown[0]!r} that is no text")
+    if any(HALF.search(record[key]) for key in ("prompt", "chosen", "rejected")):
+        raise ValueError("has half of a surrogate pair in 'prompt', 'chosen' or 'rejected', which is no text")
     if record["chosen"] == record["rejected"]:
         raise ValueError("prefers an answer to itself: 'chosen' and 'rejected' are equal")
     media = paths(record, "image") + paths(record, "video")
@@ -236,7 +243,7 @@ def paths(record: dict, kind: str) -> list[tuple[str, str]]:
     for key in (kind, kind + "s"):
         value = record.get(key)
         some = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(some, list) or not all(isinstance(x, str) and x and "\0" not in x for x in some):
+        if not isinstance(some, list) or not all(isinstance(x, str) and x and not NO_PATH.search(x) for x in some):
             raise ValueError(f"has no path, and no list of paths, under {key!r}")
         found += some
     return [(kind, path) for path in found]
@@ -245,11 +252,11 @@ def paths(record: dict, kind: str) -> list[tuple[str, str]]:
 def locate(path: str, folder: str | Path | None) -> str:
     """Return the file of a path; ValueError if it is outside `folder`, by "..", an absolute path or a link."""
     if folder is None or not Path(folder).is_dir():
-        raise ValueError(f"shows {path}, but {folder} is no folder; give --images, where paths start")
+        raise ValueError(f"shows {shorten(path, 60)}, but {folder} is no folder; give --images, where paths start")
     root = os.path.realpath(folder)
     file = os.path.realpath(os.path.join(root, path))
     if not Path(file).is_relative_to(root):
-        raise ValueError(f"shows {path}: {file} is not inside {folder}; expected a path in it")
+        raise ValueError(f"shows {shorten(path, 60)}: it is not inside {folder}; expected a path in it")
     return file
 
 
@@ -262,11 +269,11 @@ def sizes(record: dict, folder: str | Path | None) -> list[tuple[int, int] | Non
     for kind, path in validate(record)[0]:
         file = locate(path, folder)
         if kind == "video" and not os.path.exists(file):
-            raise ValueError(f"shows {path}: there is no such video")
+            raise ValueError(f"shows {shorten(path, 60)}: there is no such video")
         try:
             found.append(video.picture_size(file) if kind == "image" else None)
         except ValueError as e:
-            raise ValueError(f"shows {path}: {e}") from e
+            raise ValueError(shorten(f"shows {path}: {e}", MAX_REASON_CHARACTERS)) from e
     return found
 
 
@@ -303,14 +310,14 @@ def read_sample(record: dict, folder: str | Path | None, frames: int = 10) -> tu
         try:
             medium = video.read_picture(file) if kind == "image" else read_video(file, frames)
         except ValueError as e:
-            raise ValueError(f"shows {path}: {e}") from e
+            raise ValueError(shorten(f"shows {path}: {e}", MAX_REASON_CHARACTERS)) from e
         media.append(medium)
     return media, dialogues
 
 
 def read_video(file: str, count: int) -> list[Image.Image]:
     """Read `count` frames of a video, evenly spread; a shorter video repeats frames, as in the release."""
-    return [picture for _, picture in video.frames(file, count=count, repeat=True)]
+    return [picture for _, picture in video.frames(file, count=count, shorter="repeat")]
 
 
 # ---- which records a step takes ------------------------------------------------------------------

@@ -23,6 +23,7 @@ Differs   The release ignores the rotation in a camera's EXIF, so that photograp
 import contextlib
 import itertools
 import math
+import os
 import re
 import struct
 import warnings
@@ -32,10 +33,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 STAMP_SLACK_SECONDS = 0.001  # Matroska rounds time stamps to milliseconds
 MIN_SEEK_SECONDS = 1.0  # a seek restarts the decoder, so it is worth it only beyond this
@@ -79,16 +80,26 @@ def picture_errors(path: Path) -> Iterator[None]:
     """Turn Pillow's exceptions on a bad file into one ValueError that names the file."""
     try:
         yield
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be read as a picture; expected {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
 
 
 def _open_picture(path: Path) -> Image.Image:
-    """Read a picture's header and check it; nothing is decoded before its size is known to be sane."""
-    if not path.is_file():
+    """Read a picture's header and check it; nothing is decoded before its size is known to be sane.
+
+    A JPEG of more than MAX_PIXELS will be decoded at 1/2, 1/4 or 1/8 of its width and height, which is cheap.
+    """
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         raise ValueError(f"{path}: no such picture file")
-    with picture_errors(path):
+    with picture_errors(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower, or it is shrunk
         picture = Image.open(path, formats=FORMATS)
+        scale = 1
+        while picture.format == "JPEG" and picture.width * picture.height > MAX_PIXELS * scale**2 and scale < 8:
+            scale *= 2
+        picture.draft(None, (picture.width // scale, picture.height // scale))
         small, large = sorted(picture.size)
         if small * large > MAX_PIXELS or large > MAX_ASPECT * small:
             limits = f"at most {MAX_PIXELS:,} in all and {MAX_ASPECT} times as long as wide"
@@ -174,7 +185,7 @@ class Index:
     reach: list[float]  # of each: the latest stamp among the packets from its key frame to its own
     keys: list[float]  # those stamps where decoding can start
     seconds: float  # from the first frame to the end of the last
-    rate: float  # frames per second as the header states it
+    rate: float  # frames per second as the header states it, or as the time stamps do
     cut: bool  # the packets end earlier than the header says, or become unreadable
 
     def number(self, stamp: float) -> int:
@@ -198,8 +209,8 @@ def _open(path: Path, threads: int = 0) -> tuple[Any, Any]:
     """
     import av  # here, so that folders of pictures work without it
 
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such video file or folder of pictures"
+    if not os.path.isfile(path):
+        what = "not a regular file" if os.path.exists(path) else "no such video file or folder of pictures"
         raise ValueError(f"{path}: {what}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
@@ -278,6 +289,7 @@ def _scan(path: Path) -> Index:
     end = max(spans[ours][1], stamps[-1] + (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1))
     if (still := float(np.diff([*stamps, end]).max())) > MAX_STILL_SECONDS:
         raise ValueError(f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file")
+    rate = rate or (len(stamps) - 1) / max(stamps[-1] - stamps[0], STAMP_SLACK_SECONDS)
     cut = last - first < promised - MISSING_TAIL_SECONDS
     return Index(stamps, order, reach, keys, end - stamps[0], rate, cut)
 
@@ -441,9 +453,15 @@ def decode_at(path: Path, index: Index, times: list[float], resize: Callable, st
 # ---- frames of either ----------------------------------------------------------------------------
 
 
-def uniform_indices(path: Path, total: int, count: int | None, repeat: bool = False) -> list[int]:
-    """Choose `count` of `total` indices as the release does (rounded down); all of them without a count."""
-    if count is not None and count > total and not repeat:
+def uniform_indices(path: Path, total: int, count: int | None, shorter: str = "refuse") -> list[int]:
+    """Choose `count` of `total` indices as the release does (rounded down); all of them without a count.
+
+    shorter: where `total` is less than `count`, "refuse" raises ValueError, "repeat" chooses some again, and "all"
+    chooses each once.
+    """
+    if count is not None and count > total and shorter == "all":
+        count = total
+    if count is not None and count > total and shorter == "refuse":
         raise ValueError(f"{path}: has {total} frames, but {count} were asked for; ask for at most {total} (--frames)")
     return np.linspace(0, total - 1, count or total).astype(int).tolist()
 
@@ -473,7 +491,8 @@ def frames(
     count: int | None = None,
     resize: Callable[[Image.Image], Any] | None = None,
     keep: Callable[[int], bool] | None = None,
-    repeat: bool = False,
+    shorter: Literal["refuse", "repeat", "all"] = "refuse",
+    by_count: bool = False,
 ) -> Frames:
     """Stream a video as (seconds from its start, upright RGB picture); its `len` is the number of frames.
 
@@ -482,7 +501,8 @@ def frames(
     arrival and its result is yielded instead, so that no list of frames holds them at full size.
     `keep(number)` is called for each frame's number, 0, 1, 2, ...: where it is false the frame is neither counted
     by `len` nor yielded, converted or resized, nor decoded where a key frame lets the decoder jump over them.
-    With `repeat` a video of fewer frames than `count` shows some of them again.
+    shorter: what a video of fewer frames than `count` does: "repeat" shows some again, "all" gives those there are.
+    by_count: without `count`, take every n-th frame of a file, n being its rounded rate, as the release does.
 
     Raises ValueError, naming the file, when it is no video, has no picture or fewer frames than `count`: in
     the call itself where it can be known, on the way where damage shows only then. A film that ends early is
@@ -493,38 +513,33 @@ def frames(
         raise ValueError(f"{path}: cannot take {fps} frames per second; fps must be a positive number")
     if count is not None and count < 1:
         raise ValueError(f"{path}: cannot take {count} frames; ask for at least 1")
-    if path.is_dir():
+    if os.path.isdir(path):
         files = picture_files(path)
-        chosen = uniform_indices(path, len(files), count, repeat)
+        chosen = uniform_indices(path, len(files), count, shorter)
         ours = [i for n, i in enumerate(chosen) if keep(n)]
         return Frames(len(chosen), len(ours), ((i / fps, resize(read_picture(files[i]))) for i in ours))
 
     index = _scan(path)
-    if count is None:
+    if count is None and by_count:
+        times = [stamp - index.stamps[0] for stamp in index.stamps[:: max(1, round(index.rate))]]
+    elif count is None:
         times = [k / fps for k in range(max(1, math.ceil((index.seconds - STAMP_SLACK_SECONDS) * fps)))]
         if fps > 4 and len(times) > 4 * len(index.stamps):
             rate = len(index.stamps) / max(index.seconds, STAMP_SLACK_SECONDS)
             raise ValueError(f"{path}: shows {rate:.3g} frames per second, but {fps:g} were asked for; lower --fps")
     else:
-        uniform_indices(path, len(index.stamps), count, repeat)
-        times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], count).tolist()
+        chosen = uniform_indices(path, len(index.stamps), count, shorter)
+        times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], len(chosen)).tolist()
         if index.cut:
             _refuse_cut(path, index.seconds)
     ours = [t for n, t in enumerate(times) if keep(n)]
     return Frames(len(times), len(ours), decode_at(path, index, ours, resize, strict=count is not None))
 
 
-def release_rate(path: str | Path) -> float:
-    """The rate near 1 per second that takes every n-th frame of a film, as the release does: n = round(frames/s)."""
-    stamps = _scan(Path(path)).stamps
-    rate = (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 1.0
-    return rate / max(1, round(rate)) * (1 - 1e-6)  # a hair late, so that rounding never shows the frame before
-
-
 def duration(path: str | Path, fps: float = 1.0) -> float:
     """Return the seconds from the first frame to the end of the last; raises ValueError as `frames` does."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return len(picture_files(path)) / fps
     return _scan(path).seconds
 

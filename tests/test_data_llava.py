@@ -46,7 +46,7 @@ def images(tmp_path):
 
 
 def write(path, records, lines=False):
-    written = [json.dumps(r, ensure_ascii=False) for r in records]
+    written = [json.dumps(r) for r in records]
     path.write_text("\n".join(written) + "\n" if lines else f"\n [{','.join(written)}]", encoding="utf-8")
     return path
 
@@ -143,6 +143,9 @@ FAULTS = [
     (turns(("human", "<image>"), ("gpt", "hi"), image=[3]), "no path"),
     (turns(("human", "<image>"), ("gpt", "hi"), image="a\0b"), "no path"),
     (turns(("human", "<image>"), ("gpt", "hi"), videos=[""]), "no path, and no list of paths, under 'videos'"),
+    (turns(("human", "half a \ud800"), ("gpt", "hi")), "half of a surrogate pair"),
+    (turns(("human", "<image>"), ("gpt", "hi"), image="\ud800.png"), "no path"),
+    ({"id": "x", "prompt": "?", "chosen": "a", "rejected": "\udfff"}, "half of a surrogate pair"),
     ({"id": "x", "prompt": "?", "chosen": "a"}, "'rejected' that is no text"),
     ({"id": "x", "chosen": "a", "rejected": "b"}, "'prompt' that is no text"),
     ({"id": "x", "prompt": "?", "chosen": "a", "rejected": "a"}, "prefers an answer to itself"),
@@ -158,12 +161,29 @@ def test_a_bad_record_is_refused_with_its_number(tmp_path, record, complaint, li
         llava.open_records(write(tmp_path / "r.json", [SHOWN, record, *GOOD[1:]], lines))
 
 
-def test_the_first_five_of_many_are_named(tmp_path):
+def test_the_first_of_many_are_named(tmp_path):
+    """As many as one line has room for."""
     file = write(tmp_path / "r.json", [{"id": i} if i % 2 else TEXT_ONLY for i in range(20)])
     with pytest.raises(ValueError, match=r"r\.json: 10 of 20") as raised:
         llava.open_records(file)
     named = [i for i in range(20) if f"record {i} (id {i})" in str(raised.value)]
-    assert named == [1, 3, 5, 7, 9]
+    assert len(named) > 1 and named == [1, 3, 5, 7, 9][: len(named)] and len(str(raised.value)) <= 300
+
+
+@pytest.mark.parametrize("key", ["image", "video"])
+@pytest.mark.parametrize("letters", [300, 5000, 10**6])
+def test_a_name_that_is_too_long_costs_one_record(tmp_path, images, key, letters):
+    """The system refuses such a name with an OSError of its own; the sentence does not repeat all of it."""
+    long = turns(("human", "<image>"), ("gpt", "hi"), **{key: "n" * letters})
+    file = write(tmp_path / "r.json", [TEXT_ONLY, {**long, "id": "x" * letters}])
+    records = llava.open_records(file, lambda record: len(llava.sizes(record, images)) + 1, 0.5)
+    assert len(records) == 1 and len(records.bad[0][2]) <= 200 and records.bad[0][2].startswith("shows nnn")
+    with pytest.raises(ValueError, match=r"1 of 2 records are bad: record 1 \(id 'xxx") as raised:
+        llava.open_records(file, lambda record: len(llava.sizes(record, images)) + 1)
+    assert len(str(raised.value)) <= 300
+    with pytest.raises(ValueError, match=r"^shows nnn") as raised:
+        llava.read_sample(long, images)
+    assert len(str(raised.value)) <= 200
 
 
 def test_a_bad_line_is_named(tmp_path):

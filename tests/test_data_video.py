@@ -104,6 +104,14 @@ def test_variable_rate(tmp_path):
     assert seen(path, count=6) == [(round(t, 3), on_screen(times, t)) for t in np.linspace(0, 11, 6)]
 
 
+@pytest.mark.parametrize("rate, every", [(Fraction(25, 2), 12), (Fraction(7, 2), 4), (10, 10), (Fraction(1, 2), 1)])
+def test_every_nth_frame(tmp_path, rate, every):
+    """As in the release: n is the rounded rate, halves to the even number."""
+    path = film(tmp_path / "a.mp4", regular(30, rate), clock=1 / Fraction(rate))
+    assert [n for _, n in seen(path, by_count=True)] == [*range(0, 30, every)]
+    assert len(seen(path, count=40, shorter="all")) == 30 and len(seen(path, count=40, shorter="repeat")) == 40
+
+
 def pulled(monkeypatch):
     """A list that grows by one with each frame that is decoded."""
     real, got = video._decoded, []
@@ -331,6 +339,7 @@ def test_folder_of_pictures(tmp_path):
     assert duration(tmp_path, fps=2) == 2.5
     with pytest.raises(ValueError, match="has 5 frames, but 6 were asked for"):
         frames(tmp_path, count=6)
+    assert [n for _, n in seen(tmp_path, count=6, shorter="all")] == [0, 1, 2, 9, 10]
     (tmp_path / "frame3.png").write_bytes(b"nonsense")
     assert seen(tmp_path, keep=lambda n: n < 3) == [(0, 0), (1, 1), (2, 2)]  # another rank reads it
     with pytest.raises(ValueError, match=r"frame3\.png: cannot be read as a picture"):
@@ -505,10 +514,25 @@ def test_refused_pictures_are_not_decoded(tmp_path, monkeypatch, width, height, 
         read_picture(path)
 
 
+def test_large_photographs_are_shrunk(tmp_path, monkeypatch):
+    """A JPEG, to 1/2, 1/4 or 1/8 of its sides, before it is decoded; its EXIF still turns it."""
+    monkeypatch.setattr(video, "MAX_PIXELS", 640 * 480 // 5)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stripes(5, (640, 480)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_picture(tmp_path / "a.jpg").size == video.picture_size(tmp_path / "a.jpg") == (120, 160)
+    assert number(read_picture(tmp_path / "a.jpg").rotate(90, expand=True).resize((64, 48))) == 5
+    monkeypatch.setattr(video, "MAX_PIXELS", 640 * 480 // 65)
+    with pytest.raises(ValueError, match="80 x 60 pixels, expected at most"):
+        read_picture(tmp_path / "a.jpg")
+
+
 def test_bad_pictures(tmp_path):
-    for kind in ("EPS", "TIFF"):  # for the first, Pillow would run Ghostscript
+    for kind in ("EPS", "TIFF", "ICO"):  # for the first, Pillow would run Ghostscript
         Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", format=kind)
-        with pytest.raises(ValueError, match=r"a\.jpg: cannot be read"):
+        with pytest.raises(
+            ValueError, match=r"a\.jpg: cannot be read as a picture; expected JPEG, PNG, WEBP, GIF, BMP"
+        ):
             read_picture(tmp_path / "a.jpg")
     stripes(3).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
