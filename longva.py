@@ -6,6 +6,7 @@ What      The language model (Sec. 3.1), the projector from CLIP to it (Sec. 3.2
 Paper     "Long Context Transfer from Language to Vision", arXiv 2406.16852, Sec. 3; Qwen2, arXiv 2407.10671.
 Run       python longva.py "Which number is on the star?" --image assets/star.png
           python longva.py "Which number is on the house?" --video assets/film.mp4 --frames 64
+          python longva.py "What happens?" --weights LongVA-7B --video FILM.mp4 --fps 1 --chat
           From Python:  model = longva.load("data/tiny/longva")
                         print(longva.answer(model, "Which number is on the house?", video="assets/film.mp4"))
 Dimensions  B batch            T tokens held here     S tokens of the whole sequence
@@ -34,7 +35,7 @@ import ring
 import unires
 from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
-from data.config import LMConfig, LongVAConfig, RopeScaling, read_config, sample, stop_ids
+from data.config import LMConfig, LongVAConfig, RopeScaling, check_size, finite, read_config, sample, stop_ids
 from data.flags import print0, run
 from data.memory_saving import ActivationOffload, nll, recompute
 
@@ -219,8 +220,8 @@ class LM(nn.Module):
         return x_BTD.flatten(0, 1).index_copy(0, positions, visual_tokens.to(x_BTD.dtype)).view_as(x_BTD)
 
     def logits(self, h_BTD: Tensor) -> Tensor:
-        """Logits float32[B, T, V]; give few positions only, for V is large."""
-        return self.lm_head(h_BTD).float()
+        """Logits float32[B, T, V]; give few positions only, for V is large. FloatingPointError if one is not finite."""
+        return finite(self.lm_head(h_BTD).float())
 
     def forward(
         self, ids_BT: Tensor, pos_T: Tensor, targets_BT: Tensor, attend: Attend = causal_attend, score: Callable = nll
@@ -435,7 +436,7 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
     dtype: of the parameters; None takes bfloat16 on a GPU and float32 elsewhere, whatever the file holds.
     Raises ValueError if a file is missing, or a tensor is missing, unknown or of another shape.
     """
-    config = read_config(folder)
+    config = check_size(read_config(folder), folder)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = LM(config) if isinstance(config, LMConfig) else LongVA(config)
@@ -474,13 +475,12 @@ def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iter
     """
     if isinstance(read_config(cfg.weights), LongVAConfig) != bool(cfg.video or cfg.image):
         blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"
-        raise ValueError(blind if cfg.video or cfg.image else "give either --image FILE ... or --video FILE to look at")
+        raise ValueError(blind if cfg.video or cfg.image else "give either --image FILE or --video FILE to look at")
     words, sampling = tokenizer.load_tokenizer(cfg.weights), cfg.sampling
     template = chat.default_template(words)
     pictures, frames = [video.read_picture(file) for file in cfg.image], None
     if cfg.video:  # rank r encodes every R-th group of frames
-        rate = {"fps": cfg.fps} if cfg.fps else {"count": cfg.frames}
-        frames = video.frames(cfg.video, **rate, keep=lambda i: i // FRAMES % world.ranks == world.rank)
+        frames = video.frames(cfg.video, **cfg.rate, keep=lambda i: i // FRAMES % world.ranks == world.rank)
     if model is None:
         model = load(cfg.weights, world.device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype))
 
@@ -494,6 +494,7 @@ def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iter
     runs.check_free(needed, world.device.type, world.ranks, f"{room:,} tokens")
     cache = KVCache(lm, 1, room, reference) if world.ranks == 1 else ring.ShardedCache(lm, 1, room, reference, world)
     model.model.rope_len = room
+    chat.note_length(visual_tokens + len(ids), lm.max_position_embeddings)
     prefill_prompt(model, ids, visual_inputs, cache)
     first_turn = cache.length
     del visual_inputs, pictures
@@ -533,7 +534,7 @@ def main(cfg: Config) -> None:
     """Print the answers, or with --plan the memory they need."""
     if cfg.plan:
         itemsize = {"bf16": 2, "fp32": 4}.get(cfg.dtype)
-        memory.show_answer(read_config(cfg.weights), cfg.frames, cfg.text_tokens, cfg.device, itemsize)
+        memory.show_answer(read_config(cfg.weights), cfg.rate["count"], cfg.text_tokens, cfg.device, itemsize)
         return
     if cfg.weights == chat.TINY_MODEL:
         chat.note("a toy, trained on synthetic pictures of shapes and digits")

@@ -54,8 +54,7 @@ class World:
 
     def peer(self, rank: int) -> int:
         """The number in the whole run of the process that is `rank` here, counted round."""
-        rank %= self.ranks
-        return dist.get_global_rank(self.group, rank) if self.group else rank
+        return dist.get_global_rank(self.group, rank % self.ranks) if self.group else rank % self.ranks
 
 
 # ---- which tokens a rank holds -------------------------------------------------------------------
@@ -414,11 +413,13 @@ def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, worl
         yield joined
 
 
-def long_timeout_group(world: World) -> World:
-    """The same ranks in a gloo group with a timeout of 30 days, for interactive input."""
+def long_timeout_group(world: World, hours: int = 30 * 24) -> World:
+    """The same ranks in a gloo group that waits longer, for a person's input or unlike work; all meet here soon."""
     if world.ranks == 1:
         return world
-    return replace(world, device=torch.device("cpu"), group=dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # a rank that is lost before it comes here is noticed
+    dist.distributed_c10d._set_pg_timeout(timedelta(hours=hours), group)
+    return replace(world, device=torch.device("cpu"), group=group)
 
 
 def broadcast_text(read: Callable[[], str], world: World) -> str:
@@ -613,8 +614,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
 
-    All ranks call it once, before training; it deletes what a killed save left. Another number of ranks may have
-    saved; the same number continues bit for bit. Raises ValueError as checkpoint.newest and checkpoint.restore do.
+    All ranks call it once. Another number of ranks may have saved; the same one continues bit for bit. Or ValueError.
     """
     newest = checkpoint.newest(Path(folder), world.rank, partial(all_gather, world=world))
     return checkpoint.restore(newest, model, optimizer, copy_shard) if newest else 0

@@ -14,8 +14,7 @@ Run       python vniah.py                                       the four systems
 Dimensions  B probes in one batch   N frames   M tokens per frame   T tokens   S tokens of a whole probe   D LM width
 Differs   --engine cache reads needles inserted at the same position once for all lengths, and all of them share the
           haystack's prefix. --engine ring is the paper's way: each probe is one pass, spread over all ranks.
-          The miniature's haystacks contain a few distractors (other things with other numbers, or other needles
-          of the folder), else the only number would be the answer; --distractors 0 is the paper's test.
+          The miniature's haystacks contain distractors, else the only number were the answer; the paper's have none.
           Numbers in text are drawn anew for each cell; --protocol paper uses the same five everywhere.
           Controls ask the same questions without the needle, which shows what guessing scores, and with the options
           in another order, which shows whether a letter is preferred. Probes share needles: they are not independent.
@@ -279,7 +278,8 @@ class TextNIAH(NIAH):
         super().__init__(cfg, system, model, tokenizer, world)
         self.period_ids, self.prompts = niah.period_ids(tokenizer.encode), niah.PROMPTS
         book = evaluate.read_book(system, cfg.haystack, max(cfg.context), cfg.seed)
-        self.ids, self.hashes = tokenizer.encode(book), [hashlib.sha256(book.encode()).hexdigest()[:16]]
+        self.hashes = [hashlib.sha256(book.encode()).hexdigest()[:16]]
+        self.ids = niah.encode_repeated(tokenizer.encode, book, max(cfg.context) * (cfg.protocol == "paper"))
         self.needles = evaluate.asked_needles(system, cfg.task, cfg.needles, cfg.number_count, cfg.seed)
 
     def groups(self, cells: list[tuple[int, float]]) -> list[niah.ProbeGroup]:
@@ -385,7 +385,7 @@ PROTOCOLS = {  # tiny: one minute on two CPU cores, text four; paper, by estimat
         "distractors": 0, "seed": niah.SEED,
     },
 }  # fmt: skip
-PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i / 10 for i in range(11))}
+PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i * 0.1 for i in range(11))}
 DIGITS = {"tiny": 3, "paper": 7}  # of a magic number
 CANDIDATE_BASES = (3e5,)  # RoPE bases tried on the miniature's baseline; data/tiny/README.md has all that were tried
 CANDIDATE_SCALINGS = ("yarn:16", "llama3:16")  # and position scalings
@@ -422,7 +422,7 @@ def main(cfg: Config) -> None:
     print0("testing " + ", ".join(map(str, folders)))
     if world.rank == 0:
         results.open_results(cfg.out, settings, [*map(str, folders), "haystack", "needles"])
-    barrier = ring.long_timeout_group(world)
+    barrier = ring.long_timeout_group(world, hours=2)  # a frozen rank is noticed; started again, no probe is repeated
     log = results.ProbeLog(cfg.out, world.rank, lambda: ring.all_reduce_sum(torch.zeros(1), barrier))
 
     plan = [(system, lengths, cfg.depths) for system in systems]

@@ -18,10 +18,12 @@ Differs   `example(..., clean=False)` undoes the first three.
              trained; V-NIAH's frames, tokenised on their own, have none ("USER:").
 """
 
+import importlib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -273,7 +275,9 @@ def encode_with_images(tokenizer: Tokenizer, pre: str, text: str, post: str, ima
 
 TINY_MODEL = runs.TINY / "longva"
 QUESTION = "What is in the picture?"
+FRAMES = 32  # of a video, where neither --frames nor --fps says how many
 CHAT = 4096  # tokens of cache space reserved for a chat
+ENDS = ("exit", "quit", "/exit", "/quit")  # what is typed to end a chat
 
 
 @dataclass(frozen=True)
@@ -281,17 +285,23 @@ class Settings:
     """The settings of longva.py."""
 
     question: str | None = setting(None, f"the question (ours) [{QUESTION}]", positional=True)
-    image: tuple[Path, ...] = setting((), "picture files (ours)")
+    image: tuple[Path, ...] = setting((), "a picture file; several: --image A --image B (ours)")
     video: Path | None = setting(None, "a video file, or a folder of pictures (ours)")
-    frames: int = setting(32, "frames taken evenly from the video (Table 4: 8 to 384)")
-    fps: float | None = setting(None, "sample this many frames per second instead of --frames (Sec. 4: 1)")
+    frames: int | None = setting(None, "frames taken evenly from the video; none: 32 (Table 4: 8 to 384)")
+    fps: float | None = setting(None, "frames per second to take, instead of --frames (Sec. 4: 1)")
     weights: Path = setting(TINY_MODEL, "model folder (ours)")
     chat: bool = setting(False, "read more questions about the same input from stdin, one a line (ours)")
     max_tokens: int = setting(256, "tokens of an answer, at most (ours)")
-    temperature: float | None = setting(None, "0: the most probable token; none: generation_config.json's (release)")
-    top_p: float | None = setting(None, "sample from the most probable tokens with this sum; none: as above (release)")
-    top_k: int | None = setting(None, "sample from this many most probable tokens, 0: all; none: as above (release)")
-    repetition_penalty: float | None = setting(None, "penalty on tokens of the answer so far; none: as above (release)")
+    temperature: float | None = setting(None, "0: the most probable token; none: the folder's (release)")
+    top_p: float | None = setting(
+        None, "sample from the most probable tokens with this sum; none: the folder's (release)"
+    )
+    top_k: int | None = setting(
+        None, "sample from this many most probable tokens, 0: all; none: the folder's (release)"
+    )
+    repetition_penalty: float | None = setting(
+        None, "penalty on tokens of the answer so far; none: the folder's (release)"
+    )
     seed: int = setting(0, "random seed for sampling (ours)")
     plan: bool = setting(False, "print the memory needed and the most frames that fit; load nothing (ours)")
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "of weights and cache; auto: bf16 on a GPU (ours)")
@@ -302,13 +312,22 @@ class Settings:
         if os.path.isfile(self.question or ""):
             raise ValueError(f"{self.question} is a file where the question should stand; write --image before each")
         if self.video and self.image:
-            raise ValueError("give either --image FILE ... or --video FILE to look at: one of them, not both")
+            raise ValueError("give either --image FILE or --video FILE to look at: one of them, not both")
+        if self.fps and self.frames:
+            raise ValueError("--fps and --frames both say how many frames to take; give one of them")
+        if self.plan and (self.image or self.fps):
+            raise ValueError("--plan counts frames; give --frames, without --image and --fps")
 
     @property
     def sampling(self) -> Sampling:
         """How the next token is chosen: as the model folder says, but for the flags that were given."""
         given = {f.name: getattr(self, f.name) for f in fields(Sampling)}
         return replace(read_sampling(self.weights), **{name: x for name, x in given.items() if x is not None})
+
+    @property
+    def rate(self) -> dict[str, float]:
+        """Which frames of the video to take, as arguments of video.frames."""
+        return {"fps": self.fps} if self.fps else {"count": self.frames or FRAMES}
 
     @property
     def text_tokens(self) -> int:
@@ -321,6 +340,12 @@ def note(text: str) -> None:
     print0(f"({text})", file=sys.stderr, flush=True)
 
 
+def note_length(tokens: int, trained: int) -> None:
+    """Say so where an input is four times longer than any sequence that the model was trained on, or more."""
+    if tokens >= 4 * trained:
+        note(f"{tokens:,} tokens; this model was trained on {trained:,}, says config.json: expect wrong answers")
+
+
 def questions(cfg: Settings, broadcast: Callable[[Callable[[], str]], str]) -> Iterator[str]:
     """Yield the command line's question; then, in a chat, each line of stdin until its end.
 
@@ -329,17 +354,22 @@ def questions(cfg: Settings, broadcast: Callable[[Callable[[], str]], str]) -> I
     if cfg.question or not cfg.chat:
         yield cfg.question or QUESTION
     if cfg.chat:
-        note("one line, one question; Ctrl-D ends")
+        note("one line, one question; exit or Ctrl-D ends")
     while cfg.chat and (line := broadcast(read_question)):
         yield line
 
 
 def read_question() -> str:
-    """Read the next question that is typed; "" at the end of stdin."""
+    """Read the next question that is typed; "" at the end of stdin, or when an end is asked for."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            importlib.import_module("readline")  # arrow keys and history; a system may lack it
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            return ""
+        if line.lower() in ENDS:
             return ""
         if PLACEHOLDER in line:
             note(f"{PLACEHOLDER} cannot be asked for in a chat: the pictures come before the first question")

@@ -307,7 +307,8 @@ class LMConfig:
 
 TOWER = "clip-vit-large-patch14-336"  # what ClipConfig's defaults are
 SCHEMES = {"unires": "unires", "spatial_unpad": "anyres", "spatial_unpad_pooled": "anyres_pooled"}
-NEXT_CANVASES = {(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)}  # width, height; pixels
+NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # of LLaVA-NeXT's five canvases; columns, rows
+UNIRES_GRIDS = [(c, r) for c in range(1, 50) for r in range(1, 49 // c + 1) if r * c > 1]  # of the release's 200
 SUPPORTED = {
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres",
     "mm_use_im_start_end": False,
@@ -323,11 +324,6 @@ def check_vision_supported(raw: dict) -> None:
     for key, built in SUPPORTED.items():
         if (asked := raw.get(key)) not in (None, built):
             raise ValueError(f"config.json asks for {key} {short(asked)}, but only {built!r} is built")
-    canvases = raw.get("image_grid_pinpoints") or []
-    if merge != "unires" and (other := [c for c in canvases if tuple(c) not in NEXT_CANVASES]):
-        raise ValueError(
-            f"config.json has a canvas of {short(other[0])} pixels; only LLaVA-NeXT's five are built for AnyRes"
-        )
     resampler = raw.get("mm_resampler_type")
     if resampler and (merge, resampler) != ("unires", "spatial_pool"):  # LongVA-DPO's, which nothing used
         raise ValueError(f"config.json asks for mm_resampler_type {short(resampler)}, which is not built")
@@ -361,8 +357,19 @@ class LongVAConfig:
             vision = vision | {"select_layer": raw["mm_vision_select_layer"]}
         scheme = SCHEMES[raw["mm_patch_merge_type"]]
         rule = raw.get("grid_rule", "canvas" if scheme == "unires" else "anyres")
-        lm, vision = LMConfig.from_dict(raw), ClipConfig.from_dict(vision)
-        return from_json(cls, {"lm": lm, "vision": vision, "scheme": scheme, "rule": rule})
+        parts = {"lm": LMConfig.from_dict(raw), "vision": ClipConfig.from_dict(vision)}
+        config = from_json(cls, parts | {"scheme": scheme, "rule": rule})
+        canvases = raw.get("image_grid_pinpoints") or []
+        if scheme != "unires" and (other := [one for one in canvases if one not in config.canvases]):
+            only = "only LLaVA-NeXT's five are built for AnyRes"
+            raise ValueError(f"config.json has a canvas of {short(other[0])} pixels; {only}")
+        return config
+
+    @property
+    def canvases(self) -> list[list[int]]:
+        """The sizes that a picture is fitted into, [width, height] in pixels; the release's loader needs the list."""
+        grids, side = UNIRES_GRIDS if self.scheme == "unires" else NEXT_GRIDS, self.vision.side
+        return [[cols * side, rows * side] for cols, rows in grids]
 
 
 def check_trainable(lm: LMConfig) -> LMConfig:
@@ -416,6 +423,18 @@ def train_flop(lm: LMConfig, S: int) -> float:
 # ---- config.json ---------------------------------------------------------------------------------
 
 
+def check_size(config: LMConfig | LongVAConfig, folder: Path | str) -> LMConfig | LongVAConfig:
+    """Return the config; ValueError if the weight files beside it are too small for it, before memory is taken."""
+    count = num_parameters(config)
+    held = sum((Path(folder) / file).stat().st_size for file in weights.shards(Path(folder)))
+    if 2 * count > held:
+        raise ValueError(
+            f"{folder}/config.json describes {count:,} parameters, but the weight files have {held:,} bytes; both must "
+            "be of one model"
+        )
+    return config
+
+
 def read_config(folder: Path | str) -> LMConfig | LongVAConfig:
     """Read a folder's config.json: a language model's, or a LongVA's."""
     raw = weights.read_config(folder)
@@ -433,7 +452,8 @@ def to_dict(config: LMConfig | LongVAConfig, dtype: str = "bfloat16") -> dict:
             "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2, "mm_projector_type": "mlp2x_gelu",
             "mm_vision_tower": tower, "mm_hidden_size": config.vision.hidden_size,
             "mm_vision_select_layer": config.vision.select_layer, "mm_vision_select_feature": "patch",
-            "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "vision_config": asdict(config.vision),
+            "image_grid_pinpoints": config.canvases, "vision_config": asdict(config.vision),
+            "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
         }  # fmt: skip
     name = "qwen2" if config.attention_bias else "llama"
     kind = {"architectures": [f"{name.capitalize()}ForCausalLM"], "model_type": name, "hidden_act": "silu"}
@@ -489,6 +509,16 @@ def stop_ids(folder: Path | str) -> list[int]:
 # ---- sampling ------------------------------------------------------------------------------------
 
 COLD = 1e-6  # a temperature below it is 0: divided by it, logits could overflow
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Return logits that a token is chosen from; FloatingPointError unless all are finite.
+
+    The argmax of NaN is token 0, Qwen2's "!": an answer that looks like one.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite: weights or config.json are damaged, or numbers overflowed")
+    return logits
 
 
 def next_token_probs(logits_V: Tensor, generated: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import chat, flags, niah, runs, synthetic, text, video
-from data.config import LMConfig, LongVAConfig, RopeScaling, read_config
+from data.config import LMConfig, LongVAConfig, RopeScaling, finite, read_config
 from data.tokenizer import Tokenizer
 
 # ---- systems of the needle test ------------------------------------------------------------------
@@ -248,7 +248,7 @@ def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer
 def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """Return each row's number of targets that are the argmax at their position, and its number of targets."""
     is_target_BT = targets_BT != chat.IGNORE
-    predicted = [(h @ head_VD.T).argmax(-1) for h in h_BTD[is_target_BT].split(chunk)]
+    predicted = [finite(h @ head_VD.T).argmax(-1) for h in h_BTD[is_target_BT].split(chunk)]
     correct_BT = torch.zeros_like(is_target_BT)
     correct_BT[is_target_BT] = torch.cat([targets_BT[:0, 0], *predicted]) == targets_BT[is_target_BT]
     return correct_BT.sum(1).float(), is_target_BT.sum(1).float()

@@ -346,6 +346,15 @@ def release_draws(
                 rng.randint(context + sum(added[:i]))
 
 
+def encode_repeated(encode: Encode, text: str, tokens: int) -> list[int]:
+    """Encode a text, repeated as often as `tokens` need; as text, as the release does it, for tokens may join at seams.
+
+    `text_probe` would repeat the tokens.
+    """
+    ids = encode(text)
+    return encode(text * (1 + -(-tokens // len(ids)))) if 0 < len(ids) < tokens else ids
+
+
 def read_text_haystack(path: str | Path) -> str:
     """Read a text file, or the .txt files of a folder in sorted order, joined as they are.
 

@@ -169,6 +169,8 @@ def test_our_own_config_is_read_back(name):
     config = FOLDERS[name][1]
     again = type(config).from_dict(json.loads(json.dumps(c.to_dict(config))))
     assert c.to_dict(again) == c.to_dict(config)
+    if isinstance(config, LongVAConfig):  # the release's loader cannot show a picture without them
+        assert c.to_dict(config)["image_grid_pinpoints"] == (CANVASES if config.scheme == "unires" else FIVE)
 
 
 def test_other_eyes_of_ours():
@@ -194,6 +196,7 @@ WITHOUT = {"model_type": "llava_next", "text_config": LLAMA2, "vision_config": C
     (QWEN2 | {"num_key_value_heads": 0}, "num_key_value_heads is 0"),
     (QWEN2 | {"num_key_value_heads": 3}, "28 query heads cannot share 3 key/value"),
     (QWEN2 | {"head_dim": 7}, "head width is 7"),
+    (QWEN2 | {"rope_parameters": {"rope_theta": 1e9}}, "two RoPE bases, 1000000.0 and 1000000000.0; remove one"),
     (QWEN2 | {"model_type": "gemma"}, "model_type 'gemma'; only qwen2, llama, mistral, .* are built"),
     (WITHOUT, "model_type 'llava_next'"),
     (QWEN2 | {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope_scaling.rope_type is 'longrope'; one of linear, dynamic, yarn, llama3 is"),

@@ -296,6 +296,13 @@ def test_bad_probes():
             text_probe(toy.encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
 
 
+def test_a_haystack_is_repeated_as_text():
+    """At a seam its last and its first word may be one token; repeated tokens would hide that."""
+    encode = lambda text: [len(word) for word in text.split(" ")]  # noqa: E731
+    assert niah.encode_repeated(encode, "ab c d", 7)[:7] == [2, 1, 3, 1, 3, 1, 3]
+    assert niah.encode_repeated(encode, "ab c d", 3) == [2, 1, 1]
+
+
 def test_text_haystack(tmp_path):
     (tmp_path / "b.txt").write_text("two.\n")
     (tmp_path / "a.txt").write_text("one \N{EURO SIGN}. ", encoding="utf-8")

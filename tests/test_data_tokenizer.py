@@ -259,6 +259,28 @@ def test_complaints(tmp_path, files, complaint):
         t.load_tokenizer(tmp_path)
 
 
+def test_a_token_without_an_embedding(ours, tmp_path):
+    """Llama-2's first release lists such a <pad>, which nothing needs."""
+    size = t.load_tokenizer(ours).size
+    shutil.copytree(ours, tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"vocab_size": size}))
+    (tmp_path / "a" / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    assert t.load_tokenizer(tmp_path / "a").size == size
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(
+        ValueError, match=rf"token '<\|im_end\|>' has the id {size - 1}, but .*vocab_size is {size - 1}"
+    ):
+        t.load_tokenizer(tmp_path / "a")
+
+
+@pytest.mark.parametrize("merges", [b"#version: 0.2\n\xff \xfe\n", "a \u4e2d".encode()[:-1]])
+def test_merges_that_are_no_text(ours, tmp_path, merges):
+    shutil.copytree(ours, tmp_path / "a")
+    (tmp_path / "a" / "merges.txt").write_bytes(merges)
+    with pytest.raises(ValueError, match=r"merge '.*' has no id"):
+        t.load_tokenizer(tmp_path / "a")
+
+
 def test_same_id_twice(ours, tmp_path):
     vocab = json.loads((ours / "vocab.json").read_text())
     t.write_qwen2(tmp_path, vocab, [])

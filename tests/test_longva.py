@@ -635,6 +635,29 @@ def test_three_lines_of_python_give_the_same_answer():
     assert longva.answer(model, "Which number is on the star?", images=[ROOT / "assets" / "star.png"]) == "7"
 
 
+def test_logits_that_are_not_finite_end_an_answer(folder):
+    """Else the argmax of NaN is token 0, and the answer "!!!!"."""
+    model = longva.load(folder / "model")
+    model.model.norm.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the logits are not finite"):
+        longva.answer(model, "how many?", images=[folder / "frames" / "0.png"])
+
+
+def test_a_config_of_a_larger_model_takes_no_memory(folder, tmp_path):
+    raw = json.loads((folder / "blind" / "config.json").read_text())
+    shutil.copytree(folder / "blind", tmp_path / "blind")
+    (tmp_path / "blind" / "config.json").write_text(json.dumps(raw | {"hidden_size": 2**18, "vocab_size": 2**24}))
+    with pytest.raises(ValueError, match=r"describes 4,.* parameters, but the weight files have .* bytes"):
+        longva.load(tmp_path / "blind")
+
+
+def test_an_input_far_beyond_the_trained_length_gets_a_remark(capsys):
+    chat.note_length(2048, 2048)
+    assert not capsys.readouterr().err
+    chat.note_length(43_200, 2048)
+    assert "43,200 tokens; this model was trained on 2,048" in capsys.readouterr().err
+
+
 def turns(folder, questions, frames=3):
     """What a chat must print, everything computed again for every token."""
     words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "model")
@@ -663,7 +686,7 @@ def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
 
 
 def test_a_chat_goes_on_after_mistakes(folder, monkeypatch, capsys):
-    typed = "what <image>?\nwhy?\n" + "why? " * 99 + "\nwh\udcffy?\nwhy?\n"
+    typed = "what <image>?\nwhy?\n" + "why? " * 99 + "\nwh\udcffy?\nwhy?\nExit\nwhy?\n"
     monkeypatch.setattr(chat, "CHAT", 90)
     out, err = chatting(folder, monkeypatch, capsys, typed)
     assert "<image> cannot be asked for in a chat" in err and "tokens do not fit in" in err and "Ctrl-D ends" in err
@@ -701,7 +724,7 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({}, "either --image FILE ... or --video"),
+    ({}, "either --image FILE or --video"),
     ({"image": ("frames/0.png",), "video": "frames"}, "not both"),
     ({"image": ("frames/9.png",)}, "frames/9.png: no such picture file"),
     ({"video": "none.mp4"}, "none.mp4: no such video file"),
@@ -710,6 +733,8 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
     pytest.param({"image": ("frames/0.png",), "device": "cuda"}, "need one GPU each, but torch sees 0; choose --device cpu",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
+    ({"video": "frames", "fps": 1.0, "frames": 3}, "--fps and --frames both say"),
+    ({"image": ("frames/0.png",), "plan": True}, "--plan counts frames"),
     ({"video": "frames", "frames": 0}, "--frames 0 makes no sense; give 1 or more"),
     ({"video": "frames", "max_tokens": 0}, "--max-tokens 0 makes no sense"),
     ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no sense"),

@@ -540,7 +540,7 @@ def test_the_paper_s_protocol():
     assert (cfg.needle_count, cfg.distractors, cfg.seed, vniah.DIGITS[cfg.protocol]) == (5, 0, 24242424, 7)
     cfg = vniah.resolve(vniah.Config(task="text", protocol="paper"))
     assert cfg.context == tuple(32_000 * i for i in range(1, 17)) and cfg.number_count == 5
-    assert cfg.depths == tuple(i / 10 for i in range(11)) and cfg.distractor_counts == (0, 3, 5)
+    assert cfg.depths == tuple(np.arange(0, 1.1, 0.1).tolist()) and cfg.distractor_counts == (0, 3, 5)
     assert vniah.resolve(replace(cfg, depths=(0.5,), seed=3)) == replace(cfg, depths=(0.5,), seed=3)
 
 
