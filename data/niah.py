@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.flags import from_json, short
+from data.flags import from_json, short, shorten
 from data.video import read_picture
 
 Encode = Callable[[str], list[int]]  # a tokenizer's `encode`: text to ids, nothing added
@@ -107,10 +107,8 @@ def read_needles(folder: str | Path) -> list[Needle]:
         taken[name] = i
         try:
             picture = read_picture(folder / image)
-        except OSError as error:  # a name that no file can have
-            raise ValueError(f"{where}: the picture {short(image)} cannot be opened ({error.strerror})") from error
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(shorten(f"{where}: {error}")) from error
         needles.append(Needle(name, picture, record.question, record.answer, record.kind))
     return needles
 
