@@ -286,7 +286,8 @@ def check(cfg: Config, group: ring.World, num_rings: int) -> str | None:
 def main(cfg: Config) -> None:
     """Train, or with --plan print the memory that it would need."""
     if cfg.plan:
-        memory.show_step(memory.Step.of(language_model(cfg.weights), cfg))
+        name = cfg.weights or "the tiny model, for --weights names no other"
+        memory.show_step(memory.Step.of(language_model(cfg.weights), cfg), name)
     else:
         train(cfg)
         ring.stop()

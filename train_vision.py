@@ -128,7 +128,7 @@ def dpo_objective(reference_logp_P2: Tensor, beta: float, group: ring.World) -> 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float, linear: bool) -> float:
     """Return the rate at a step: a rise from zero over `warmup` of the steps, then a cosine, or a line, to zero."""
-    warmup_steps = max(1, round(warmup * steps))
+    warmup_steps = math.ceil(warmup * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)

@@ -207,9 +207,9 @@ def show_answer(config: Model, frames: int, text: int, device: str, b: int | Non
         print0(f"most {unit}: {fit(1, device, R, terms)}")
 
 
-def show_step(step: Step) -> None:
-    """Print memory for the step, then with one setting changed at a time."""
-    print0(f"{num_parameters(step.lm) / 1e6:,.1f} M parameters, {step.precision}, {step.device}; GB = 10^9 bytes")
+def show_step(step: Step, of: object = "model") -> None:
+    """Print memory for the step `of` a model, then with one setting changed at a time."""
+    print0(f"{of}: {num_parameters(step.lm) / 1e6:,.1f} M parameters, {step.precision}, {step.device}; GB = 10^9 bytes")
     for R in [R for R in sorted({step.ranks, 8}) if R % (step.ring or R) == 0] or [step.ring]:
         ways = {"as given": replace(step, ranks=R)}
         ways |= {f"{name} {new}": replace(step, ranks=R, **{name: new}) for name in CHANGES for new in CHANGES[name]}

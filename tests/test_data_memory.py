@@ -345,14 +345,16 @@ def test_plan_makes_nothing(tmp_path, capsys, monkeypatch, flags):
     monkeypatch.setattr(train_text.ring, "start", None)
     words = [*flags.split(), "--plan", "--out", str(tmp_path / "run")]
     data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
-    assert "longest sequence" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    said = capsys.readouterr().out
+    assert (": 0.8 M parameters" in said) == ("tiny model, for --weights names no other" in said)
+    assert "longest sequence" in said and not (tmp_path / "run").exists()
 
 
 def test_plan_reads_config_json_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(QWEN)))
     words = ["--preset", "longva", "--weights", str(tmp_path), "--device", "cuda", "--plan"]
     data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
-    assert "7,615.6 M parameters, bf16, cuda" in capsys.readouterr().out
+    assert f"{tmp_path}: 7,615.6 M parameters, bf16, cuda" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, complaint", [

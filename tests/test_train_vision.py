@@ -481,6 +481,8 @@ def test_rates_over_the_steps():
     rates = [tv.learning_rate(2.0, step, 1000, curve.warmup, False) for step in range(1000)]
     assert rates[:31] == pytest.approx([*2 * np.arange(1, 31) / 30, 2.0])
     assert rates[515] == pytest.approx(1.0) and rates[999] < 1e-5 and sorted(rates[30:], reverse=True) == rates[30:]
+    assert [tv.learning_rate(1.0, step, 100, 0.014, True) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]  # ceil(1.4) steps
+    assert tv.learning_rate(1.0, 1, 10, 0.0, True) == 0.9  # no warm-up: the fall begins at once, as transformers'
     published = tv.resolve(tv.Config(stage="dpo", weights=ROOT))
     assert (published.lr, published.tower_lr, published.beta, published.warmup) == (5e-7, 5e-7, 0.1, 0.1)
 
