@@ -215,6 +215,8 @@ def _open(path: Path, threads: int = 0) -> tuple[Any, Any]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
     rules = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    if av.library_versions["libavformat"] < (62,):  # FFmpeg 7 (PyAV 15) crashes on MPEG-PS where there is a whitelist
+        rules["format_whitelist"] = CONTAINERS.replace(",mpeg,", ",")
     try:  # the absolute path, so that no "name:" in it is taken for a protocol
         container = av.open(str(path.resolve()), options=rules, metadata_errors="replace")
     except (av.error.FFmpegError, *DECODE_ERRORS) as error:
