@@ -18,6 +18,7 @@ Differs   Rule "canvas" is the release's way to choose grids, "floor" the paper'
           but the single grid, so that the smallest picture takes two; kept, because its weights expect it.
           UniRes has no base grid: the release encodes one and then drops it.
           Every grid is pooled, also a single one; the release leaves a single crop unpooled (576 tokens).
+          No newline follows a video in AnyRes; the release's code of June 2024 appends one image_newline.
 """
 
 from collections.abc import Iterable

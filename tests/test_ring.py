@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +23,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import longva
 import ring
-from data import checkpoint, text
+from data import checkpoint, flags, text
 from data.config import LMConfig
 from tests import ranks, shapes
 
@@ -579,3 +582,41 @@ def test_flash_attn_is_called_as_its_package_wants(monkeypatch):
     q, k, v, do = case(20, 6, 3, 5, 1, torch.float64)
     got = with_gradients(partial(ring.zigzag_attend(ALONE, "flash_attn"), 0), q, k, v, do)
     assert worst(got, oracle(q, k, v, do)) <= 1e-12
+
+
+# ---- a rank that is lost or frozen ---------------------------------------------------------------
+
+FROZEN = """
+import sys, time
+from datetime import timedelta
+import torch, ring
+ring.TIMEOUT = timedelta(seconds=4)
+world = ring.start("cpu")
+if world.rank == 0 and sys.argv[1] == "before":
+    time.sleep(300)
+group = ring.long_timeout_group(world, hours=2 / 3600)
+if world.rank == 0:
+    time.sleep(300)
+ring.all_reduce_sum(torch.zeros(1), group)
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_frozen_rank_is_noticed(when):
+    """Also while a group is made that waits for days, and without a torchrun that ends the others."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    command, how = (
+        [sys.executable, "-c", FROZEN, when],
+        {"cwd": Path(ring.__file__).parent, "stderr": subprocess.PIPE, "text": True},
+    )
+    first, second = (subprocess.Popen(command, env=os.environ | where | {"RANK": rank}, **how) for rank in "01")
+    try:
+        _, said = second.communicate(timeout=100)
+    finally:
+        first.kill()
+        second.kill()
+        first.communicate()
+    assert second.returncode == 1 and flags.LOST.search(said.splitlines()[-1]), said
