@@ -5,7 +5,7 @@ What      `LongVA` answers lmms-eval's questions about pictures, videos or neith
 Paper     Sec. 4.2; data/README.md has the settings and the expected scores.
 Run       python -m data.benchmarks --weights LongVA-7B --tasks videomme,nextqa_mc_test,mmmu_val --frames 32
           torchrun --nproc-per-node 8 -m data.benchmarks --weights LongVA-7B --tasks videomme --frames 3000 --together
-Dimensions  T tokens   M tokens per grid   C colour channels   Y X pixels   N grids   D LM width
+Dimensions  T tokens   M tokens per grid   C colour channels   Y X pixels   N grids   D LM width   R ranks
 Differs   A task's `until` ends an answer; the release ignored it. Ignored too is the empty line that lmms-eval adds
           where a task has none: descriptions have paragraphs. As in the release: always N frames, some twice if a film
           has fewer; the middle of each frame; greedy, with the repetition penalty of generation_config.json.
@@ -67,10 +67,8 @@ class LongVA(lmms):
             pixels_NCYX, layout = longva.preprocess(visual, model.config)
             x_TD = model.encode_images(pixels_NCYX, [layout])
             return [x_TD], len(x_TD)
-        side, M, turn = model.config.vision.side, model.config.vision.tokens_per_grid, (world.rank, world.ranks)
-        frames = video.frames(
-            visual, count=self.frames, shorter="repeat", keep=lambda n: n // group % turn[1] == turn[0]
-        )
+        side, M, rank, R = model.config.vision.side, model.config.vision.tokens_per_grid, world.rank, world.ranks
+        frames = video.frames(visual, count=self.frames, shorter="repeat", keep=lambda n: n // group % R == rank)
         grids = (unires.frame(picture, side, "crop") for _, picture in frames)
         local = longva.encode_video(model, video.prefetch(grids, 2 * group))
         return ring.gather_round_robin(local, model.lm_head.weight[:0], group * M, world), self.frames * M
