@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import runs
-from data.flags import read_json
+from data.flags import read_json, short, shorten
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 UNUSED = ("*rotary_emb.inv_freq", "*position_ids")  # buffers of old files; what they hold is computed here
@@ -72,10 +72,12 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
         raise ValueError(f"{folder / INDEX} has no weight_map that tells each tensor's file; download it again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} puts {name} in {file!r}, expected a bare *.safetensors file name")
+            raise ValueError(
+                f"{folder / INDEX} puts {short(name)} in {short(file)}, expected a bare *.safetensors file name"
+            )
         files.setdefault(file, []).append(name)
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise ValueError(f"{folder} lacks {len(missing)} file(s) that {INDEX} names, first {missing[0]}")
+        raise ValueError(f"{folder} lacks {len(missing)} file(s) that {INDEX} names, first {short(missing[0])}")
     return files
 
 
@@ -98,7 +100,9 @@ def read(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
                 del tensor
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{folder / file} cannot be read ({e}); copy or download it again") from e
+            raise ValueError(
+                f"{folder / file} cannot be read ({shorten(str(e), 100)}); copy or download it again"
+            ) from e
 
 
 def read_tower(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
