@@ -73,11 +73,11 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
-                f"{folder / INDEX} puts {short(name)} in {short(file)}, expected a bare *.safetensors file name"
+                f"{folder / INDEX} puts {shorten(name, 60)} in {short(file)}, expected a bare *.safetensors file name"
             )
         files.setdefault(file, []).append(name)
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise ValueError(f"{folder} lacks {len(missing)} file(s) that {INDEX} names, first {short(missing[0])}")
+        raise ValueError(f"{folder} lacks {len(missing)} file(s) that {INDEX} names, first {shorten(missing[0], 60)}")
     return files
 
 
