@@ -29,14 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from tqdm import tqdm
 
 import ring
 import unires
 from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, RopeScaling, check_size, finite, read_config, sample, stop_ids
-from data.flags import print0, run
+from data.flags import print0, progress, run
 from data.memory_saving import ActivationOffload, nll, recompute
 
 FRAMES = 32  # of a video, per call of the vision tower
@@ -367,10 +366,12 @@ class KVCache:
 
 
 def encode_video(model: LongVA, frames: Iterable[Tensor], batch: int = FRAMES) -> Iterator[Tensor]:
-    """Visual tokens x_TD of a video's frames (unires.frame: pixels_CYX), `batch` frames at a time, lazily."""
+    """Visual tokens x_TD of a video's frames (unires.frame: pixels_CYX; None: lost), `batch` at a time, lazily."""
     frames = iter(frames)
-    while pixels := list(islice(frames, batch)):
-        yield model.encode_images(unires.upload(torch.stack(pixels), model.device), [unires.Layout(1, len(pixels))])
+    while group := list(islice(frames, batch)):
+        pixels = [pixels_CYX for pixels_CYX in group if pixels_CYX is not None]
+        layout, none_0D = unires.Layout(1, len(pixels)), model.lm_head.weight[:0]
+        yield model.encode_images(unires.upload(torch.stack(pixels), model.device), [layout]) if pixels else none_0D
 
 
 def preprocess(
@@ -398,7 +399,7 @@ def prefill_prompt(model: LM, ids: list[int], visual_inputs: Iterable[Iterable[T
     for chunks in visual_inputs:
         if position := ids.index(chat.IMAGE):
             prefill(model, model.embed(torch.tensor([ids[:position]], device=model.device)), cache)
-        for x_TD in chunks:
+        for x_TD in filter(len, chunks):
             prefill(model, x_TD[None], cache)
         ids = ids[position + 1 :]
     return ids
@@ -459,12 +460,11 @@ def encode_inputs(model: LongVA, pictures: list, frames: video.Frames | None, wo
         cut = [preprocess(picture, model.config) for picture in pictures]
         visual_tokens = [model.encode_images(pixels_NCYX, [layout]) for pixels_NCYX, layout in cut]
         return [[x_TD] for x_TD in visual_tokens], sum(map(len, visual_tokens))
-    M, together = model.config.vision.tokens_per_grid, FRAMES * world.ranks
-    grids = (unires.frame(picture, model.config.vision.side, "crop") for _, picture in frames)
+    N, M, together = frames.total, model.config.vision.tokens_per_grid, FRAMES * world.ranks
+    grids = (picture and unires.frame(picture, model.config.vision.side, "crop") for _, picture in frames)
     local = encode_video(model, video.prefetch(grids, 2 * FRAMES))
-    chunks = ring.gather_round_robin(local, model.lm_head.weight[:0], FRAMES * M, world)
-    bar = tqdm(chunks, total=-(-frames.total // together), unit=f"{together} frames", disable=world.rank > 0)
-    return [bar], frames.total * M
+    chunks = ring.gather_round_robin(local, model.lm_head.weight[:0], FRAMES * M, -(-N // together), world)
+    return [progress(chunks, total=-(-N // together), unit=f"{together} frames")], N * M
 
 
 @torch.no_grad()
@@ -480,7 +480,7 @@ def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iter
     template = chat.default_template(words)
     pictures, frames = [video.read_picture(file) for file in cfg.image], None
     if cfg.video:  # rank r encodes every R-th group of frames
-        frames = video.frames(cfg.video, **cfg.rate, keep=lambda i: i // FRAMES % world.ranks == world.rank)
+        frames = video.frames(cfg.video, **cfg.rate, keep=lambda i: i // FRAMES % world.ranks == world.rank, gaps=True)
     if model is None:
         model = load(cfg.weights, world.device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype))
 

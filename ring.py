@@ -397,16 +397,15 @@ def all_gather(x: Tensor, world: World) -> list[Tensor]:
     return parts
 
 
-def gather_round_robin(parts: Iterable[Tensor], none_0D: Tensor, rows: int, world: World) -> Iterator[Tensor]:
-    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second, until none is left.
+def gather_round_robin(parts: Iterable[Tensor], no_0D: Tensor, rows: int, times: int, world: World) -> Iterator[Tensor]:
+    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second, so many `times`.
 
-    T is at most `rows`; ranks may have different numbers of parts. `none_0D` gives width, dtype and device.
+    T is 0 to `rows`; ranks may have fewer parts. `no_0D` gives width, dtype and device.
     """
     parts = iter(parts)
-    if world.ranks == 1:
-        yield from parts
-        return
-    while any(counts := all_gather(torch.tensor(len(mine := next(parts, none_0D)), device=none_0D.device), world)):
+    for _ in range(times):
+        mine = next(parts, no_0D)
+        counts = all_gather(torch.tensor(len(mine), device=no_0D.device), world)
         gathered = all_gather(F.pad(mine, (0, 0, 0, rows - len(mine))), world)
         joined = torch.cat([x_TD[:n] for x_TD, n in zip(gathered, counts)])
         del gathered, mine  # free them while the caller computes

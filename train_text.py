@@ -20,13 +20,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import longva
 import ring
 from data import chat, evaluate, memory, memory_saving, runs, synthetic, text, weights
 from data.config import check_trainable, to_dict, train_flop
-from data.flags import at_least, print0, run, setting
+from data.flags import at_least, print0, progress, run, setting
 from data.memory_saving import GradientSums
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -107,7 +106,7 @@ def train(cfg: "Config") -> None:
     runs.resume_log(cfg.out, first, world.rank, evaluate.LOG)
 
     # 6. The loop
-    bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
+    bar = progress(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first)
     signals = runs.Signals(lambda x: ring.all_reduce_sum(x, world))
     for step in signals.steps(bar):
         started = time.perf_counter()

@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import clip
 import longva
@@ -42,7 +41,7 @@ import ring
 import unires
 from data import chat, evaluate, llava, runs, weights
 from data.config import check_trainable, to_dict
-from data.flags import at_least, print0, run, setting
+from data.flags import at_least, print0, progress, run, setting
 from data.llava import Dataset, Example
 from data.memory_saving import GradientSums
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -186,7 +185,7 @@ def train(cfg: "Config", world: ring.World) -> None:
         objective = dpo_objective(reference_logp_P2, cfg.beta, rings.ring)
 
     # 7. The loop
-    bar = tqdm(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first, disable=world.rank > 0)
+    bar = progress(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first)
     started = time.perf_counter()
     signals, steps = runs.Signals(partial(ring.all_reduce_sum, world=world)), range(first, cfg.steps)
     for step, (micro_batches, skipped_samples) in zip(signals.steps(bar), loader.batches(steps)):
@@ -404,7 +403,7 @@ def reference_logps(
         pairs = loader.dataset.size
         logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
         with ring.no_grad_reshard(model):
-            for start in tqdm(range(0, pairs, batch), "reference", disable=world.rank > 0):
+            for start in progress(range(0, pairs, batch), "reference"):
                 # Every ring makes as many passes, since collectives must match: the last batch repeats a pair.
                 indices = [min(i, pairs - 1) for i in range(start, start + batch)]
                 for micro_batch in loader.micro_batches(indices)[0]:

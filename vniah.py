@@ -29,7 +29,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import longva
 import ring
@@ -37,7 +36,7 @@ import unires
 from data import chat, evaluate, niah, results
 from data.config import stop_ids
 from data.evaluate import System
-from data.flags import at_least, model_name, print0, run, setting
+from data.flags import at_least, model_name, print0, progress, run, setting
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ---- the test: one probe, one forward pass -------------------------------------------------------
@@ -203,7 +202,7 @@ class VisualNIAH(NIAH):
             self.haystack_NMD, self.hashes = before.haystack_NMD, before.hashes
         else:
             frames = evaluate.open_haystack(system, cfg.haystack, N, cfg.seed, cfg.protocol == "paper", self.hashes)
-            self.haystack_NMD = encode_frames(model, tqdm(frames, "haystack", N, leave=False))
+            self.haystack_NMD = encode_frames(model, progress(frames, "haystack", N, leave=False))
         pictures = [needle.picture for needle in [*needles, *distractors]]
         self.needle_NMD, self.distractor_NMD = encode_frames(model, pictures).tensor_split([len(needles)])
 
@@ -324,7 +323,7 @@ def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: result
         mine = slice(world.rank, None, world.ranks) if cfg.engine == "cache" else slice(None)  # ring: all work on each
         groups = log.pending(system.name, test.needles, test.groups(cells))[mine]
         total = sum(len(group.needle_ids) * len(group.cells) for group in groups)
-        with tqdm(total=total, desc=system.name[:40], disable=world.rank > 0) as bar:
+        with progress(total=total, desc=system.name[:40]) as bar:
             for lines in (lines for group in groups for lines in test.probe(group)):
                 if world.rank == 0 or cfg.engine == "cache":
                     log.append(lines)

@@ -64,14 +64,14 @@ class LongVA(lmms):
         if not isinstance(visual, str):
             if self.torchrun:
                 stop("--together is for videos, and this task shows pictures; run it without")
-            pixels_NCYX, layout = longva.preprocess(visual, model.config)
-            x_TD = model.encode_images(pixels_NCYX, [layout])
-            return [x_TD], len(x_TD)
-        side, M, rank, R = model.config.vision.side, model.config.vision.tokens_per_grid, world.rank, world.ranks
-        frames = video.frames(visual, count=self.frames, shorter="repeat", keep=lambda n: n // group % R == rank)
-        grids = (unires.frame(picture, side, "crop") for _, picture in frames)
+            (chunks,), tokens = longva.encode_inputs(model, [visual], None, world)
+            return chunks, tokens
+        vision, M, R = model.config.vision, model.config.vision.tokens_per_grid, world.ranks
+        keep, rounds = lambda n: n // group % R == world.rank, -(-self.frames // (group * R))
+        frames = video.frames(visual, count=self.frames, shorter="repeat", keep=keep, gaps=True)
+        grids = (picture and unires.frame(picture, vision.side, "crop") for _, picture in frames)
         local = longva.encode_video(model, video.prefetch(grids, 2 * group))
-        return ring.gather_round_robin(local, model.lm_head.weight[:0], group * M, world), self.frames * M
+        return ring.gather_round_robin(local, model.lm_head.weight[:0], group * M, rounds, world), self.frames * M
 
     @torch.no_grad()
     def answer(self, text: str, visuals: list, wanted: dict[str, Any]) -> str:

@@ -287,7 +287,7 @@ class Settings:
     question: str | None = setting(None, f"the question (ours) [{QUESTION}]", positional=True)
     image: tuple[Path, ...] = setting((), "a picture file; several: --image A --image B (ours)")
     video: Path | None = setting(None, "a video file, or a folder of pictures (ours)")
-    frames: int | None = setting(None, "frames taken evenly from the video; none: 32 (Table 4: 8 to 384)")
+    frames: int | None = setting(None, "frames taken evenly from the video; none: at most 32 (Table 4: 8 to 384)")
     fps: float | None = setting(None, "frames per second to take, instead of --frames (Sec. 4: 1)")
     weights: Path = setting(TINY_MODEL, "model folder (ours)")
     chat: bool = setting(False, "read more questions about the same input from stdin, one a line (ours)")
@@ -325,9 +325,11 @@ class Settings:
         return replace(read_sampling(self.weights), **{name: x for name, x in given.items() if x is not None})
 
     @property
-    def rate(self) -> dict[str, float]:
+    def rate(self) -> dict[str, float | str]:
         """Which frames of the video to take, as arguments of video.frames."""
-        return {"fps": self.fps} if self.fps else {"count": self.frames or FRAMES}
+        if self.fps:
+            return {"fps": self.fps}
+        return {"count": self.frames or FRAMES, "shorter": "refuse" if self.frames else "all"}
 
     @property
     def text_tokens(self) -> int:

@@ -356,7 +356,7 @@ def log_step(folder: Path, line: dict, bar: tqdm, device: torch.device) -> None:
     """Append a step's line to log.jsonl, with the memory held, and show the main values in the progress bar."""
     line = line | {"gb": round(peak_bytes(device) / 1e9, 3)}
     log(folder, line)
-    bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line})
+    bar.set_postfix({name: f"{line[name]:.4g}" for name in BAR_KEYS if name in line}, refresh=False)
 
 
 def print_verdict(loss: float, score: float, expected: tuple[float, ...]) -> None:

@@ -38,6 +38,8 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.flags import warn
+
 STAMP_SLACK_SECONDS = 0.001  # Matroska rounds time stamps to milliseconds
 MIN_SEEK_SECONDS = 1.0  # a seek restarts the decoder, so it is worth it only beyond this
 MISSING_TAIL_SECONDS = 1.0  # may be missing at the end (headers round, decoders drop a frame)
@@ -409,11 +411,14 @@ def _refuse_cut(path: Path, seconds: float) -> NoReturn:
     )
 
 
-def decode_at(path: Path, index: Index, times: list[float], resize: Callable, strict: bool) -> Iterator:
-    """Yield (t, picture) for the frame on screen at each of the rising `times`.
+def decode_at(
+    path: Path, index: Index, times: list[float], share: list[float], resize: Callable, strict: bool, gaps: bool
+) -> Iterator:
+    """Yield (t, picture) for the frame on screen at each t of this rank's `share` of the rising `times`.
 
-    A frame is lost, and left out, if a packet between its key frame and its own, in decoding order, is broken: its
-    picture may be wrong. That depends on the file alone, not on the other times, so it is the same for every rank.
+    A frame is lost if a packet between its key frame and its own, in decoding order, is broken: its picture may be
+    wrong. That depends on the file alone, not on the other times, so it is the same for every rank. A lost frame is
+    left out, or with `gaps` (t, None).
     """
     container, stream = _open(path)
     start, end = index.stamps[0], index.seconds if index.cut else None
@@ -421,7 +426,7 @@ def decode_at(path: Path, index: Index, times: list[float], resize: Callable, st
     broken, lost, shown = {}, 0, 0  # broken: key frame -> number of the first broken packet behind it
     with container:
         following, arrived = _decoded(_packets(container, stream), stream), deque()
-        for t in times:
+        for t in share:
             i, key = index.find(t)
             if index.order[i] < broken.get(key, math.inf):
                 if following is None or key - (arrived[-1][0] if arrived else start) > MIN_SEEK_SECONDS:
@@ -433,6 +438,8 @@ def decode_at(path: Path, index: Index, times: list[float], resize: Callable, st
                     following = None
             if index.order[i] >= broken.get(key, math.inf) or (arrived and _is_missing(index, i, key, arrived)):
                 lost += 1
+                if gaps:
+                    yield t, None
                 continue
             here, frame = arrived[0] if arrived else (here, None)
             if frame is None or index.stamps[i] - here > MISSING_TAIL_SECONDS:
@@ -440,16 +447,16 @@ def decode_at(path: Path, index: Index, times: list[float], resize: Callable, st
                 break
             shown += 1
             yield t, resize(_upright(path, t, frame))
-    # Other ranks may see some, unless no key frame can be decoded.
-    if times and not shown and not any(_decode_alone(path, index, *index.find(key - start))[1] for key in index.keys):
+    # Other ranks may see some frames; if none does, all of them say so.
+    if share and not shown and not any(_decode_alone(path, index, *index.find(t))[1] for t in times):
         raise ValueError(f"{path}: no frame could be decoded (damaged, or a codec that FFmpeg lacks)")
     if end is not None and strict:
         _refuse_cut(path, end)
     places = sum(place < math.inf for place in broken.values())
-    said = [f"damaged in {places} place(s), {lost} of {len(times)} frames are left out"] if lost else []
+    said = [f"damaged in {places} place(s), {lost} of {len(share)} frames are left out"] if lost else []
     said += [f"the film is cut or damaged after {end:.1f} s; using what came"] if end is not None else []
     if said:
-        warnings.warn(f"{path}: {'; '.join(said)}", stacklevel=2)
+        warn(f"{path}: {'; '.join(said)}")
 
 
 # ---- frames of either ----------------------------------------------------------------------------
@@ -495,6 +502,7 @@ def frames(
     keep: Callable[[int], bool] | None = None,
     shorter: Literal["refuse", "repeat", "all"] = "refuse",
     by_count: bool = False,
+    gaps: bool = False,
 ) -> Frames:
     """Stream a video as (seconds from its start, upright RGB picture); its `len` is the number of frames.
 
@@ -504,6 +512,8 @@ def frames(
     `keep(number)` is called for each frame's number, 0, 1, 2, ...: where it is false the frame is neither counted
     by `len` nor yielded, converted or resized, nor decoded where a key frame lets the decoder jump over them.
     shorter: what a video of fewer frames than `count` does: "repeat" shows some again, "all" gives those there are.
+    Frames that cannot be decoded, from a broken packet up to the next key frame, are left out, with a warning; with
+    `gaps`, None comes for each, so that ranks can tell where theirs belong.
     by_count: without `count`, take every n-th frame of a file, n being its rounded rate, as the release does.
 
     Raises ValueError, naming the file, when it is no video, has no picture or fewer frames than `count`: in
@@ -535,7 +545,7 @@ def frames(
         if index.cut:
             _refuse_cut(path, index.seconds)
     ours = [t for n, t in enumerate(times) if keep(n)]
-    return Frames(len(times), len(ours), decode_at(path, index, ours, resize, strict=count is not None))
+    return Frames(len(times), len(ours), decode_at(path, index, times, ours, resize, count is not None, gaps))
 
 
 def duration(path: str | Path, fps: float = 1.0) -> float:

@@ -105,7 +105,8 @@ def answer(lm, eye, frames, batch, chunk):
     film = (longva.unires.frame(np.full((side, side, 3), i % 256, np.uint8), side) for i in range(frames))
     cache = longva.KVCache(lm, 1, frames * M + 2 + SAID, model.lm_head.weight)
     seen = longva.encode_video(model, longva.video.prefetch(film, 2 * batch), batch)
-    parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, ring.World(0, 1, torch.device("cpu")))
+    alone, rounds = ring.World(0, 1, torch.device("cpu")), -(-frames // batch)
+    parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, rounds, alone)
     longva.memory.CHUNK["cpu"] = chunk
     rest = longva.prefill_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache)
     list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], SAID))

@@ -1,8 +1,10 @@
 import dataclasses
 import importlib
+import io
 import os
 import subprocess
 import sys
+import time
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -220,6 +222,31 @@ def test_run_tells_of_bad_numbers_and_full_disks(error, capsys, monkeypatch):
         flags.run(main, Config, argv=[])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and str(error) in said and said.count("\n") == 1
+
+
+def test_output_into_a_plain_file(monkeypatch):
+    """Characters that the file lacks have a plain stand-in, warnings are sentences, progress is a line now and then."""
+    files = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+
+    def main(cfg):
+        print("\u2591\u2588 caf\u00e9")
+        flags.warn("film.mp4: cut")
+        flags.warn("film.mp4: cut")
+        for _ in flags.progress(range(3000), "steps"):
+            time.sleep(1e-4)
+
+    monkeypatch.setattr(sys, "stdout", files[0])
+    monkeypatch.setattr(sys, "stderr", files[1])
+    flags.run(main, dataclasses.make_dataclass("Cls", []), argv=[])
+    for file in files:
+        file.flush()
+    out, err = (file.buffer.getvalue().decode() for file in files)
+    assert (
+        out == ".# caf?\n"
+        and err.startswith("warning: film.mp4: cut\n")
+        and err.count("cut") == 1
+        and err.count("steps") <= 3
+    )
 
 
 def test_ctrl_c_ends_quietly(capsys):

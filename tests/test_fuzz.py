@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 import longva
-from data import checkpoint, config, niah, results, runs, text, tokenizer, weights
+import unires
+from data import checkpoint, config, llava, niah, results, runs, text, tokenizer, video, weights
 from tests.test_data_config import CLIP, GENERATION, LONGVA, NEXT_MISTRAL, QWEN2
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +196,71 @@ def go_on_with_vniah(folder: Path) -> None:
     results.write_results(folder, log, {"s": 8.0})
 
 
+# ---- pictures, films and records that show them --------------------------------------------------
+
+
+def picture_files(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    for form in ("jpg", "webp", "gif", "bmp", "png"):  # named .pic, since `fuzz` leaves .png alone
+        picture = Image.effect_noise((24, 16), 80).convert("P" if form == "gif" else "RGB")
+        picture.save(folder / f"{form}.pic", format="jpeg" if form == "jpg" else form, exif=exif)
+
+
+def read_pictures(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        video.picture_size(file)
+        unires.preprocess(video.read_picture(file), 28, limit=4)
+
+
+def film_files(folder: Path) -> None:
+    av = pytest.importorskip("av")
+    for name, codec in (("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4"),
+                        ("a.ts", "libx264"), ("a.mpg", "mpeg2video"), ("a.gif", None)):  # fmt: skip
+        pictures = [Image.effect_noise((48, 32), 60).convert("RGB") for _ in range(24)]
+        if codec is None:
+            pictures[0].save(folder / name, save_all=True, append_images=pictures[1:5], duration=200)
+            continue
+        with av.open(str(folder / name), "w") as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", 8
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
+
+
+def read_films(folder: Path) -> None:
+    file = max(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)  # the one that was changed
+    for how in ({"fps": 12.5}, {"count": 5, "shorter": "all"}):
+        assert all(picture.mode == "RGB" for _, picture in video.frames(file, **how))
+
+
+def record_files(folder: Path) -> None:
+    for name in ("1.jpg", "2.png"):
+        Image.new("RGB", (8, 6)).save(folder / name)
+    asked, said = {"from": "human", "value": "<image>\nWhat? <image>"}, {"from": "gpt", "value": "A star."}
+    talk = {"id": 1, "image": ["1.jpg", "2.png"], "conversations": [asked, said]}
+    pair = {"id": "p", "image": "1.jpg", "prompt": "What?", "chosen": "A star.", "rejected": "A moon."}
+    (folder / "records.json").write_text(json.dumps([talk, pair, talk]))
+    (folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (talk, pair, talk)))
+
+
+def read_records(folder: Path) -> None:
+    words = tokenizer.load_tokenizer(TOKENIZER)
+    for name in ("records.json", "records.jsonl"):
+        records = llava.open_records(folder / name, lambda one: 1 + len(llava.sizes(one, folder)), 0.9)
+        for i in range(len(records)):
+            for turns in llava.validate(records[i])[1]:
+                llava.tokenize_and_trim(words, turns, [2] * len(llava.sizes(records[i], folder)), "qwen_1_5", True, 999)
+        for one in llava.load_examples(
+            llava.json_dataset(records, folder, 2, 0, 1),
+            range(len(records)),
+            lambda i, *sample: llava.Example(i, [], []),
+        ):
+            assert isinstance(one, llava.Example) or len(one["why"]) <= 300
+        json.dumps(records.bad)
+
+
 READERS = {
     "config.json": Reader(
         config_files(QWEN2 | YARN, LONGVA, NEXT_MISTRAL, {"vision_config": CLIP, "x": 0}), read_configs
@@ -209,6 +275,9 @@ READERS = {
     "run folder": Reader(run_folder, open_run),
     "saved state": Reader(saved_states, load_state),
     "vniah's folder": Reader(vniah_folder, go_on_with_vniah),
+    "pictures": Reader(picture_files, read_pictures),
+    "films": Reader(film_files, read_films),
+    "LLaVA records": Reader(record_files, read_records),
 }
 
 # ---- mutations -----------------------------------------------------------------------------------

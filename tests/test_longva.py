@@ -304,6 +304,12 @@ def test_watch_is_see_of_all_frames_at_once():
             assert [len(part) for part in parts[:-1]] == [4 * batch] * (len(parts) - 1)
             assert_close(torch.cat(parts), want, atol=1e-5, rtol=1e-5)
     assert list(longva.encode_video(model, [])) == []
+    # Lost frames leave a gap, so that each part stays at its place in the film; so does a part of which all is lost.
+    parts = longva.encode_video(model, [grids[0], None, None, None, grids[4]], 2)
+    parts = longva.ring.gather_round_robin(
+        parts, model.lm_head.weight[:0], 8, 4, longva.ring.World(0, 1, torch.device("cpu"))
+    )
+    assert [len(part) for part in parts] == [4, 0, 4, 0]
 
 
 def test_embed_puts_each_visual_token_in_its_place():
@@ -605,6 +611,13 @@ def test_asks_about_pictures(folder, capsys):
 
     lengths = [4 * how.rows * how.cols for _, how in shown]
     assert capsys.readouterr().out == expected(folder, "<image><image>what is\nthere?", seen, lengths)
+
+
+def test_a_short_film_is_shown_whole(folder):
+    """Unless somebody asked for more frames than it has."""
+    asking(folder, question="how many?", video=folder / "film.mp4")
+    with pytest.raises(ValueError, match=r"film\.mp4: has \d+ frames, but 32 were asked for"):
+        asking(folder, question="how many?", video=folder / "film.mp4", frames=32)
 
 
 @pytest.mark.parametrize("film", ["frames", "film.mp4"])
