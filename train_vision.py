@@ -323,9 +323,7 @@ def make_loader(
     def sum_over_ring(flags: list[int]) -> list[int]:
         return ring.all_reduce_sum(torch.tensor(flags, device=rings.ring.device), rings.ring).tolist()
 
-    def join(examples: list[Example]) -> MicroBatch:
-        return collate(examples, config, tokenizer.pad_id, rings.ring)
-
+    join = partial(collate, config=config, pad_id=tokenizer.pad_id, group=rings.ring)
     return llava.Loader(dataset, prepare, join, cfg.micro_batch_size, sum_over_ring, rings.index, rings.count)
 
 
