@@ -374,15 +374,17 @@ def json_dataset(records: Records, folder: Path | None, frames: int, seed: int, 
 def synthetic_dataset(stage: str, seed: int, batch: int, frames: int, max_grids: int, growth_steps: float) -> Dataset:
     """Return samples drawn from the seed: captions (align), conversations (sft), or pairs of answers (dpo).
 
-    growth_steps: over so many steps the conversations' pictures grow from 3 grids to `max_grids`; 0: at once.
+    growth_steps: over so many steps the conversations' pictures grow to `max_grids`; 0: at once. The first quarter stays
+    at 8 grids, until the model has learned to look up: in pictures of 3 it learned this late, in large ones never.
     """
 
     def endless(step: int) -> list[int]:
         return [*range(step * batch, (step + 1) * batch)]
 
     def conversation(i: int) -> tuple[Media, list[Turns]]:
-        progress = min(1.0, i // batch / growth_steps) if growth_steps else 1.0
-        least = min(3, max_grids)
+        progress = i // batch / growth_steps if growth_steps else 1.0
+        progress = min(1.0, max(0.0, progress - 0.25) / 0.75)
+        least = min(8, max_grids)
         grids = round(least * (max_grids / least) ** progress)
         pictures, turns = synthetic.conversation(seed, i, grids)
         return pictures, [turns]

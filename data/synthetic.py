@@ -475,7 +475,8 @@ def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], l
     """
     rng = np.random.default_rng([0x5F7, seed, index])
     rows, cols = grids_of(rng, most)
-    shown = draw_objects(rng, int(rng.integers(1, min(rows * cols, len(THINGS)) + 1)), bare=0.3)
+    most_things = min(rows * cols, len(THINGS))
+    shown = draw_objects(rng, int(rng.integers((most_things + 1) // 2, most_things + 1)), bare=0.3)
     numbered = {thing for thing, _, number in shown if number is not None}
     free = min(rows * cols - len(shown), rows * cols // 2)
     repeatable = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
