@@ -374,8 +374,8 @@ def json_dataset(records: Records, folder: Path | None, frames: int, seed: int, 
 def synthetic_dataset(stage: str, seed: int, batch: int, frames: int, max_grids: int, growth_steps: float) -> Dataset:
     """Return samples drawn from the seed: captions (align), conversations (sft), or pairs of answers (dpo).
 
-    growth_steps: over so many steps the conversations' pictures grow to `max_grids`; 0: at once. The first quarter stays
-    at 8 grids, until the model has learned to look up: in pictures of 3 it learned this late, in large ones never.
+    growth_steps: over so many steps the conversations' pictures grow to `max_grids`; 0: at once. In the first quarter
+    they stay at 8 grids, until the model looks up: in pictures of 3 grids, often of one thing, it learned that late.
     """
 
     def endless(step: int) -> list[int]:
