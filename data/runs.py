@@ -443,7 +443,7 @@ def model_card(folder: Path) -> str:
     ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
     start = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     command = shlex.join([*start, Path(sys.argv[0]).name, *sys.argv[1:]])
-    rows, bases, earlier = [], [], []
+    rows, bases, earlier, licences = [], [], [], set()
     for name, part in PARTS.items():
         if not (source := settings.get(name)):
             continue
@@ -456,10 +456,13 @@ def model_card(folder: Path) -> str:
         if in_cache := re.search(r"models--(.+)--([^/]+)/snapshots/", source):  # its name in the Hub
             source = f"{in_cache[1]}/{in_cache[2]}"
             bases.append(source)
+        if Path(source).is_relative_to(TINY):
+            source = str(Path(source).relative_to(TINY.parents[1]))
         rows.append(f"| {part} | {source} | {licence} |\n")
+        licences.add(licence.lower())
         earlier.append(text.partition(HOW)[2])
     based_on = f"base_model: [{', '.join(bases)}]\n" if bases else ""
-    head = f"---\n{based_on}license: other\n---\n# {folder.name}\n\n{HOW}\n"
+    head = f"---\n{based_on}license: {'mit' if licences == {'mit'} else 'other'}\n---\n# {folder.name}\n\n{HOW}\n"
     table = "| part | from | licence |\n|---|---|---|\n" + "".join(rows)
     return f"{head}    {command}\n\n{table}{''.join(earlier)}"
 

@@ -226,6 +226,7 @@ def write(
             # Older readers refuse a file that does not say which framework it comes from.
             with runs.drafted(drafts / str(len(written))) as draft:
                 save_file(shard, draft, metadata={"format": "pt"})
+                draft.chmod(0o644)  # safetensors makes files that their owner alone can read
             written.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
     except OSError:
