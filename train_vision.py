@@ -472,7 +472,7 @@ HELD_OUT = 128  # synthetic samples that a tiny stage is scored on
 TINY_STAGES = {
     "align": {"batch": 32, "steps": 1000, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03, "expected": (0.2, 0.95)},
     "sft": {"batch": 16, "steps": 1100, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
-    "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (1.0, 0.9)},
+    "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (0.5, 0.9)},
 }
 TINY = {
     "tiny": True, "resolution_curriculum": 0.75, "rule": "floor", "labels": "clean", "max_len": 256,
