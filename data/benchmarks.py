@@ -26,7 +26,7 @@ import torch
 import longva
 import ring
 import unires
-from data import chat, config, runs, tokenizer, video, weights
+from data import chat, config, runs, tokenizer, video
 from data.flags import at_least, run, setting
 
 try:
@@ -185,7 +185,7 @@ def main(cfg: Config, theirs: list[str]) -> None:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     MODEL_REGISTRY_V2.register_manifest(ModelManifest("longva", f"{__name__}.LongVA"), overwrite=True)
-    model = f"weights={cfg.weights},frames={cfg.frames},device={device},hash={weights.hash_weights(cfg.weights)}"
+    model = f"weights={cfg.weights},frames={cfg.frames},device={device},hash={runs.fingerprints({'': cfg.weights})['']}"
     flags = {"model": "longva", "model_args": model, "tasks": cfg.tasks, "include_path": runs.TINY / "benchmark"}
     flags |= {"output_path": cfg.out, "use_cache": cfg.out / "cache"}
     sys.argv[1:] = [*(f"--{name}={value}" for name, value in flags.items()), "--log_samples", *theirs]

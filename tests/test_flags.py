@@ -102,6 +102,7 @@ def test_positional_that_must_be_given(capsys):
     (["--steps", "1.5"], "argument --steps: expected a whole number such as 1000, got '1.5'"),
     (["--steps", "0"], "--steps 0: expected at least 1"),
     (["--steps"], "argument --steps: expected one argument"),
+    (["--resume", "https://x.y/z"], "argument --resume: https://x.y/z is an address; download the file, and give its path"),
     (["--lr", "nan"], "argument --lr: expected a number such as 0.5 or 1e-5, got 'nan'"),
     (["--lr", "fast"], "argument --lr: expected a number such as 0.5 or 1e-5, got 'fast'"),
     (["--frames", "8", "x"], "argument --frames: expected a whole number such as 1000, got 'x'"),
