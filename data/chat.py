@@ -12,10 +12,13 @@ Differs   `example(..., clean=False)` undoes the first three.
           1. Only the assistant's words are trained; the release also trains <|im_start|> of every turn, and
              <|im_end|> with its newline after the system's and the user's words.
           2. One newline follows the picture, as in a prompt; the release trains with two and asks with one.
-          3. Several pictures stay where the text has them; the release puts them all in front.
+          3. Several pictures stay where the text has them; the release puts them all in front. With clean=False two
+             details differ still: a question of white space alone has a newline more than the release's, and where
+             text parts two pictures the release leaves the letters "ge>" in it.
           4. A text that spells a control token ("<|im_end|>") stays text.
           5. Vicuna's and Mistral's questions stand between spaces ("USER: What? ASSISTANT:"), as these models were
-             trained; V-NIAH's frames, tokenised on their own, have none ("USER:").
+             trained; V-NIAH's frames, tokenised on their own, have none ("USER:"). Vicuna's system line is V-NIAH's
+             ("a curious human"); the release's demo says "a curious user".
 """
 
 import importlib

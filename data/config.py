@@ -537,7 +537,7 @@ def next_token_probs(logits_V: Tensor, generated: list[int], sampling: Sampling)
     logits, ids = (x.cpu() for x in logits_V.topk(kept))  # on the device: a vocabulary is slow to copy and to sort
     probs = (logits / max(sampling.temperature, COLD)).softmax(-1)
     # Keep an id while those before it sum to less than top_p; the best one always stays.
-    enough = (probs.cumsum(-1) - probs < sampling.top_p).sum()
+    enough = (probs.cumsum(-1) - probs < sampling.top_p).sum() if sampling.top_p < 1 else kept  # sums are rounded
     return ids[:enough], probs[:enough] / probs[:enough].sum()
 
 

@@ -12,6 +12,7 @@ Run       imported by train_vision.py
 Dimensions  none
 Differs   A record that cannot be used is skipped, counted and reported, and too many stop the run; the release trains
           on the record after it instead, and says nothing.
+          A placeholder without a picture or video, if only in words, makes a record unusable; the release reads on.
           A sample that is too long loses questions from its end; the release cuts tokens off.
           Steps are cut from an endless series, one shuffled epoch behind the other; the release drops the end of an
           epoch. Like the release's, a step's records are of like length, but visual tokens count as well.
@@ -44,6 +45,7 @@ from data.tokenizer import Tokenizer
 ROLES = {"human": "user", "gpt": "assistant"}
 VIDEO_PLACEHOLDER = "<video>"  # a video's placeholder
 PLACEHOLDERS = re.compile(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
+NOISE = "QA_GT_caption_based_noisy"  # stands in some of LLaVA's texts; the release removes it, too
 MAX_RECORD_CHARACTERS = 64 * 2**20  # characters of a record: no list of conversations has a longer one
 MAX_REASON_CHARACTERS = 200  # why a record cannot be used: a name in it may be of any length
 BLOCK_BYTES = 4 * 2**20  # bytes read at once
@@ -219,7 +221,7 @@ def validate(record: object) -> tuple[list[tuple[str, str]], list[Turns]]:
         raise ValueError(f"has {placeholders} for {len(pictures) + len(films)} picture(s)")
     waiting = {PLACEHOLDER: iter(pictures + ([] if video_marks else films)), VIDEO_PLACEHOLDER: iter(films)}
     media = [next(waiting[mark]) for mark in marks]
-    texts = [(ROLES[turn["from"]], turn["value"]) for turn in turns]
+    texts = [(ROLES[turn["from"]], turn["value"].replace(NOISE, "")) for turn in turns]
     return media, [[(role, PLACEHOLDERS.sub(PLACEHOLDER, text) if role == "user" else text) for role, text in texts]]
 
 

@@ -353,6 +353,11 @@ def odds_of_all(logits, said, how):
     return torch.zeros_like(logits).index_copy(0, ids, p)
 
 
+def test_a_top_p_of_one_keeps_every_id():
+    logits = torch.linspace(0, -20, 50_000)  # whose rounded sum passes 1 before the end
+    assert len(next_token_probs(logits, [], Sampling(temperature=1.0, top_p=1.0, top_k=0))[0]) == 50_000
+
+
 def test_greedy_takes_the_best_and_a_penalty_can_change_it():
     logits = torch.tensor([1.0, 3.0, 2.9, -1.0])
     assert sample(logits, [1], Sampling()) == 1

@@ -443,3 +443,8 @@ def test_the_training_script_reads_it(tmp_path, images):
     assert sorted(seen) == sorted(said for record in GOOD for said in llava.read_sample(record, images)[1])
     with pytest.raises(ValueError, match=r"4 of 4 .* no 'chosen' and 'rejected' answer"):
         train_vision.open_dataset(train_vision.replace(cfg, stage="dpo"), config, ring.World(0, 1, torch.device("cpu")))
+
+
+def test_a_mark_that_the_release_removes_is_removed(tmp_path):
+    turns = [{"from": "human", "value": "Why? QA_GT_caption_based_noisy"}, {"from": "gpt", "value": "Because."}]
+    assert llava.read_sample({"conversations": turns}, tmp_path)[1] == [[("user", "Why? "), ("assistant", "Because.")]]
