@@ -287,3 +287,9 @@ def test_a_stage_says_whether_it_worked(capsys, loss, score, warns):
     assert "(expected at most 0.02)" in said and "(expected at least 0.9)" in said and ("WARNING" in said) == warns
     runs.print_verdict(loss, score, ())
     assert capsys.readouterr().out == ""
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_micro_batch():
+    assert runs.finite(3, [1.0, 2.0]) == 3
+    with pytest.raises(FloatingPointError, match="step 3, micro-batch 1 of 2: the loss is nan"):
+        runs.finite(3, [1.0, math.nan])

@@ -133,7 +133,18 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
         (tmp_path / "docs" / f"{i:02}.txt").write_text(synthetic.story(i, 30 + 11 * i))
     pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
     flags = [*SMALL, "--weights", made[0] / "base/model", "--corpus", tmp_path / "tokens.npy", "--steps", 4]
-    flags += ["--held-out", tmp_path / "tokens.npy", "--save-every", 2, "--seq-len", 128, "--rope-theta", 1e4]
+    flags += [
+        "--held-out",
+        tmp_path / "tokens.npy",
+        "--save-every",
+        2,
+        "--seq-len",
+        128,
+        "--rope-theta",
+        1e4,
+        "--cooldown",
+        0,
+    ]
     apart = [*flags, "--separate-documents"]
     assert here("train_text.py", *apart, "--out", tmp_path / "one") == 0
     run("train_text.py", *apart, "--out", tmp_path / "two", ranks=2)
@@ -145,9 +156,8 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
     assert [line["step"] for line in lines[0]] == [2, 4]
     assert [line["needles_found"] for line in lines[0]] == [line["needles_found"] for line in lines[1]]
     assert lines[0][1]["perplexity"] == pytest.approx(lines[1][1]["perplexity"], rel=1e-4)
-    assert (
-        here("train_text.py", *flags, "--out", tmp_path / "together", "--steps", 5) == 0
-    )  # a constant rate: it goes on
+    more = [*flags, "--steps", 5]  # the rate is constant, so it goes on
+    assert here("train_text.py", *more, "--out", tmp_path / "together") == 0
     assert "together resumes at step 4" in capsys.readouterr().out and len(losses(tmp_path / "together")) == 5
     (tmp_path / "docs/00.txt").write_text("another")
     pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
