@@ -148,11 +148,9 @@ def iter_records(file: BinaryIO) -> Iterator[tuple[int, int, object]]:
     if head == b"[":
         yield from iter_json_list(file, file.tell())
         return
-    stop = file.seek(0)
-    for line in file:
-        start, stop = stop, stop + len(line)
-        if line.strip():
-            yield start, stop, parse(line)
+    file.seek(0)
+    for start, line in runs.json_lines(file):
+        yield start, start + len(line), parse(line)
 
 
 def parse(line: bytes) -> object:

@@ -350,7 +350,7 @@ def pack(cfg: Config, tokenizer: Tokenizer) -> dict:
     draft, journal = shard.with_name(f".{shard.name}.writing"), shard.with_name(f".{shard.name}.journal")
     dtype = np.dtype("uint16" if tokenizer.size <= 2**16 else "uint32")
     shard.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
+    with runs.naming(shard), os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
         lock_draft(file, draft, shard)
         if summary := finished(shard, job):
             clean_up(shard)

@@ -67,6 +67,15 @@ MAX_LINE_BYTES = 64 * 2**20  # a compressed file of 10 KB can hold a line of gig
 
 
 @contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Raise an OSError that names `file` for one of the `with` block: a full disk does not say whose write failed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{file} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+@contextmanager
 def drafted(file: Path) -> Iterator[Path]:
     """Yield the path to write `file` to; when the `with` block ends, it is flushed to the disk and gets its name.
 
@@ -75,10 +84,9 @@ def drafted(file: Path) -> Iterator[Path]:
     """
     draft = file.with_name(DRAFT.format(file.name))
     try:
-        yield draft
-        publish(draft, file)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{file} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        with naming(file):
+            yield draft
+            publish(draft, file)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -252,13 +260,10 @@ def log(folder: Path, *lines: dict, name: str = "log.jsonl") -> None:
     """Append JSON lines. They are on the disk before this returns, so no saved state is newer than the log."""
     if not lines:
         return
-    try:
-        with open(folder / name, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f"{folder / name} cannot be written ({error.strerror})") from error
+    with naming(folder / name), open(folder / name, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_log(file: Path, **kinds: Any) -> tuple[list[tuple[bytes, dict]], list[str]]:

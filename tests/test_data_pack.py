@@ -308,31 +308,6 @@ def killer(function, call, after):
     return wrapped
 
 
-def everything(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, words, monkeypatch, workers):
-    files, _ = sources_corpus(tmp_path, 300, 2)
-    monkeypatch.setattr(pack, "SAVE_EVERY", 20)
-    settings = {"long": 16, "workers": workers, "worker": workers - 1}
-    packs(files, words, tmp_path / "whole", 0.5, **settings)
-    whole, killed, resumed = everything(tmp_path / "whole"), 0, 0
-    assert len(whole) == 2
-    for name, after in (("encode", False), ("publish", False), ("publish", True), ("write_header", True)):
-        for call in (0, 1, 5, 40):
-            out, module = tmp_path / f"{name}{after}{call}", runs if name == "publish" else pack
-            with monkeypatch.context() as patch:
-                patch.setattr(module, name, killer(getattr(module, name), call, after))
-                for _ in range(2):  # and killed again, as far into what was left
-                    killed += dies(lambda out=out: packs(files, words, out, 0.5, **settings))
-            resumed += any(f.name.endswith(".journal") for f in out.iterdir())
-            packs(files, words, out, 0.5, **settings)
-            assert everything(out) == whole, (name, after, call)
-    assert killed > 12 and resumed > 3, (killed, resumed)
-
-
 def test_what_is_complete_is_not_made_again(tmp_path, words, monkeypatch, capsys):
     """But anew, with a sentence, where documents, settings or the token file itself have changed."""
     (file, *_), _ = sources_corpus(tmp_path, 50, 1)

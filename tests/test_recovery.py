@@ -4,13 +4,17 @@ Each case says one sentence, and what was saved is not lost. Ranks are forked fr
 their store lies in the test, as torchrun's lies in the launcher. A few cases go through torchrun itself.
 """
 
+import builtins
+import errno
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +29,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_text
-from data import checkpoint, flags, runs
+import train_vision
+import vniah
+from data import checkpoint, flags, llava, pack, results, runs, synthetic, weights
 
 ROOT = Path(__file__).parents[1]
 TINY = "--preset tiny-base --device cpu --seq-len 32 --batch 2 --curriculum-steps 0".split()
@@ -127,6 +133,184 @@ def test_ten_random_kills_change_nothing(tmp_path):
     assert last.codes() == [0, 0], last.said()
     same_run(tmp_path / "whole", tmp_path / "killed")
     assert "Traceback" not in last.said(), last.said()
+
+
+# ---- every file operation ------------------------------------------------------------------------
+
+FULL = (OSError, (errno.ENOSPC, "No space left on device"))
+
+
+class Faulty:
+    """An open file whose writes are counted; the one that is to go wrong leaves half of its data."""
+
+    def __init__(self, file, shim):
+        self.file, self.shim = file, shim
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        def half():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+
+        self.shim.count("write", half)
+        return self.file.write(data)
+
+
+class Shim:
+    """Count this process's changes of files in `folder`; the one numbered `at` kills it, or fails as on a full disk."""
+
+    def __init__(self, folder, at, how):
+        self.folder, self.at, self.how, self.done = str(folder), at, how, {"kill": 0, "full": 0}
+        self.open = io.open
+        builtins.open = io.open = self.opened
+        wrapped = [(os, name) for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")]
+        wrapped += [(module, "save_file") for module in (checkpoint, weights)]
+        for module, name in wrapped:
+            setattr(module, name, partial(self.call, getattr(module, name)))
+
+    def count(self, what, before=lambda: None):
+        self.done["kill"] += 1
+        self.done["full"] += what not in ("unlink", "rmdir")  # a full disk lets files go
+        counted = self.how == "kill" or what not in ("unlink", "rmdir")
+        if counted and self.done[self.how] == self.at:
+            before()
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise FULL[0](*FULL[1], f"{self.folder}/...")
+
+    def call(self, function, *args, **how):
+        ours = [one for one in args if self.folder in str(one)] or "dir_fd" in how or function.__name__ == "fsync"
+        if ours and not (function.__name__ == "mkdir" and os.path.isdir(args[0])):  # which changes nothing
+            self.count(function.__name__)
+        return function(*args, **how)
+
+    def opened(self, path, mode="r", *args, **how):
+        writes = set(mode) & set("wax+") and (self.folder in str(path) or isinstance(path, int))
+        if writes:
+            self.count("open")
+        file = self.open(path, mode, *args, **how)
+        return Faulty(file, self) if writes else file
+
+
+def train_text_toy(out):
+    flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", [
+        *TINY, "--steps", "4", "--save-every", "2", "--out", str(out)])  # fmt: skip
+
+
+def train_vision_toy(out):
+    train_vision.print_held_out_score, llava.SYNTHETIC_PAIRS = lambda *a: None, 4
+    flags.run(train_vision.main, train_vision.Config, train_vision.PRESETS, "tiny", [
+        *"--stage dpo --device cpu --batch 2 --steps 2 --save-every 1 --frames 2 --weights data/tiny/longva --out".split(),
+        str(out)])  # fmt: skip
+
+
+def vniah_toy(out):
+    flags.run(vniah.main, vniah.Config, vniah.PRESETS, "tiny", [
+        *"--device cpu --frames 2 4 --depths 0 1 --needle-count 2 --max-new-tokens 1 --weights data/tiny/longva".split(),
+        "--out", str(out)])  # fmt: skip
+
+
+def pack_toy(out):
+    pack.SAVE_EVERY = 3
+    flags.run(pack.main, pack.Config, {}, None, [
+        str(out.parent.parent / "docs"), "--tokenizer", "data/tiny/tokenizer", "--keep-short", "1", "--out", str(out)])  # fmt: skip
+
+
+TOYS = {"train_text": train_text_toy, "train_vision": train_vision_toy, "vniah": vniah_toy, "pack": pack_toy}
+
+
+def one_attempt(toy, out, at, how, said):
+    """Run a toy in this process, which is lost afterwards; pictures take longer than all else."""
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    runs.draw_curve = lambda folder: runs.replace_text(folder / "curve.png", "a curve")
+    results.draw_heatmaps = results.draw_comparison = lambda file, *a: runs.replace_text(file, "a picture")
+    sys.argv = ["toy.py"]
+    shim = Shim(out, at, how)
+    try:
+        TOYS[toy](out)
+    finally:
+        said.with_suffix(".count").write_text(json.dumps(shim.done))
+
+
+def attempt(toy, out, at=0, how="kill"):
+    """Run a toy in a process of its own. Returns (exit code, what it said)."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "ring", "longva", "train_text", "tests.test_recovery"])
+    said = out.parent / "said"
+    process = multiprocessing.get_context("forkserver").Process(target=one_attempt, args=(toy, out, at, how, said))
+    process.start()
+    process.join(120)
+    return process.exitcode, said.read_text()
+
+
+def left_by(out):
+    """{file: what it holds} of a run, without times and its own name."""
+    found = {}
+    for file in out.rglob("*"):
+        if file.is_file() and file.name != ".lock":
+            content = file.read_bytes()
+            if file.suffix in (".json", ".jsonl", ".html"):
+                content = re.sub(
+                    rb'"(seconds|samples_per_s|tokens_per_s|gb|tflop_per_s_and_rank)": [0-9.e+-]+', b"", content
+                )
+            found[str(file.relative_to(out))] = content.replace(str(out).encode(), b"OUT")
+    return found
+
+
+@pytest.fixture(scope="module", params=TOYS)
+def toy(request, tmp_path_factory):
+    """(name of a toy, folder, what an undisturbed run leaves, how many file operations it makes)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "docs").mkdir()
+    for i in range(8):
+        (folder / "docs" / f"{i}.txt").write_text(synthetic.story(i, 20))
+    out = folder / "whole" / "run"
+    out.parent.mkdir()
+    code, said = attempt(request.param, out)
+    assert code == 0, said
+    return request.param, folder, left_by(out), json.loads((folder / "whole/said.count").read_text())
+
+
+def try_cells(toy, how, cells):
+    name, folder, whole, _ = toy
+    for at in cells:
+        (folder / f"{how}-{at}").mkdir()
+        out = folder / f"{how}-{at}" / "run"
+        code, said = attempt(name, out, at, how)
+        if how == "kill":
+            assert code == -signal.SIGKILL, (at, code, said)
+        else:
+            assert code == 2 and "Traceback" not in said, (at, said)
+            assert str(out) in said and "No space left on device" in said and "free disk space" in said, (at, said)
+        code, said = attempt(name, out)
+        assert code == 0, (at, said)
+        now = left_by(out)
+        assert now.keys() == whole.keys(), (at, now.keys() ^ whole.keys())
+        assert now == whole, (at, [file for file in now if now[file] != whole[file]])
+        shutil.rmtree(folder / f"{how}-{at}")
+
+
+@pytest.mark.parametrize("how", ["kill", "full"])
+def test_a_fault_at_a_file_operation_changes_nothing(toy, how):
+    """Killed, or the disk full, at one drawn for each toy: the next run ends as an undisturbed one."""
+    try_cells(toy, how, random.Random(f"{toy[0]} {how}").sample(range(1, toy[3][how] + 1), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "full"])
+def test_a_fault_at_every_file_operation_changes_nothing(toy, how):
+    try_cells(toy, how, range(1, toy[3][how] + 1))
+    print(f"{toy[0]}, {how}: {toy[3][how]} cells")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
@@ -250,13 +434,20 @@ def test_a_full_disk(tmp_path, hook, left):
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(8))
 
 
+def huge_rate(rank):
+    train_text.learning_rate = lambda *a: 1e30
+
+
 @pytest.mark.ranks
-def test_a_gradient_that_is_no_number(tmp_path):
-    """The first step's weight decay makes the parameters overflow; the second one stops before it spoils the state."""
-    job = Job(tmp_path / "run", "--steps", 9, "--weight-decay", 1e30, "--grad-accumulation", 2, "--save-every", 1)
+def test_a_loss_that_is_no_number(tmp_path):
+    job = Job(tmp_path / "run", "--steps", 9, "--grad-accumulation", 2, "--save-every", 1, hook=huge_rate)
     assert set(job.codes()) <= {2, 143}
-    assert set(job.complaints()) == {"the gradient norm is nan: stopped before it reached the parameters"}, job.said()
-    assert "Traceback" not in job.said() and max(checkpoint.saved_steps(tmp_path / "run/state")) == 1
+    found = re.fullmatch(
+        r"step (\d+), micro-batch 0 of 2: the loss is nan; stopped before it reached the parameters",
+        job.complaints()[0],
+    )
+    assert found and set(job.complaints()) == {found[0]} and "Traceback" not in job.said(), job.said()
+    assert max(checkpoint.saved_steps(tmp_path / "run/state")) == int(found[1]) > 0
 
 
 @pytest.mark.ranks
