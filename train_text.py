@@ -15,6 +15,7 @@ Differs   The loss is the mean over all targets of a step, not the mean of its m
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -107,7 +108,7 @@ def train(cfg: "Config") -> None:
 
     # 6. The loop
     bar = progress(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first)
-    signals = runs.Signals(lambda x: ring.all_reduce_sum(x, world))
+    signals = runs.Signals(partial(ring.all_reduce_sum, world=world))
     for step in signals.steps(bar):
         started = time.perf_counter()
         numbers = range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)

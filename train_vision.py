@@ -2,6 +2,7 @@
 
 What      --stage align   trains the projector alone, on captions (LLaVA-1.5's first stage)
           --stage sft     trains vision tower, projector and language model, on conversations about pictures
+          --stage both    align, then sft, of the miniature
           --stage dpo     trains the same on pairs of answers about a video, one preferred (LongVA-DPO)
           The stages differ in what learns (`param_groups`) and in the loss; the loop is one. The ranks divide a step's
           samples, or with --ring a sample's tokens. Kill it at any moment and run the same command again: it

@@ -348,7 +348,7 @@ def note(text: str) -> None:
 def note_length(tokens: int, trained: int) -> None:
     """Say so where an input is four times longer than any sequence that the model was trained on, or more."""
     if tokens >= 4 * trained:
-        note(f"{tokens:,} tokens; this model was trained on {trained:,}, says config.json: expect wrong answers")
+        note(f"{tokens:,} tokens, but config.json says {trained:,}: if it was trained on no more, expect wrong answers")
 
 
 def questions(cfg: Settings, broadcast: Callable[[Callable[[], str]], str]) -> Iterator[str]:

@@ -372,7 +372,7 @@ def pack(cfg: Config, tokenizer: Tokenizer) -> dict:
         if complaint := done.complaint():
             clean_up(shard)
             raise ValueError(complaint)
-        summary = summarize([asdict(done)]) | {"sha256": runs.sha256(draft)}
+        summary = summarize([asdict(done)]) | {"digest": runs.digest(draft)}
         runs.write_checked(summary_file(shard), summary)
         runs.publish(draft, shard)
         clean_up(shard)
@@ -397,7 +397,7 @@ def finished(shard: Path, job: dict) -> dict:
     try:
         summary = runs.read_checked(summary_file(shard))
         changed = [name for name in job if summary["job"].get(name) != job[name]]
-        why = f"changed {', '.join(changed)}" if changed else "damaged" * (summary["sha256"] != runs.sha256(shard))
+        why = f"changed {', '.join(changed)}" if changed else "damaged" * (summary["digest"] != runs.digest(shard))
     except (ValueError, KeyError):
         why = "its summary is damaged"
     if why:

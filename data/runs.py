@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data.flags import from_json, print0, read_json
+from data.flags import from_json, read_json
 
 TINY = Path(__file__).parent / "tiny"  # the shipped models
 PROCESS = 350_000_000  # bytes of Python and torch themselves, on a CPU
@@ -63,6 +63,7 @@ def trained_or_shipped(run: str, shipped: str) -> Path:
 # ---- files: written whole or not at all, known by their content, read line by line ---------------
 
 DRAFT = ".draft-{}"  # the name of a file while it is being written
+LARGE, SAMPLES, SAMPLE_BYTES = 2**30, 256, 2**20  # of a file in `digest`, bytes but for the number of samples
 MAX_LINE_BYTES = 64 * 2**20  # a compressed file of 10 KB can hold a line of gigabytes
 
 
@@ -142,6 +143,22 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def digest(file: Path) -> str:
+    """Return a checksum that tells a file from a changed one, 64 hexadecimal digits; at most 256 MiB are read.
+
+    A file of up to 1 GiB counts in full, a larger one by its size and 256 MiB spread over it: while rank 0 reads 100 GB
+    at each start, the other ranks would give up waiting.
+    """
+    if (size := file.stat().st_size) <= LARGE:
+        return sha256(file)
+    found = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as f:
+        for i in range(SAMPLES):
+            f.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            found.update(f.read(SAMPLE_BYTES))
+    return found.hexdigest()
+
+
 def fingerprints(paths: Mapping[str, Path | str | None]) -> dict[str, str]:
     """Return what each existing file or folder holds, as 16 hexadecimal digits; "synthetic" and None hold nothing.
 
@@ -153,7 +170,7 @@ def fingerprints(paths: Mapping[str, Path | str | None]) -> dict[str, str]:
             continue
         below = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.suffix != ".md")
         named = [(p.relative_to(path).as_posix(), p) for p in below] if Path(path).is_dir() else [("", Path(path))]
-        lines = [f"{sha256(file)} {inside}" for inside, file in named if not f"/{inside}".count("/.")]
+        lines = [f"{digest(file)} {inside}" for inside, file in named if not f"/{inside}".count("/.")]
         found[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     return found
 
@@ -330,7 +347,8 @@ class Signals:
         def note(number: int, frame: object) -> None:
             self.noted.append(number)
             signal.signal(number, before[number])
-            print0("\nsaves after this step, and ends; again: ends at once", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # not by print, which may be what was interrupted
+                os.write(2, b"\nsaves after this step, and ends; again: ends at once\n")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

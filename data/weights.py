@@ -159,19 +159,14 @@ def copy(parameter: Tensor, tensor: Tensor) -> None:
     parameter.copy_(tensor)
 
 
-def fill_from(
-    model: nn.Module,
-    stream: Iterable[tuple[str, Tensor]],
-    fill: Callable | None = None,
-    only: Callable[[str], bool] = lambda name: True,
-) -> None:
-    """Fill the parameters that `only` names from a stream, strictly: each once, no tensor left over.
+def fill_from(model: nn.Module, stream: Iterable[tuple[str, Tensor]], fill: Callable | None = None) -> None:
+    """Fill all parameters from a stream, strictly: each once, no tensor left over.
 
     `fill(parameter, tensor)` copies, and knows about shards where there are any. Raises ValueError naming keys.
     """
-    parameters = {name: p for name, p in model.named_parameters() if only(name)}
+    parameters = dict(model.named_parameters())
     tied = [] if "lm_head.weight" in parameters else ["lm_head.weight"]
-    fill_strictly(parameters, ((n, x) for n, x in stream if only(n)), fill, ignore=[*UNUSED, *tied])
+    fill_strictly(parameters, stream, fill, ignore=[*UNUSED, *tied])
 
 
 def init_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -293,3 +293,15 @@ def test_a_loss_that_is_no_number_names_its_step_and_micro_batch():
     assert runs.finite(3, [1.0, 2.0]) == 3
     with pytest.raises(FloatingPointError, match="step 3, micro-batch 1 of 2: the loss is nan"):
         runs.finite(3, [1.0, math.nan])
+
+
+def test_the_digest_of_a_large_file_reads_little_and_sees_its_size_and_ends(tmp_path, monkeypatch):
+    for name, value in (("LARGE", 1000), ("SAMPLES", 4), ("SAMPLE_BYTES", 10)):
+        monkeypatch.setattr(runs, name, value)
+    file, found = tmp_path / "corpus", set()
+    for content in (b"a" * 900, b"a" * 899 + b"b", b"a" * 5000, b"a" * 5001, b"b" + b"a" * 4999, b"a" * 4999 + b"b"):
+        file.write_bytes(content)
+        found.add(runs.digest(file))
+    assert len(found) == 6
+    file.write_bytes(b"a" * 500 + b"b" + b"a" * 4499)  # between two samples: the price of a bounded time
+    assert runs.digest(file) in found

@@ -133,7 +133,7 @@ def token_files(folder: Path) -> None:
     for worker in range(2):
         np.save(shard := text.shard_file(folder, worker, 2), ids)
         job = {"tokenizer": text.vocabulary_digest(words), "vocabulary": words.size, "worker": worker}
-        runs.write_checked(text.summary_file(shard), {"job": job, "tokens": len(ids), "sha256": runs.sha256(shard)})
+        runs.write_checked(text.summary_file(shard), {"job": job, "tokens": len(ids), "digest": runs.digest(shard)})
 
 
 def read_tokens(folder: Path) -> None:

@@ -668,7 +668,7 @@ def test_an_input_far_beyond_the_trained_length_gets_a_remark(capsys):
     chat.note_length(2048, 2048)
     assert not capsys.readouterr().err
     chat.note_length(43_200, 2048)
-    assert "43,200 tokens; this model was trained on 2,048" in capsys.readouterr().err
+    assert "43,200 tokens, but config.json says 2,048" in capsys.readouterr().err
 
 
 def turns(folder, questions, frames=3):
