@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import clip
 import longva
@@ -76,6 +78,19 @@ def write_needles(folder, answers=("7", "12", "red", "3")):
     return made
 
 
+def loaded(folder):
+    """A model and its tokenizer."""
+    return longva.load(folder, "cpu"), tokenizer.load_tokenizer(folder)
+
+
+def visual_test(cfg, distractors=0, world=ALONE):
+    return vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, distractors), *loaded(cfg.weights), world)
+
+
+def all_cells(cfg):
+    return [(length, depth) for length in cfg.frames for depth in cfg.depths]
+
+
 def pick_needles(cfg, system):
     return evaluate.pick_needles(system, cfg.needles, cfg.needle_count, cfg.seed)
 
@@ -91,13 +106,17 @@ def moved(needle, rng):
     return replace(needle, question=f"{needle.question} {rng.integers(10)}", answer=str(rng.integers(10)))
 
 
-def by_cell(cells):
-    """results.json's cells as {(panel, length, depth): {needle: what was found}}."""
-    return {(c["system"], c["length"], c["depth"]): c["probes"] for c in cells}
-
-
 def results(cfg):
     return json.loads((cfg.out / "results.json").read_text())
+
+
+def found_by(cfg):
+    """A run's cells as {(system, length, depth): {needle: what was found}}."""
+    return {(c["system"], c["length"], c["depth"]): c["probes"] for c in results(cfg)["cells"]}
+
+
+def load_nothing(monkeypatch):
+    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
 
 
 # ---- exactness -----------------------------------------------------------------------------------
@@ -110,18 +129,12 @@ def in_one_pass(model, ids, seen, answer):
     return model.logits(h[:, -len(answer) - 1 : -1])[0]
 
 
-def see(model, pictures):
-    """Visual tokens x_NMD."""
-    x_TD = model.encode_images(unires.frames(pictures, synthetic.SIDE, "pad"), [unires.Layout(1, len(pictures))])
-    return x_TD.unflatten(0, (len(pictures), -1))
-
-
 def naive(cfg, system, model, words):
     """The slow way, the test at the top of vniah.py: {probe: (hit, logits, tokens)}."""
     hidden, distractors = pick_needles(cfg, system)
     rng = np.random.default_rng([0x0B7, cfg.seed])
     asked = [moved(one, rng) for one in hidden] if system.control == "shuffled" else hidden
-    found, start, M = {}, len(chat.template_ids(words)[0]), EYE.tokens_per_grid
+    start, M, found = len(chat.template_ids(words)[0]), EYE.tokens_per_grid, {}
     for frames in cfg.frames:
         film = list(open_haystack(cfg, system, frames))
         for i, distractor in enumerate(distractors[:frames]):
@@ -139,27 +152,28 @@ def naive(cfg, system, model, words):
 
 def test_the_slow_test_against_a_sequence_written_out(cfg, folders):
     """The test at the top of vniah.py, put together here from its parts once more, for frames and for text."""
-    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
+    model, words = loaded(cfg.weights)
     film, needle = list(islice(synthetic.film(7), 6)), synthetic.draw_needles(7, 1)[0][0]
     pre, post = chat.template_ids(words)
     for depth, before in ((0.0, 0), (0.4, 2), (1.0, 6)):
-        seen = see(model, [*film[:before], needle.picture, *film[before:]]).flatten(0, 1)
+        shown = unires.frames([*film[:before], needle.picture, *film[before:]], synthetic.SIDE, "pad")
+        seen = model.encode_images(shown, [unires.Layout(1, 7)])
         ids = [*pre, *[chat.IMAGE] * len(seen), *words.encode("\n" + needle.question.removeprefix("\n")), *post]
         want = in_one_pass(model, ids, seen, words.encode(needle.answer))
         x_1SD, answer = vniah.visual_probe(model, words, film, needle, depth)
         assert x_1SD.shape[1] == len(ids) and answer == words.encode(needle.answer)
-        torch.testing.assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
+        assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
         right = want.argmax(-1).tolist()
         assert vniah.is_found(model, x_1SD, right[:1]) and not vniah.is_found(model, x_1SD, [right[0] + 1])
-    model, words, text = longva.load(folders / "text", "cpu"), None, "the cup is red. one tree.\n"
-    words = tokenizer.load_tokenizer(folders / "text")
+    model, words = loaded(folders / "text")
+    text = "the cup is red. one tree.\n"
     x_1SD, answer = vniah.text_probe(model, words, text, 30, 0.0, "42")
-    book = (words.encode(text) * 9)[:30]
     sentence = words.encode("\nThe special magic Singapore number is: 42.\n")
-    ids = words.encode(niah.PREFIX) + sentence + book + words.encode(niah.QUESTION + "42")
+    book, question = (words.encode(text) * 9)[:30], words.encode(niah.QUESTION + "42")
+    ids = [*words.encode(niah.PREFIX), *sentence, *book, *question[: -len(answer)]]
     assert words.decode(answer).strip() == "42"
-    want = in_one_pass(model, ids[: -len(answer)], None, answer)
-    torch.testing.assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
+    want = in_one_pass(model, ids, None, answer)
+    assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
 
 
 def listen(monkeypatch):
@@ -193,7 +207,7 @@ def same(fast, slow):
     assert fast.keys() == slow.keys() and fast
     for probe, (hit, logits, tokens) in slow.items():
         assert fast[probe][0] == hit and fast[probe][2] == tokens, probe
-        torch.testing.assert_close(fast[probe][1], logits, rtol=1e-4, atol=1e-4)
+        assert_close(fast[probe][1], logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["cache", "ring"])
@@ -206,11 +220,11 @@ def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own,
         cfg = replace(cfg, needles=tmp_path / "needles")
     cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), max_new_tokens=0)
     monkeypatch.setattr(niah, "shuffled_options", moved)
-    panel = vniah.System("x", cfg.weights, distractors, control=control)
-    model, words = longva.load(panel.folder, "cpu"), tokenizer.load_tokenizer(panel.folder)
-    slow = naive(cfg, panel, model, words)
-    film, cells = vniah.VisualNIAH(cfg, panel, model, words, ALONE), [(n, d) for n in cfg.frames for d in cfg.depths]
-    jobs = film.groups(cells)
+    system, (model, words) = vniah.System("x", cfg.weights, distractors, control=control), loaded(cfg.weights)
+    slow = naive(cfg, system, model, words)
+    film = vniah.VisualNIAH(cfg, system, model, words, ALONE)
+    assert film.stop_ids == sorted(words.stop_ids) != []  # the folder has no generation_config.json
+    jobs = film.groups(all_cells(cfg))
     assert Counter((*cell, i) for job in jobs for cell in job.cells for i in job.needle_ids).most_common(1)[0][1] == 1
     if engine == "cache" and not len(film.distractor_NMD):
         assert any(len({length for length, _ in job.cells}) == 3 for job in jobs)  # shared places
@@ -225,9 +239,8 @@ def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own,
 def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine, protocol):
     change = {"task": "text", "protocol": protocol, "engine": engine, "weights": folders / "text", "context": (40, 90)}
     cfg = replace(cfg, **change, number_count=4, max_new_tokens=0)
-    panel = vniah.System("x", cfg.weights, 3)
-    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    story, slow = vniah.TextNIAH(cfg, panel, model, words, ALONE), {}
+    model, words = loaded(cfg.weights)
+    story, slow = vniah.TextNIAH(cfg, vniah.System("x", cfg.weights, 3), model, words, ALONE), {}
     for context in cfg.context:
         for depth in cfg.depths:
             for i, (ids, answer) in enumerate(story.probes(context, depth)):
@@ -243,49 +256,36 @@ def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine,
 
 
 def test_judge_feeds_the_answer_then_lets_the_model_speak(folders):
-    model = longva.load(folders / "text", "cpu")
-    rng = torch.Generator().manual_seed(3)
+    model, rng = longva.load(folders / "text", "cpu"), torch.Generator().manual_seed(3)
     before, ask = torch.randint(20, 600, (1, 9), generator=rng), torch.randint(20, 600, (3, 6), generator=rng)
 
-    def greedy(row, count):
+    def greedy(row):
         ids = [*before[0].tolist(), *row]
-        for _ in range(count):
+        for _ in range(5):
             h = model.model(model.embed(torch.tensor([ids])), torch.arange(len(ids)))
             ids.append(model.logits(h[:, -1:]).argmax().item())
-        return ids[-count:]
+        return ids[-5:]
 
-    unaided = [greedy(row, 5) for row in ask.tolist()]
+    unaided = [greedy(row) for row in ask.tolist()]
     answer = torch.tensor([row[:3] for row in unaided])
     answer[1, 0] += 1  # wrong at once
     answer[2, 2] += 1  # wrong at the end
-    stops = [unaided[1][2]]
-
-    def cut(row):
-        return row[: row.index(stops[0])] if stops[0] in row else row
+    stop = unaided[1][2]
+    until_stop = [row[: row.index(stop)] if stop in row else row for row in unaided]
 
     whole = longva.KVCache(model.model.config, 1, 9, model.embed(before))
     longva.prefill(model, model.embed(before), whole)
     cache = whole.branch(9, 3, 6 + 5)
     known = cache.kv[:, :, :, :9].clone()
-    hits, said = vniah.score_and_generate(model, model.embed(ask), answer, cache, 5, stops)
-    assert hits == [True, False, False]  # fed as given: a wrong answer's tail does not matter, its head does
-    assert said == [cut(row) for row in unaided] and len(said[1]) <= 2
-    assert cache.length == 9 and torch.equal(cache.kv[:, :, :, :9], known)
-    again = vniah.score_and_generate(model, model.embed(ask), answer, cache, 5, [])
-    assert again == (hits, unaided) and cache.length == 9
-    assert vniah.score_and_generate(model, model.embed(ask), answer, cache, 0, stops) == (hits, [[], [], []])
-    assert vniah.score_and_generate(model, model.embed(ask), answer, cache, 1, [])[1] == [row[:1] for row in unaided]
-    assert (
-        vniah.score_and_generate(model, model.embed(ask), answer, cache, 5, [row[0] for row in unaided])[1] == [[]] * 3
-    )
-
-
-def test_speech_ends_at_the_tokenizer_s_stops(cfg):
-    """Folders without generation_config.json have them, too."""
-    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    assert not (cfg.weights / "generation_config.json").exists()
-    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, 0), model, words, ALONE)
-    assert film.stop_ids == sorted(words.stop_ids) and film.stop_ids
+    first = [row[0] for row in unaided]
+    for new_tokens, stops, said in [
+        (5, [stop], until_stop), (5, [], unaided), (0, [stop], [[]] * 3), (1, [], [[one] for one in first]),
+        (5, first, [[]] * 3),
+    ]:  # fmt: skip
+        found = vniah.score_and_generate(model, model.embed(ask), answer, cache, new_tokens, stops)
+        # The answer is fed as given: a wrong one's tail does not matter, its head does.
+        assert found == ([True, False, False], said)
+        assert cache.length == 9 and torch.equal(cache.kv[:, :, :, :9], known)
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -300,14 +300,13 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "numpy" in found["versions"]
     assert found["settings"]["inputs"] == runs.fingerprints({str(shipped.weights): shipped.weights}) != {}
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
-    panel = found["systems"]["longva"]
-    assert len(set(panel["haystack"])) > 20 and len(panel["haystack"]) == 40
-    assert panel["haystack"][0] == niah.picture_hash(next(synthetic.film(7)))
-    told = panel["prompts"]
+    haystack, told = found["systems"]["longva"]["haystack"], found["systems"]["longva"]["prompts"]
+    assert len(set(haystack)) > 20 and len(haystack) == 40
+    assert haystack[0] == niah.picture_hash(next(synthetic.film(7)))
     assert [one["question"] for one in told["needles"]] == [one.question for one in hidden]
     assert [one["picture"] for one in told["needles"]] == [niah.picture_hash(one.picture) for one in hidden]
     assert told["template"] == "qwen_1_5" and told["pre"] and told["post"]
-    cells = by_cell(found["cells"])
+    cells = found_by(shipped)
     assert len(cells) == 2 * 2 + 2 and {name for name, *_ in cells} == {"longva", "longva, no needle"}
     for cell in found["cells"]:
         hits = [probe["hit"] for probe in cell["probes"].values()]
@@ -319,74 +318,63 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
         assert min(Image.open(shipped.out / name).size) > 200
 
 
-def counted(monkeypatch, stop_after=None):
-    """Lines as they are written; the run is killed in place of the write number `stop_after`."""
+@contextmanager
+def counted(stop_after=None):
+    """The number of lines of each write; the run is killed in place of the write numbered `stop_after`."""
     written, real = [], result_tables.ProbeLog.append
 
     def write(self, lines):
-        if stop_after is not None and len(written) == stop_after:
+        if len(written) == stop_after:
             raise KeyboardInterrupt
         written.append(len(lines))
         real(self, lines)
 
-    monkeypatch.setattr(result_tables.ProbeLog, "append", write)
-    return written
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(result_tables.ProbeLog, "append", write)
+        yield written
 
 
-@pytest.mark.parametrize("task", ["vision", "text"])
-def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_path, monkeypatch, task):
+def run_killed(cfg, stop_after):
+    with counted(stop_after) as written, pytest.raises(KeyboardInterrupt):
+        vniah.main(cfg)
+    return sum(written)
+
+
+@pytest.mark.parametrize("kind", ["frames", "one cell", "text"])
+def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_path, monkeypatch, kind):
+    """Also where lines are damaged; with one cell, the jobs that were not begun are known from no line."""
     write_needles(tmp_path / "needles")  # four sizes: at each place four jobs
+    monkeypatch.setattr(niah, "shuffled_options", moved)
     cfg = replace(cfg, needles=tmp_path / "needles", max_new_tokens=0)
-    if task == "text":
+    if kind == "one cell":
+        cfg = replace(cfg, frames=(4,), depths=(0.0,), controls=False)
+    if kind == "text":
         change = {"context": (30, 50), "number_count": 3, "distractor_counts": (0, 2)}
         cfg = replace(cfg, task="text", weights=folders / "text", **change)
     whole = replace(cfg, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        written = counted(patch)
+    with counted() as written:
         vniah.main(whole)
-    want, writes, total = results(whole), len(written), sum(written)
-    for kill in (1, 2, 5, 8, writes - 1):
+    want, writes = results(whole), len(written)
+    if kind == "frames":
+        cells = found_by(whole)
+        assert {name for name, *_ in cells} == {"sees", "sees, no needle", "sees, options moved"}
+        assert set(cells["sees, options moved", 3, 0.5]) == {"n0", "n2", "n3"}
+    for kill in sorted({1, 2, 5, 8, writes - 1} & {*range(writes)}):
         at = replace(cfg, out=tmp_path / f"killed-{kill}")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            before = counted(patch, kill)
+        before, file = run_killed(at, kill), at.out / "cells-0.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(["5\n", *lines[1:], lines[0][:20]]))  # one line is lost, one is torn
+        with counted() as after:
             vniah.main(at)
-        with open(at.out / "cells-0.jsonl", "a") as file:
-            file.write('{"system": "sees", "leng')  # torn
-        with monkeypatch.context() as patch:
-            after = counted(patch)
-            vniah.main(at)
-        assert {**results(at), "settings": 0} == {**want, "settings": 0} and sum(before) + sum(after) == total
-    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
+        assert {**results(at), "settings": 0} == {**want, "settings": 0}
+        assert before - 1 + sum(after) == sum(written)
+    load_nothing(monkeypatch)
     (whole.out / "results.json").write_text("damaged")
     vniah.main(whole)
     assert results(whole) == want
     whole.needles.joinpath("n1.png").write_bytes(whole.needles.joinpath("n2.png").read_bytes())
     with pytest.raises(ValueError, match="the content of needles has changed"):
         vniah.main(whole)
-
-
-def test_a_lost_line_alone_is_found_out_again(undrawn, cfg, monkeypatch, capsys):
-    vniah.main(cfg)
-    file, want = cfg.out / "cells-0.jsonl", by_cell(results(cfg)["cells"])
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([*lines[:3], "5\n", *lines[4:]]))
-    written = counted(monkeypatch)
-    vniah.main(cfg)
-    assert "cells-0.jsonl: 1 damaged line(s) left out, the first: line 4, no JSON object" in capsys.readouterr().out
-    assert written == [1] and sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
-    assert by_cell(results(cfg)["cells"]) == want
-
-
-def test_one_cell_whose_first_jobs_are_done_is_not_taken_for_whole(undrawn, cfg, tmp_path, monkeypatch):
-    """With one place, each size of question is a job; those not begun are known from no line."""
-    write_needles(tmp_path / "needles")
-    cfg = replace(cfg, needles=tmp_path / "needles", frames=(4,), depths=(0.0,), controls=False)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, 1)
-        vniah.main(cfg)
-    vniah.main(cfg)
-    (cell,) = results(cfg)["cells"]
-    assert set(cell["probes"]) == {"n0", "n1", "n2", "n3"}
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -412,11 +400,10 @@ def ring_on_ranks(world, folder, cfgs):
         heard.append({t.item(): h @ head_VD.T for t, h, y in zip(idx_T, h_BTD[0], targets_BT[0]) if y != chat.IGNORE})
         return real(h_BTD, head_VD, targets_BT, *rest)
 
-    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, 2), model, words, world)
-    jobs, evaluate.count_correct = film.groups([(n, d) for n in cfg.frames for d in cfg.depths]), hits
+    film = visual_test(cfg, 2, world)
+    evaluate.count_correct = hits
     try:
-        lines = [line for job in jobs for found in film.probe(job) for line in found]
+        lines = [line for job in film.groups(all_cells(cfg)) for found in film.probe(job) for line in found]
     finally:
         evaluate.count_correct = real
     torch.save((lines, heard), folder / f"heard-{world.rank}.pt")
@@ -439,16 +426,12 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
         "text": replace(base, task="text", weights=runs.TINY / "extended", context=(128, 256), out=tmp_path / "text",
                         number_count=3, distractor_counts=(0, 3)),
     }  # fmt: skip
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, 3)
-        vniah.main(cfgs["resumed"])
+    run_killed(cfgs["resumed"], 3)
     runs.LOCKS.pop(cfgs["resumed"].out.resolve()).close()  # what was killed holds its folder no longer
     ranks.run(2, [ring_on_ranks, runs_on_ranks], tmp_path, cfgs)
 
     # 1 the ring's logits, put together from both ranks, are those of one pass
-    panel = vniah.System("x", cfg.weights, 2)
-    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    slow = naive(cfgs["logits"], panel, model, words)
+    slow = naive(cfgs["logits"], vniah.System("x", cfg.weights, 2), *loaded(cfg.weights))
     (lines, first), (_, second) = (torch.load(tmp_path / f"heard-{rank}.pt") for rank in (0, 1))
     assert len(lines) == len(first) == len(second) == len(slow)
     assert any(first) and len({line["tokens"] % 4 for line in lines}) > 1  # some lengths need padding
@@ -456,43 +439,31 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
         hit, logits, tokens = slow[line["length"], line["depth"], line["needle"]]
         places = parts[0] | parts[1]
         assert sorted(places) == list(range(tokens - 1, tokens - 1 + len(logits))) and line["tokens"] == tokens
-        torch.testing.assert_close(torch.stack([places[t] for t in sorted(places)]), logits, rtol=1e-4, atol=1e-4)
+        assert_close(torch.stack([places[t] for t in sorted(places)]), logits, rtol=1e-4, atol=1e-4)
         assert line["hit"] == hit
 
     # 2 whole runs give one process's cells, whoever began them
-    vniah.main(replace(base, out=tmp_path / "alone"))
-    want = by_cell(results(replace(base, out=tmp_path / "alone"))["cells"])
-    assert by_cell(results(cfgs["cache"])["cells"]) == by_cell(results(cfgs["resumed"])["cells"]) == want
-    vniah.main(replace(cfgs["text"], out=tmp_path / "alone-text"))
-    alone = results(replace(base, out=tmp_path / "alone-text"))["cells"]
-    assert by_cell(results(cfgs["text"])["cells"]) == by_cell(alone)
-    hits = {cell: {name: probe["hit"] for name, probe in found.items()} for cell, found in want.items()}
-    rung = by_cell(results(cfgs["ring"])["cells"])
-    assert {cell: {name: probe["hit"] for name, probe in found.items()} for cell, found in rung.items()} == hits
-    assert len({hit for found in hits.values() for hit in found.values()}) == 2
+    alone, alone_text = replace(base, out=tmp_path / "alone"), replace(cfgs["text"], out=tmp_path / "alone-text")
+    vniah.main(alone)
+    vniah.main(alone_text)
+    want = found_by(alone)
+    assert found_by(cfgs["cache"]) == found_by(cfgs["resumed"]) == want
+    assert found_by(cfgs["text"]) == found_by(alone_text)
+    hits, rung = (
+        {(*cell, needle): probe["hit"] for cell, probes in cells.items() for needle, probe in probes.items()}
+        for cells in (want, found_by(cfgs["ring"]))
+    )
+    assert hits == rung and len(set(hits.values())) == 2
 
     # 3 both had work, and no probe was asked twice
     for name in ("cache", "resumed", "text"):
-        lines = [[json.loads(line) for line in file.read_text().splitlines()]
-                 for file in sorted(cfgs[name].out.glob("cells-*.jsonl"))]  # fmt: skip
+        files = cfgs[name].out.glob("cells-*.jsonl")
+        lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
         assert len(lines) == 2 and all(lines)
         asked = Counter((x["system"], x["length"], x["depth"], x["needle"]) for part in lines for x in part)
-        assert asked.most_common(1)[0][1] == 1 and len(asked) == sum(
-            map(len, by_cell(results(cfgs[name])["cells"]).values())
-        )
-    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
+        assert {*asked.values()} == {1} and len(asked) == sum(map(len, found_by(cfgs[name]).values()))
+    load_nothing(monkeypatch)
     vniah.main(cfgs["resumed"])  # one process again: all is known
-
-
-def test_one_process_rings_alone(undrawn, shipped):
-    vniah.main(shipped)
-    alone = replace(shipped, engine="ring", out=shipped.out.with_name("ring"))
-    vniah.main(alone)
-    want, rung = by_cell(results(shipped)["cells"]), by_cell(results(alone)["cells"])
-    assert want.keys() == rung.keys()
-    for cell, found in rung.items():
-        assert {name: probe["hit"] for name, probe in found.items()} == {n: p["hit"] for n, p in want[cell].items()}
-        assert all(probe["generated_correct"] is None for probe in found.values())  # nothing is said by itself
 
 
 # ---- work ----------------------------------------------------------------------------------------
@@ -502,32 +473,25 @@ def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
     """What bench.py counts is what the engine reads."""
     write_needles(tmp_path / "needles")
     cfg = replace(cfg, needles=tmp_path / "needles", frames=(3, 6, 8), depths=(0.0, 0.4, 0.5, 1.0), max_new_tokens=0)
-    model, words = longva.load(cfg.weights, "cpu"), tokenizer.load_tokenizer(cfg.weights)
-    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, 0), model, words, ALONE)
-    cells = [(n, d) for n in cfg.frames for d in cfg.depths]
-    jobs, done, real = film.groups(cells), [], longva.prefill
+    film, cells, done, real = visual_test(cfg), all_cells(cfg), [], longva.prefill
 
     def read(model, x_BTD, cache, *rest):
         done.append((*x_BTD.shape[:2], cache.length))
         return real(model, x_BTD, cache, *rest)
 
     monkeypatch.setattr(longva, "prefill", read)
-    lines = [line for job in jobs for found in film.probe(job) for line in found]
+    lines = [line for job in film.groups(cells) for found in film.probe(job) for line in found]
     assert done == list(bench.cache_reads(film, cells))
     singles = list(bench.single_reads(film, cells))
     assert len(singles) == len(lines)
-    tokens = sum(line["tokens"] for line in lines) + sum(
-        len(film.answer_ids[i]) - 1 for i in [i for i, ids in enumerate(film.answer_ids) if ids]
-    ) * len(cells)
-    assert bench.work(singles)[0] == tokens
+    answers = len(cells) * sum(len(ids) - 1 for ids in film.answer_ids)
+    assert bench.work(singles)[0] == answers + sum(line["tokens"] for line in lines)
 
 
 def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
-    table = bench.paper_work()
-    single, ours = table.values()
-    assert single[0] == sum(
-        5 * 6 * (14 + 144 * (n + 1) + 5) + 6 * (76 + 47 + 29 + 41 + 53 + 2) for n in range(200, 3001, 200)
-    )
+    single, ours = bench.paper_work().values()
+    frames, text = 14 + 144 * 1 + 5, 76 + 47 + 29 + 41 + 53 + 2
+    assert single[0] == sum(5 * 6 * (frames + 144 * n) + 6 * text for n in range(200, 3001, 200))
     assert single[0] / ours[0] >= 1.6 and single[1] / ours[1] >= 1.6
 
 
@@ -550,13 +514,9 @@ def released(cfg, words, ids, distractors):
     mine = [str(rng.randint(10**7)) for _ in range(5)]
     others = [str(rng.randint(10**7)) for _ in range(distractors)]
     stops, made = niah.period_ids(words.encode), {}
-    prefix, question = (
-        "This is a very long story book: <book>",
-        (
-            "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
-            "Answer: The special magic Singapore number is: "
-        ),
-    )
+    prefix = "This is a very long story book: <book>"
+    question = "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
+    question += "Answer: The special magic Singapore number is: "
     cities = ("New York", "London", "Paris", "Tokyo", "Beijing")
 
     def hide(book, start, city, number, snap=True):
@@ -596,19 +556,17 @@ def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, 
         assert [words.decode(answer).strip() for _, answer in probes] == mine
 
 
-def test_a_trial_has_other_needles(cfg, folders):
-    for protocol in ("paper", "tiny"):
-        for task, test in (("text", "Story"), ("vision", "")):
-            at = replace(cfg, task=task, protocol=protocol, context=(40,), number_count=4)
-            panels = [vniah.System("x", folders / "text", selection_run=trial) for trial in (False, True)]
-            if test:
-                words = tokenizer.load_tokenizer(folders / "text")
-                stories = [vniah.TextNIAH(at, panel, None, words, ALONE) for panel in panels]
-                asked = [{words.decode(answer) for _, answer in story.probes(40, 0.5)} for story in stories]
-                assert stories[0].ids != stories[1].ids
-            else:
-                asked = [{niah.picture_hash(n.picture) for n in pick_needles(at, panel)[0]} for panel in panels]
-            assert len(asked[0]) >= 4 and not asked[0] & asked[1]
+@pytest.mark.parametrize("protocol", ["paper", "tiny"])
+def test_a_trial_has_other_needles(cfg, folders, protocol):
+    cfg = replace(cfg, protocol=protocol, context=(40,), number_count=4)
+    systems = [vniah.System("x", folders / "text", selection_run=trial) for trial in (False, True)]
+    words = tokenizer.load_tokenizer(folders / "text")
+    stories = [vniah.TextNIAH(replace(cfg, task="text"), system, None, words, ALONE) for system in systems]
+    assert stories[0].ids != stories[1].ids
+    numbers = [{words.decode(answer) for _, answer in story.probes(40, 0.5)} for story in stories]
+    pictures = [{niah.picture_hash(n.picture) for n in pick_needles(cfg, system)[0]} for system in systems]
+    for first, other in (numbers, pictures):
+        assert len(first) >= 4 and not first & other
 
 
 def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
@@ -617,13 +575,13 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
     from tests import test_data_video as films
 
     file = films.film(tmp_path / "film.mp4", [i * 1001 / 30000 for i in range(200)], clock=Fraction(1001, 30000))
-    cfg, panel = replace(cfg, haystack=str(file)), vniah.System("x", cfg.weights)
-    shown = [films.number(picture) for picture in open_haystack(cfg, panel, 7)]
+    cfg, system = replace(cfg, haystack=str(file)), vniah.System("x", cfg.weights)
+    shown = [films.number(picture) for picture in open_haystack(cfg, system, 7)]
     assert shown == [0, 30, 60, 90, 120, 150, 180]
-    by_time = [films.number(picture) for picture in open_haystack(replace(cfg, protocol="tiny"), panel, 7)]
+    by_time = [films.number(picture) for picture in open_haystack(replace(cfg, protocol="tiny"), system, 7)]
     assert by_time == [0, 30, 59, 89, 119, 149, 179]
     odd = films.film(tmp_path / "pal.mkv", [i / 25 for i in range(80)], clock=Fraction(1, 1000))
-    shown = [films.number(p) for p in open_haystack(replace(cfg, haystack=str(odd)), panel, 4)]
+    shown = [films.number(p) for p in open_haystack(replace(cfg, haystack=str(odd)), system, 4)]
     assert shown == [0, 25, 50, 75]
 
 
@@ -631,25 +589,24 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
 
 
 def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
-    loaded, real, thetas = [], longva.load, []
-    monkeypatch.setattr(longva, "load", lambda *a: loaded.append(a) or real(*a))
-    forward = longva.Decoder.forward
-    monkeypatch.setattr(
-        longva.Decoder, "forward", lambda self, *a: thetas.append(self.config.rope_theta) or forward(self, *a)
-    )
-    films, open_haystack = [], evaluate.open_haystack
-    monkeypatch.setattr(evaluate, "open_haystack", lambda *a: films.append(a) or open_haystack(*a))
+    thetas, calls = [], Counter()
+
+    def watch(home, name, note):
+        real = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *a: note(*a) or real(*a))
+
+    watch(longva.Decoder, "forward", lambda decoder, *a: thetas.append(decoder.config.rope_theta))
+    for home, name in ((longva, "load"), (evaluate, "open_haystack")):
+        watch(home, name, lambda *a, name=name: calls.update([name]))
     cfg = replace(cfg, rope_theta=(1e5, 1e7), max_new_tokens=0)
     vniah.main(cfg)
-    assert len(films) == 1  # three bases and a control of one model: the film is read and encoded once
-    cells = by_cell(results(cfg)["cells"])
+    assert calls == {"load": 1, "open_haystack": 1}  # three bases and a control of one model: the film is read once
     names = ["sees", "sees, RoPE base 100000", "sees, RoPE base 1e+07"]
-    assert {name for name, *_ in cells} == {*names, "sees, no needle"} and len(loaded) == 1
+    assert {name for name, *_ in found_by(cfg)} == {*names, "sees, no needle"}
     assert list(dict.fromkeys(thetas)) == [1e4, 1e5, 1e7] and thetas[-1] == 1e4  # the control has its own again
     systems = evaluate.figure_systems("text", cfg.weights, False, (0, 3), (1e5, 1e7), ())
-    assert len(systems) == 6 and systems[3] == vniah.System(
-        "sees, RoPE base 100000, 3 distractors", cfg.weights, 3, 1e5
-    )
+    fourth = vniah.System("sees, RoPE base 100000, 3 distractors", cfg.weights, 3, 1e5)
+    assert len(systems) == 6 and systems[3] == fourth
 
 
 @pytest.mark.parametrize("task", ["vision", "text"])
@@ -659,33 +616,15 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     cfg = vniah.Config(task, protocol="tiny", out=tmp_path / "out", **grid, **rest)
     vniah.main(cfg)
     said, found = capsys.readouterr().out, results(cfg)
-    names = {cell["system"] for cell in found["cells"]}
-    assert (
-        "Untrained positions tried on other needles, at the two greatest lengths: RoPE base 30000: " in said
-        and "next:" in said
-    )
-    assert {"trial of RoPE base 30000", "trial of RoPE base 1e+06"} < names and any(
-        "untrained" in name for name in names
-    )
+    names, page = {cell["system"] for cell in found["cells"]}, Page(cfg.out).json
+    tried = "Untrained positions tried on other needles, at the two greatest lengths: RoPE base 30000: "
+    assert tried in said and "next:" in said
+    assert {"trial of RoPE base 30000", "trial of RoPE base 1e+06"} < names
     assert sum("untrained" in name for name in names) == 1
-    page = Page(cfg.out).json
-    assert (
-        page["cells"] == found["cells"] and {*page["needles"]} == names and bool(page["pictures"]) == (task == "vision")
-    )
+    assert page["cells"] == found["cells"] and {*page["needles"]} == names
+    assert bool(page["pictures"]) == (task == "vision")
     vniah.main(cfg)  # draws again
-    assert by_cell(results(cfg)["cells"]) == by_cell(found["cells"]) and Page(cfg.out).json == page
-
-
-def test_moved_options_are_a_control(undrawn, cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(niah, "shuffled_options", moved)
-    write_needles(tmp_path / "needles")
-    cfg = replace(cfg, needles=tmp_path / "needles")
-    vniah.main(cfg)
-    cells = by_cell(results(cfg)["cells"])
-    assert {name for name, *_ in cells} == {"sees", "sees, no needle", "sees, options moved"}
-    assert set(cells["sees, options moved", 3, 0.5]) == {"n0", "n2", "n3"}
-    monkeypatch.setattr(longva, "load", lambda *a: pytest.fail("loaded a model for nothing"))
-    vniah.main(cfg)
+    assert results(cfg)["cells"] == found["cells"] and Page(cfg.out).json == page
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -731,18 +670,14 @@ def test_shape_suffixes_tell_the_truth(undrawn, cfg, folders):
     assert not told, "\n".join(told)
 
 
-def test_other_settings_need_another_folder(undrawn, cfg):
-    vniah.main(cfg)
-    with pytest.raises(ValueError, match=r"other settings \(seed was 7, is 8\)"):
-        vniah.main(replace(cfg, seed=8))
-    vniah.main(replace(cfg, trained_on=16))  # looks alone
-
-
-def test_a_mistake_mended_needs_no_other_folder(undrawn, cfg):
+def test_a_folder_keeps_its_settings(undrawn, cfg):
     with pytest.raises(ValueError, match="nowhere"):
         vniah.main(replace(cfg, haystack="nowhere.mp4"))
-    vniah.main(cfg)
-    assert results(cfg)["cells"]
+    vniah.main(cfg)  # a mistake is mended in the same folder
+    assert found_by(cfg)
+    with pytest.raises(ValueError, match=r"other settings \(seed was 7, is 8\)"):
+        vniah.main(replace(cfg, seed=8))
+    vniah.main(replace(cfg, trained_on=16))  # changes the pictures alone
 
 
 def test_training_never_sees_what_is_tested():
