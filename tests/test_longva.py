@@ -23,6 +23,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import longva
+import ring
 import unires
 from assets import make_film
 from clip import ClipConfig
@@ -34,11 +35,12 @@ from unires import Layout
 
 ROOT = Path(longva.__file__).parent
 WORDS = ROOT / "data" / "tiny" / "tokenizer"
-SIZES = {  # V, D, F, layers, H, G, K, theta, tied
-    "one key head for seven": (37, 28, 44, 2, 7, 1, None, 1e6, False),
-    "three for one, wide heads, tied": (50, 36, 40, 3, 6, 2, 10, 1e9, True),
-    "narrow heads, base of 1e9": (41, 48, 36, 2, 4, 4, 6, 1e9, False),
-    "one layer": (33, 16, 24, 1, 2, 1, None, 1e4, True),
+WIDE = "three for one, wide heads, tied"
+SIZES = {  # V, D, F, layers, H, G
+    "one key head for seven": LMConfig(37, 28, 44, 2, 7, 1),
+    WIDE: LMConfig(50, 36, 40, 3, 6, 2, head_dim=10, rope_theta=1e9, tie_word_embeddings=True),
+    "narrow heads, base of 1e9": LMConfig(41, 48, 36, 2, 4, 4, head_dim=6, rope_theta=1e9),
+    "one layer": LMConfig(33, 16, 24, 1, 2, 1, rope_theta=1e4, tie_word_embeddings=True),
 }
 FAR = 400_000  # about the 2,800th frame of 144 tokens; the paper goes to 3,000 frames
 torch.set_num_threads(1)  # nothing here is worth a second thread
@@ -47,16 +49,6 @@ torch.set_num_threads(1)  # nothing here is worth a second thread
 @pytest.fixture(scope="module")
 def hf():
     return pytest.importorskip("transformers")
-
-
-def config_of(name, **changes):
-    V, D, F_, L, H, G, K, theta, tied = SIZES[name]
-    sizes = {
-        "vocab_size": V, "hidden_size": D, "intermediate_size": F_, "num_hidden_layers": L,
-        "num_attention_heads": H, "num_key_value_heads": G, "head_dim": K, "rope_theta": theta,
-        "tie_word_embeddings": tied,
-    }  # fmt: skip
-    return LMConfig(**{**sizes, **changes})
 
 
 def vary(model, seed=0):
@@ -68,8 +60,8 @@ def vary(model, seed=0):
     return model
 
 
-def lm(name="three for one, wide heads, tied", **changes):
-    return vary(longva.LM(config_of(name, **changes)))
+def lm(name=WIDE, **changes):
+    return vary(longva.LM(replace(SIZES[name], **changes)))
 
 
 def twins(hf, config):
@@ -102,7 +94,7 @@ def some_ids(config, B=2, T=11, seed=0):
 @pytest.mark.parametrize("name", SIZES)
 @torch.no_grad()
 def test_equals_transformers(hf, name, bias, first):
-    theirs, ours = twins(hf, config_of(name, attention_bias=bias))
+    theirs, ours = twins(hf, replace(SIZES[name], attention_bias=bias))
     ids = some_ids(ours.config)
     want = theirs(ids, position_ids=torch.arange(first, first + 11)[None]).logits
     assert_close(scores(ours, ids, first), want, atol=1e-5, rtol=1e-5)
@@ -111,7 +103,7 @@ def test_equals_transformers(hf, name, bias, first):
 @pytest.mark.oracle
 def test_bfloat16_is_no_worse_than_transformers(hf):
     """Both round differently; measured against float32, ours may err at most 1.5 times as much, and 5 %."""
-    theirs, ours = twins(hf, config_of("three for one, wide heads, tied"))
+    theirs, ours = twins(hf, SIZES[WIDE])
     ids = some_ids(ours.config)
     with torch.no_grad():
         exact = theirs(ids).logits
@@ -123,9 +115,9 @@ def test_bfloat16_is_no_worse_than_transformers(hf):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-@pytest.mark.parametrize("name", ["three for one, wide heads, tied", "one key head for seven"])
+@pytest.mark.parametrize("name", [WIDE, "one key head for seven"])
 def test_loss_and_all_gradients_equal_transformers(hf, name, checkpointing):
-    theirs, ours = twins(hf, config_of(name))
+    theirs, ours = twins(hf, SIZES[name])
     ids, targets = some_ids(ours.config), some_ids(ours.config, seed=1)
     targets[0, :4] = chat.IGNORE
     want = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum")
@@ -154,24 +146,18 @@ def test_rope_is_near_the_exact_angles_and_made_in_float32():
     assert_close(cos[:3].double(), angle[:3].cos(), atol=3e-5, rtol=0)
 
 
-FULL, SELECTIVE = {"checkpointing": "full"}, {"checkpointing": "selective"}
-MEMORY = [FULL, SELECTIVE, {"tile": 3}, FULL | {"tile": 4, "offload": True}, SELECTIVE | {"tile": 2, "offload": True}]
-
-
-def with_memory(model, checkpointing="none", tile=0, offload=False):
-    model.model.checkpointing, model.model.offload_activations = checkpointing, offload
-    for block in model.model.layers:
-        block.mlp.tile = tile
-    return model
-
-
-@pytest.mark.parametrize("how", MEMORY, ids=str)
-def test_saving_memory_changes_nothing(how):
+@pytest.mark.parametrize("checkpointing, tile, offload", [
+    ("full", 0, False), ("selective", 0, False), ("none", 3, False), ("full", 4, True), ("selective", 2, True),
+])  # fmt: skip
+def test_saving_memory_changes_nothing(checkpointing, tile, offload):
     """Every way to keep less for backward gives the plain way's loss and gradients."""
-    ids = some_ids(lm().config, 2, 13)
+    ids = some_ids(SIZES[WIDE], 2, 13)
     grads = []
-    for settings in ({}, how):
-        model = with_memory(vary(lm(), seed=3).double(), **settings)
+    for how in ("none", 0, False), (checkpointing, tile, offload):
+        model = vary(lm(), seed=3).double()
+        model.model.checkpointing, _, model.model.offload_activations = how
+        for block in model.model.layers:
+            block.mlp.tile = how[1]
         lost, count = model(ids[:, :-1], torch.arange(12), ids[:, 1:])
         (lost.sum() / count.sum()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()} | {"loss": lost})
@@ -196,24 +182,18 @@ def read(model, x, cache, cuts):
 @torch.no_grad()
 def test_cache_in_portions_equals_one_pass(name, dtype, off, cuts):
     model = lm(name).to(dtype)
-    x = model.embed(some_ids(model.config, T=12))
+    x, other = (model.embed(some_ids(model.config, T=12, seed=seed)) for seed in (0, 1))
     cache = KVCache(model.config, 2, 15, x)
     got = read(model, x, cache, cuts)
     assert got.dtype == dtype and cache.length == 12
     assert_close(got, model.model(x, torch.arange(12)), atol=off, rtol=off)
-
-
-@torch.no_grad()
-def test_setting_length_back_forgets():
-    model = lm().double()
-    first, second = (model.embed(some_ids(model.config, 1, 9, seed)) for seed in (0, 1))
-    cache = KVCache(model.config, 1, 9, first)
-    read(model, first, cache, [5, 4])
-    for back, cuts in (4, [2, 3]), (0, [9]), (8, [1]):
-        cache.length = back
-        x = torch.cat([first[:, :back] if back == 4 else second[:, :back], second[:, back:]], dim=1)
-        want = model.model(x, torch.arange(9))[:, back:]
-        assert_close(read(model, second[:, back:], cache, cuts), want, atol=1e-12, rtol=0)
+    for kept in (4, 0, 8):  # setting the length back forgets what came after
+        cache.length = kept
+        x = torch.cat([x[:, :kept], other[:, kept:]], dim=1)
+        want = model.model(x, torch.arange(12))[:, kept:]
+        assert_close(read(model, x[:, kept:], cache, [2, 10 - kept]), want, atol=off, rtol=off)
+    with pytest.raises(AssertionError, match="a cache for 15 tokens cannot hold 16"):
+        read(model, x, cache, [3, 1, 8])
 
 
 @torch.no_grad()
@@ -236,22 +216,13 @@ def test_branches_share_a_beginning_and_then_differ():
     assert_close(read(model, whole[:, 6:], trunk, [1, 2]), want, atol=1e-12, rtol=0)
 
 
-@torch.no_grad()
-def test_a_full_cache_refuses():
-    model = lm()
-    x = model.embed(some_ids(model.config, 1, 5))
-    for cuts in ([4, 1], [5], [3, 2]):
-        with pytest.raises((AssertionError, RuntimeError)):
-            read(model, x, KVCache(model.config, 1, 4, x), cuts)
-
-
-# ---- 4 the eye in the model ----------------------------------------------------------------------
+# ---- 3 the eye in the model ----------------------------------------------------------------------
 
 EYE = ClipConfig(20, 24, 2, 2, 7, 28)  # grids of 28 pixels: 16 patches, 4 tokens
 
 
 def longva_model(scheme="unires", rule=None, **changes):
-    sizes = config_of("three for one, wide heads, tied", **{"tie_word_embeddings": False, **changes})
+    sizes = replace(SIZES[WIDE], **{"tie_word_embeddings": False, **changes})
     return vary(LongVA(LongVAConfig(sizes, EYE, scheme, rule or {"unires": "canvas", "anyres": "anyres"}[scheme])))
 
 
@@ -305,10 +276,8 @@ def test_watch_is_see_of_all_frames_at_once():
             assert_close(torch.cat(parts), want, atol=1e-5, rtol=1e-5)
     assert list(longva.encode_video(model, [])) == []
     # Lost frames leave a gap, so that each part stays at its place in the film; so does a part of which all is lost.
-    parts = longva.encode_video(model, [grids[0], None, None, None, grids[4]], 2)
-    parts = longva.ring.gather_round_robin(
-        parts, model.lm_head.weight[:0], 8, 4, longva.ring.World(0, 1, torch.device("cpu"))
-    )
+    parts, alone = longva.encode_video(model, [grids[0], None, None, None, grids[4]], 2), ring.World(0, 1, "cpu")
+    parts = ring.gather_round_robin(parts, model.lm_head.weight[:0], 8, 4, alone)
     assert [len(part) for part in parts] == [4, 0, 4, 0]
 
 
@@ -323,6 +292,7 @@ def test_embed_puts_each_visual_token_in_its_place():
     table, taken = model.model.embed_tokens.weight, iter(seen.float())
     for place in itertools.product(range(2), range(6)):
         assert torch.equal(x[place], next(taken) if place in places else table[ids[place]]), place
+    assert torch.equal(model.embed(ids, seen, torch.tensor([1, 2, 5, 6, 9])), x)  # places that the collator computed
     x.sum().backward()
     assert (seen.grad == 1).all()
     assert not table.grad[0].any(), "an image place trained the embedding of token 0"
@@ -366,7 +336,7 @@ def test_a_batch_of_text_alone():
     assert model.model.mm_projector[0].weight.grad is not None  # ranks that shard the projector wait for it
 
 
-# ---- 5 weights in and out ------------------------------------------------------------------------
+# ---- 4 weights in and out ------------------------------------------------------------------------
 
 
 def tensors(model):
@@ -423,7 +393,7 @@ def test_round_trip(tmp_path, make):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name, bias", [("three for one, wide heads, tied", True), ("one key head for seven", False)])
+@pytest.mark.parametrize("name, bias", [(WIDE, True), ("one key head for seven", False)])
 @torch.no_grad()
 def test_transformers_loads_our_folder_and_we_theirs(hf, tmp_path, name, bias):
     ours = lm(name, attention_bias=bias)
@@ -436,7 +406,7 @@ def test_transformers_loads_our_folder_and_we_theirs(hf, tmp_path, name, bias):
     assert_close(scores(longva.load(tmp_path / "back"), ids), want, atol=1e-6, rtol=0)
 
 
-# ---- 6 answering ---------------------------------------------------------------------------------
+# ---- 5 answering ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -452,7 +422,7 @@ def answer(model, x, count):
 
 @pytest.fixture(scope="module")
 def asked():
-    """A model, an embedded prompt with a picture in it, and the ten tokens that follow."""
+    """A model, an embedded prompt with a picture, the ten tokens that follow, and a late one that is new there."""
     model = vary(longva_model(), seed=1).double()
     ids = some_ids(model.config.lm, 1, 13)
     ids[0, 3:11] = chat.IMAGE
@@ -460,23 +430,25 @@ def asked():
         x = model.embed(ids, model.encode_images(grids(2), [Layout(1, 2)]))
     said = answer(model, x, 10)
     assert len(set(said)) > 4, "too dull an answer to test with"
-    return model, x, said
+    return model, x, said, next(token for token in reversed(said) if said.index(token) > 2)
 
 
-def answering(model, x, stop_ids=(), max_tokens=10):
+def generate(model, x, stop_ids=(), max_tokens=10):
     cache = KVCache(model.config.lm, 1, x.shape[1] + max_tokens, x)
-    return longva.generate(model, x, cache, stop_ids, max_tokens), cache
-
-
-def generate(*args):
-    return answering(*args)[0]
+    return longva.generate(model, x, cache, stop_ids, max_tokens)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 4096])
 def test_generate_equals_computing_all_again(asked, chunk, monkeypatch):
-    model, x, said = asked
+    model, x, said, last = asked
     monkeypatch.setitem(memory.CHUNK, "cpu", chunk)
-    assert list(generate(model, x, [], 10)) == said
+    assert list(generate(model, x)) == said
+    for stop_ids, most, want in [
+        ([last, 10**6], 10, said[: said.index(last)]), ({said[0]}, 10, []), ((), 3, said[:3]), ((), 0, []),
+    ]:  # fmt: skip
+        assert list(generate(model, x, stop_ids, most)) == want
+    stream = generate(model, x)  # a stream: what is not asked for is not computed
+    assert [next(stream), next(stream)] == said[:2]
     assert not any(p.grad is not None for p in model.parameters())
 
 
@@ -484,13 +456,11 @@ def test_generate_equals_computing_all_again(asked, chunk, monkeypatch):
 @pytest.mark.parametrize("most, stops", [(4, False), (10, True)])
 def test_a_next_turn_finds_all_that_was_said(asked, most, stops):
     """Whether an answer ended by itself or was cut short: the next one is that of reading everything again."""
-    model, x, said = asked
-    last = next(token for token in reversed(said) if said.index(token) > 2)
+    model, x, said, last = asked
     kept = said[: said.index(last)] if stops else said[:most]
-    stream, cache = answering(model, x, [last] if stops else [], most + 30)
-    if not stops:
-        stream = longva.generate(model, x, cache, [], most)
-    assert list(stream) == kept and cache.length == x.shape[1] + len(kept)
+    cache = KVCache(model.config.lm, 1, x.shape[1] + 20, x)
+    assert list(longva.generate(model, x, cache, [last] if stops else [], most)) == kept
+    assert cache.length == x.shape[1] + len(kept)
     more = some_ids(model.config.lm, 1, 5)
     want = answer(model, torch.cat([x, model.embed(torch.tensor([kept])), model.embed(more)], dim=1), 6)
     assert list(longva.generate(model, model.embed(more), cache, [], 6)) == want
@@ -499,7 +469,7 @@ def test_a_next_turn_finds_all_that_was_said(asked, most, stops):
 @torch.no_grad()
 def test_a_prompt_is_read_as_it_comes(asked, monkeypatch):
     """Pictures and films in parts, text between: what the cache holds then is that of one pass."""
-    model, _, _ = asked
+    model, *_ = asked
     monkeypatch.setitem(memory.CHUNK, "cpu", 3)
     seen = model.encode_images(grids(5), [Layout(1, 5)])
     text = some_ids(model.config.lm, 1, 9)[0].tolist()
@@ -514,19 +484,7 @@ def test_a_prompt_is_read_as_it_comes(asked, monkeypatch):
         assert list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], 5)) == want
 
 
-def test_generate_stops(asked):
-    model, x, said = asked
-    last = next(token for token in reversed(said) if said.index(token) > 2)
-    where = said.index(last)
-    assert list(generate(model, x, [last, 10**6], 10)) == said[:where]
-    assert list(generate(model, x, {said[0]}, 10)) == []
-    assert list(generate(model, x, (), 3)) == said[:3]
-    assert list(generate(model, x, (), 0)) == []
-    stream = generate(model, x, (), 10)  # a stream: what is not asked for is not computed
-    assert [next(stream), next(stream)] == said[:2]
-
-
-# ---- 7 shape suffixes ----------------------------------------------------------------------------
+# ---- 6 shape suffixes ----------------------------------------------------------------------------
 
 
 def test_suffixes_tell_the_truth(tmp_path):
@@ -541,7 +499,7 @@ def test_suffixes_tell_the_truth(tmp_path):
             seen = torch.cat(list(longva.encode_video(model, unires.frames(film, 28), batch=2)))
             x = model.embed(args[0][:1], seen[:8])
             longva.prefill(model, x, KVCache(model.config.lm, 1, 16, x), 6)  # the last portion has four
-            list(generate(model, x, [], 4))
+            list(generate(model, x, max_tokens=4))
             cache = KVCache(model.config.lm, 1, 16, x)
             read(model, x, cache, [9, 1, 6])
             read(model, x[:, :6].expand(3, -1, -1), cache.branch(7, 3, 9), [4, 1, 1])
@@ -552,7 +510,7 @@ def test_suffixes_tell_the_truth(tmp_path):
     assert not [lie for lie in told if not lie.startswith("test_")], told
 
 
-# ---- 8 the program -------------------------------------------------------------------------------
+# ---- 7 the program -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -561,10 +519,8 @@ def folder(tmp_path_factory):
     home = tmp_path_factory.mktemp("longva")
     words = tokenizer.load_tokenizer(WORDS)
     model = longva_model(vocab_size=words.size + 7)  # more rows than tokens, as in Qwen2
-    saved(home / "model", model)
-    saved(home / "blind", lm(vocab_size=words.size))
-    weights.copy_tokenizer(WORDS, home / "model")
-    weights.copy_tokenizer(WORDS, home / "blind")
+    for name, one in (("model", model), ("blind", lm(vocab_size=words.size))):
+        weights.copy_tokenizer(WORDS, saved(home / name, one))
     (home / "frames").mkdir()
     av = pytest.importorskip("av")
     with av.open(str(home / "film.mp4"), "w") as container:
@@ -583,13 +539,21 @@ def asking(folder, **settings):
     longva.main(longva.Config(**settings))
 
 
-def expected(folder, question, seen, lengths):
-    """The text that must come out, from the prompt's ids and the loop without a cache."""
+def expected(folder, questions, see, lengths):
+    """What must be printed: each answer by the loop without a cache, from all ids so far; `see` gives visual tokens."""
     words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "model")
-    ids = chat.prompt(words, question, lengths)
-    said = answer(model, model.embed(torch.tensor([ids]), seen(model)), 8)
-    stop = next((i for i, token in enumerate(said) if token in words.stop_ids), 8)
-    return words.decode(said[:stop]) + "\n"
+    seen, ids, text = see(model), chat.prompt(words, questions[0], lengths), ""
+    for n, question in enumerate(questions):
+        ids += chat.follow_up(words, question) if n else []
+        said = answer(model, model.embed(torch.tensor([ids]), seen), 8)
+        said = said[: next((i for i, token in enumerate(said) if token in words.stop_ids), 8)]
+        ids, text = ids + said, text + words.decode(said) + "\n"
+    return text
+
+
+def expected_of_film(folder, *questions, film="frames", count=3):
+    pixels = unires.frames([picture for _, picture in video.frames(folder / film, count=count)], 28, "crop")
+    return expected(folder, questions, lambda model: slowly(model, pixels, Layout(1, count)), [4 * count])
 
 
 def test_the_commands_of_the_docstring_mean_what_they_say():
@@ -603,29 +567,22 @@ def test_the_commands_of_the_docstring_mean_what_they_say():
 
 def test_asks_about_pictures(folder, capsys):
     files = [folder / "frames" / f"{i}.png" for i in (2, 0)]
-    asking(folder, question="<image><image>what is\nthere?", image=tuple(files))
+    question = "<image><image>what is\nthere?"
+    asking(folder, question=question, image=tuple(files))
     shown = [unires.preprocess(Image.open(file), 28, "canvas") for file in files]
 
-    def seen(model):
+    def see(model):
         return torch.cat([slowly(model, pixels, how) for pixels, how in shown])
 
     lengths = [4 * how.rows * how.cols for _, how in shown]
-    assert capsys.readouterr().out == expected(folder, "<image><image>what is\nthere?", seen, lengths)
+    assert capsys.readouterr().out == expected(folder, [question], see, lengths)
 
 
-def test_a_short_film_is_shown_whole(folder):
-    """Unless somebody asked for more frames than it has."""
-    asking(folder, question="how many?", video=folder / "film.mp4")
-    with pytest.raises(ValueError, match=r"film\.mp4: has \d+ frames, but 32 were asked for"):
-        asking(folder, question="how many?", video=folder / "film.mp4", frames=32)
-
-
-@pytest.mark.parametrize("film", ["frames", "film.mp4"])
-def test_asks_about_a_film(folder, capsys, film):
-    asking(folder, question="how many?", video=folder / film, frames=3)
-    pixels = unires.frames([picture for _, picture in video.frames(folder / film, count=3)], 28, "crop")
-    want = expected(folder, "how many?", lambda model: slowly(model, pixels, Layout(1, 3)), [12])
-    assert capsys.readouterr().out == want
+@pytest.mark.parametrize("film, frames", [("frames", 3), ("film.mp4", 3), ("film.mp4", None)])
+def test_asks_about_a_film(folder, capsys, film, frames):
+    """Of 3 of its 4 frames, or of a short film whole."""
+    asking(folder, question="how many?", video=folder / film, frames=frames)
+    assert capsys.readouterr().out == expected_of_film(folder, "how many?", film=film, count=frames or 4)
 
 
 @pytest.mark.parametrize("number, frames", [(4, 32), (4, 100), (7, 32)])
@@ -671,19 +628,6 @@ def test_an_input_far_beyond_the_trained_length_gets_a_remark(capsys):
     assert "43,200 tokens, but config.json says 2,048" in capsys.readouterr().err
 
 
-def turns(folder, questions, frames=3):
-    """What a chat must print, everything computed again for every token."""
-    words, model = tokenizer.load_tokenizer(WORDS), longva.load(folder / "model")
-    pixels = unires.frames([p for _, p in video.frames(folder / "frames", count=frames)], 28, "crop")
-    ids, text = chat.prompt(words, questions[0], [4 * frames]), ""
-    for n, question in enumerate(questions):
-        ids += chat.follow_up(words, question) if n else []
-        said = answer(model, model.embed(torch.tensor([ids]), slowly(model, pixels, Layout(1, frames))), 8)
-        said = said[: next((i for i, token in enumerate(said) if token in words.stop_ids), 8)]
-        ids, text = ids + said, text + words.decode(said) + "\n"
-    return text
-
-
 def chatting(folder, monkeypatch, capsys, typed, **settings):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     asking(folder, chat=True, video=folder / "frames", frames=3, **settings)
@@ -691,11 +635,10 @@ def chatting(folder, monkeypatch, capsys, typed, **settings):
 
 
 def test_a_chat_reads_the_film_once(folder, monkeypatch, capsys):
-    looked = []
-    see = LongVA.encode_images
+    looked, see = [], LongVA.encode_images
     monkeypatch.setattr(LongVA, "encode_images", lambda *args: looked.append(1) or see(*args))
     out = chatting(folder, monkeypatch, capsys, "and then?\n\nwhy?\n", question="how many?").out
-    assert out == turns(folder, ["how many?", "and then?", "why?"]) and len(looked) == 1
+    assert out == expected_of_film(folder, "how many?", "and then?", "why?") and len(looked) == 1
 
 
 def test_a_chat_goes_on_after_mistakes(folder, monkeypatch, capsys):
@@ -703,7 +646,7 @@ def test_a_chat_goes_on_after_mistakes(folder, monkeypatch, capsys):
     monkeypatch.setattr(chat, "CHAT", 90)
     out, err = chatting(folder, monkeypatch, capsys, typed)
     assert "<image> cannot be asked for in a chat" in err and "tokens do not fit in" in err and "Ctrl-D ends" in err
-    assert out == turns(folder, ["why?", "wh?y?", "why?"])
+    assert out == expected_of_film(folder, "why?", "wh?y?", "why?")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -711,13 +654,11 @@ def test_ranks_give_the_same_answers(folder, ranks, tmp_path, monkeypatch, capsy
     """Under torchrun frames are dealt out, the cache is spread, and a chat is typed once; 60 frames are 240 tokens."""
     for i in range(60):
         Image.fromarray(np.random.RandomState(i).randint(0, 255, (32, 40, 3), np.uint8)).save(tmp_path / f"{i:02}.png")
-    words = ["how many?", "--weights", folder / "model", "--video", tmp_path, "--frames", 60]
-    words = [str(word) for word in [*words, "--chat", "--max-tokens", 12, "--device", "cpu"]]
-    typed = "and then?\nwhy?\n"
+    words = f"--weights {folder / 'model'} --video {tmp_path} --frames 60 --chat --max-tokens 12 --device cpu"
+    words, typed = ["how many?", *words.split()], "and then?\nwhy?\n"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "longva.py"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    how = {"input": typed, "env": alone, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run([sys.executable, *torchrun, *words], **how)
+    how = {"input": typed, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": ROOT, "timeout": 300}
+    done = subprocess.run([sys.executable, *torchrun, *words], **how, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     longva.main(flags.parse(longva.Config, argv=words))
@@ -733,7 +674,7 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     for flags_ in ({}, {}, {"seed": 1}, {"temperature": 0.0}):
         asking(folder, question="how many?", video=folder / "frames", frames=3, weights=tmp_path / "model", **flags_)
         said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2] and said[3] == turns(folder, ["how many?"]) != said[0]
+    assert said[0] == said[1] != said[2] and said[3] == expected_of_film(folder, "how many?") != said[0]
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -742,6 +683,7 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"image": ("frames/9.png",)}, "frames/9.png: no such picture file"),
     ({"video": "none.mp4"}, "none.mp4: no such video file"),
     ({"video": "frames", "frames": 5}, "has 4 frames, but 5 were asked for"),
+    ({"video": "film.mp4", "frames": 32}, r"film\.mp4: has 4 frames, but 32 were asked for"),
     ({"image": ("frames/0.png",), "weights": "blind"}, "blind is a language model and cannot see"),
     ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
     pytest.param({"image": ("frames/0.png",), "device": "cuda"}, "need one GPU each, but torch sees 0; choose --device cpu",
