@@ -1,7 +1,8 @@
 """unires.py against slow loops, the release's token counts, and Hugging Face's CLIP and LLaVA-NeXT preprocessing."""
 
-import io
 import random
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,10 @@ def noise(width, height, mode="RGB", seed=0):
     return Image.fromarray(small).resize((width, height), Image.BICUBIC).convert(mode)
 
 
-def token_count(rows, cols, patches, scheme="unires", unpad=None):
-    return Layout(rows, cols, scheme, unpad).tokens(patches)
-
-
-def coded(N, side, D=3):
+def coded(N, side):
     """Features that say where they are: (grid, patch row, patch column)."""
-    x = torch.zeros(N, side * side, D)
-    for n in range(N):
-        for y in range(side):
-            for c in range(side):
-                x[n, y * side + c] = torch.tensor([n, y, c])
-    return x
+    places = torch.cartesian_prod(torch.arange(N), torch.arange(side), torch.arange(side))
+    return places.float().view(N, side * side, 3)
 
 
 # ---- how many grids ------------------------------------------------------------------------------
@@ -66,19 +59,14 @@ def coded(N, side, D=3):
 def test_golden_token_counts(width, height, canvas, tokens, paper, shape, anyres_tokens):
     rows, cols = choose_grids(width, height, 336)
     assert (cols * 336, rows * 336) == canvas
-    assert token_count(rows, cols, 24) == Layout(rows, cols).tokens(24) == tokens
+    assert Layout(rows, cols).tokens(24) == tokens
     rows, cols = unires.floor_grids(width, height, 336)
     if paper:
-        assert token_count(rows, cols, 24) == paper
+        assert Layout(rows, cols).tokens(24) == paper
         assert (rows, cols) == (max(1, height // 336), max(1, width // 336))
     rows, cols = choose_grids(width, height, 336, "anyres")
     layout = Layout(rows, cols, "anyres", (width, height))
     assert layout.tokens(24) == anyres_tokens == 576 + shape[0] * (shape[1] + 1)
-
-
-def test_video_token_counts():
-    for n, tokens in [(8, 1152), (16, 2304), (32, 4608), (64, 9216), (128, 18432), (384, 55296)]:
-        assert Layout(1, n).tokens(24) == tokens
 
 
 def test_canvases_are_the_release_s_200():
@@ -197,42 +185,13 @@ def test_constants_are_clip_s():
     assert tuple(int(255 * m) for m in unires.MEAN) == unires.FILL == (122, 116, 104)
 
 
-def pixel(rgb):
-    """What an RGB colour becomes, in float32 as in transformers."""
-    f = np.float32
-    return [(f(v / 255) - f(m)) / f(s) for v, m, s in zip(np.array(rgb, float), unires.MEAN, unires.STD)]
-
-
-def slow_canvas(image, width, height):
-    """The release's resize_and_pad_image, as described: keep the aspect, round the free side up, black around."""
-    if width / image.width < height / image.height:
-        w, h = width, min(int(np.ceil(image.height * (width / image.width))), height)
-    else:
-        w, h = min(int(np.ceil(image.width * (height / image.height))), width), height
-    canvas = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - h) // 2, (width - w) // 2
-    canvas[top : top + h, left : left + w] = np.array(image.resize((w, h), Image.BICUBIC))
-    return canvas
-
-
-@pytest.mark.parametrize("rule", ["canvas", "floor", "anyres"])
-@pytest.mark.parametrize("size", [(41, 30), (64, 96), (33, 100), (7, 5), (100, 33), (55, 9)])
-def test_cut_against_loops(rule, size):
-    image, (rows, cols), side = noise(*size), (2, 3), 16
-    if rule == "floor":
-        canvas = np.array(image.resize((cols * side, rows * side), Image.BICUBIC))
-    else:
-        canvas = slow_canvas(image, cols * side, rows * side)
-    got = unires.cut(image, rows, cols, side, rule)
-    assert got.dtype == torch.uint8 and got.shape == (6, 3, 16, 16)
-    got = normalise(got)
-    want = torch.empty_like(got)
-    for row in range(rows):
-        for col in range(cols):
-            for y in range(side):
-                for x in range(side):
-                    want[row * cols + col, :, y, x] = torch.tensor(pixel(canvas[row * side + y, col * side + x]))
-    assert torch.equal(got, want)
+@pytest.mark.parametrize("size", [(41, 30), (64, 96), (33, 100), (7, 5)])
+def test_floor_is_stretched_and_cut_row_by_row(size):
+    """The other rules' grids are compared with transformers above."""
+    image, side = noise(*size), 16
+    whole = unires.to_pixels(image.resize((3 * side, 2 * side), Image.BICUBIC))
+    want = [whole[:, y : y + side, x : x + side] for y in (0, 16) for x in (0, 16, 32)]
+    assert torch.equal(unires.cut(image, 2, 3, side, "floor"), torch.stack(want))
 
 
 def test_letterbox_of_a_long_picture_stays_small():
@@ -248,46 +207,12 @@ def test_frames_and_arrays():
         assert torch.equal(got[n], unires.frame(images[n], 32))
 
 
-def reread(image, form="PNG"):
-    file = io.BytesIO()
-    image.save(file, form)
-    return Image.open(file)
-
-
-def colour(image):
-    return unires.rgb(image).getpixel((0, 0))
-
-
 @pytest.mark.filterwarnings("error")
-def test_modes():
-    """What each kind of picture becomes; alpha is dropped and hidden colour shows, as in the release."""
-    assert colour(Image.new("L", (4, 4), 77)) == (77, 77, 77)
-    assert colour(Image.new("1", (4, 4), 1)) == (255, 255, 255)
-    assert colour(Image.new("RGBA", (4, 4), (10, 20, 30, 0))) == (10, 20, 30)
-    assert colour(Image.new("LA", (4, 4), (9, 128))) == (9, 9, 9)
-    assert colour(Image.new("CMYK", (4, 4), (0, 255, 255, 0))) == (255, 0, 0)
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 200, 100, 50])
-    palette.info["transparency"] = 1
-    assert colour(palette) == (200, 100, 50)
-    assert colour(reread(palette)) == (200, 100, 50)
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, ">u2"])
+def test_numbers_of_16_bits(dtype):
+    """test_data_video.py has what else files hold."""
     for value, want in [(0, 0), (30000, 117), (60000, 233), (65535, 255)]:
-        deep = reread(Image.fromarray(np.full((4, 4), value, np.uint16)))
-        assert deep.mode.startswith("I") and colour(deep) == (want,) * 3
-        assert colour(Image.fromarray(np.full((4, 4), value, np.int32))) == (want,) * 3
-    assert colour(Image.fromarray(np.full((4, 4), 65535, ">u2"))) == (255, 255, 255)
-
-
-def test_animation_shows_its_first_picture():
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
-    assert colour(Image.open(file)) == (255, 0, 0)
-
-
-def test_exif_rotation_is_left_to_read_picture():
-    image = Image.new("RGB", (8, 4), "red")
-    image.getexif()[0x0112] = 6
-    assert unires.rgb(reread(image, "JPEG")).size == (8, 4)
+        assert unires.rgb(Image.fromarray(np.full((4, 4), value, dtype))).getpixel((0, 0)) == (want,) * 3
 
 
 class Undecoded(Image.Image):
@@ -309,25 +234,17 @@ class Undecoded(Image.Image):
     (Image.new("I", (4, 4), -1), "mode I has no known range"),
 ])  # fmt: skip
 def test_refused_pictures(image, message):
-    for call in (
-        unires.rgb,
-        lambda i: unires.cut(i, 1, 2, 32),
-        lambda i: unires.preprocess(i, 32),
-        lambda i: unires.frame(i, 32),
-    ):
+    for call in (unires.rgb, partial(unires.cut, rows=1, cols=2, side=32), partial(unires.preprocess, side=32),
+                 partial(unires.frame, side=32)):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call(image)
 
 
-def test_limits_are_just_passed():
-    unires.check_size(9000, 4000)
-    unires.check_size(7680, 4320)  # 8K film
-    unires.check_size(1, 200)
+def test_other_errors():
+    for largest in (9000, 4000), (7680, 4320), (1, 200):  # the second is an 8K film
+        unires.check_size(*largest)
     with pytest.raises(ValueError, match="9001x4000"):
         choose_grids(9001, 4000, 336)
-
-
-def test_other_errors():
     with pytest.raises(ValueError, match=r"no rule 'best'.*canvas, floor, anyres"):
         choose_grids(10, 10, 336, "best")
     with pytest.raises(ValueError, match="fewer than 2 grids"):
@@ -339,7 +256,7 @@ def test_other_errors():
     with pytest.raises(ValueError, match="3x3 patches cannot be pooled"):
         unires.unires(torch.zeros(2, 9, 4), 1, 2)
     with pytest.raises(ValueError, match="3x3 patches cannot be pooled"):
-        token_count(1, 2, 3)
+        Layout(1, 2).tokens(3)
     for wrong in (torch.zeros(3, 16, 4), torch.zeros(4, 12, 4)):
         with pytest.raises(AssertionError):
             unires.unires(wrong, 2, 2)
@@ -354,14 +271,11 @@ def test_other_errors():
 def test_unires_order_and_pooling(rows, cols):
     """Token by token: grid after grid, inside a grid row by row, each the mean of its four patches."""
     side, x = 6, coded(rows * cols, 6)
-    got, t = unires.unires(x, rows, cols), 0
-    assert got.shape == (token_count(rows, cols, side), 3)
-    for grid in range(rows * cols):
-        for y in range(0, side, 2):
-            for c in range(0, side, 2):
-                assert got[t].tolist() == [grid, y + 0.5, c + 0.5]
-                t += 1
-    assert t == len(got)
+    blocks = product(range(rows * cols), range(0, side, 2), range(0, side, 2))
+    want = [[grid, y + 0.5, c + 0.5] for grid, y, c in blocks]
+    layout = Layout(rows, cols)
+    assert unires.unires(x, rows, cols).tolist() == layout.arrange(x).tolist() == want
+    assert len(want) == layout.tokens(side) and layout.grids == rows * cols
 
 
 @pytest.mark.parametrize("rows, cols, unpad", [
@@ -383,17 +297,9 @@ def test_anyres_order_newlines_and_unpad(rows, cols, unpad):
             grid = (y // side) * cols + c // side
             want.append([1 + grid, y % side, c % side])
         want.append([-1, -2, -3])
-    assert unires.anyres(x, rows, cols, newline, unpad).tolist() == want
-    assert token_count(rows, cols, side, "anyres", unpad) == len(want)
-
-
-def test_layout_arranges_either_scheme():
-    x, newline = coded(5, 4), torch.zeros(3)
-    assert Layout(1, 5).grids == 5 and Layout(2, 2, "anyres").grids == 5
-    assert torch.equal(Layout(1, 5).arrange(x, newline), unires.unires(x, 1, 5))
-    assert torch.equal(Layout(1, 5).arrange(x), unires.unires(x, 1, 5))
-    layout = Layout(2, 2, "anyres", (50, 40))
-    assert torch.equal(layout.arrange(x, newline), unires.anyres(x, 2, 2, newline, (50, 40)))
+    layout = Layout(rows, cols, "anyres", unpad)
+    assert unires.anyres(x, rows, cols, newline, unpad).tolist() == layout.arrange(x, newline).tolist() == want
+    assert len(want) == layout.tokens(side) and layout.grids == len(x)
     with pytest.raises(AssertionError, match="image_newline"):
         layout.arrange(x)
 
