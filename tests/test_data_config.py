@@ -10,18 +10,7 @@ import torch
 
 import longva
 from data import config as c
-from data.config import (
-    ClipConfig,
-    LMConfig,
-    LongVAConfig,
-    Sampling,
-    layer_parameters,
-    next_token_probs,
-    num_parameters,
-    root_parameters,
-    sample,
-    train_flop,
-)
+from data.config import ClipConfig, LMConfig, LongVAConfig, Sampling, sample
 
 # ---- the config.json of the folders people have; what no field depends on is left out ------------
 
@@ -139,12 +128,8 @@ def test_every_field_and_the_number_of_tensors_and_parameters(tmp_path, name):
     assert (len(eye), sum(held[n].numel() for n in eye)) == ((391, 303_507_456) if sees else (0, 0))
 
 
-@pytest.mark.parametrize("found", [CLIP, WHOLE_CLIP], ids=["tower", "whole CLIP"])
-def test_clip(found):
-    assert ClipConfig.from_dict(found) == CLIP_IS
-    with torch.device("meta"):
-        eye = dict(longva.ClipVision(ClipConfig.from_dict(found)).named_parameters())
-    assert len(eye) == 391 and sum(p.numel() for p in eye.values()) == 303_507_456
+def test_clip():
+    assert ClipConfig.from_dict(CLIP) == ClipConfig.from_dict(WHOLE_CLIP) == CLIP_IS
 
 
 @pytest.mark.oracle
@@ -186,6 +171,19 @@ def test_other_eyes_of_ours():
 
 
 WITHOUT = {"model_type": "llava_next", "text_config": LLAMA2, "vision_config": CLIP}
+IMPOSSIBLE = [
+    ({"rope_theta": math.nan}, "rope_theta is nan"), ({"rope_theta": 0}, "rope_theta is 0"),
+    ({"rope_theta": -5}, "rope_theta is -5"), ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"), ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+    ({"head_dim": "32"}, "head_dim is '32'"), ({"head_dim": -2}, "head_dim is -2"), ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"), ({"hidden_size": True}, "hidden_size is True"),
+    ({"model_type": []}, r"model_type is \[\]; text is expected"), ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"), ({"vocab_size": "9" * 10**6}, "vocab_size is '999"),
+]  # fmt: skip
+OTHER_TYPES = [
+    ("image_grid_pinpoints", 5), ("mm_vision_tower", 5), ("vision_config", [3]), ("mm_patch_merge_type", 3),
+    ("mm_vision_select_layer", "-2"), ("vision_config", {"hidden_size": "1024"}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("found, complaint", [
@@ -219,11 +217,14 @@ WITHOUT = {"model_type": "llava_next", "text_config": LLAMA2, "vision_config": C
     (LONGVA | {"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
     (LONGVA | {"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "tower 'google/siglip-.* without a vision_config"),
     (LONGVA | {"vision_config": CLIP | {"hidden_act": "gelu"}}, "only quick_gelu is built"),
+    *((QWEN2 | change, complaint) for change, complaint in IMPOSSIBLE),
+    *((LONGVA | {name: value}, "expected|lacks") for name, value in OTHER_TYPES),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_what_is_refused(tmp_path, found, complaint):
     (tmp_path / "config.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
         c.read_config(tmp_path)
+    assert len(str(error.value)) < 300
 
 
 # ---- generation_config.json ----------------------------------------------------------------------
@@ -306,18 +307,18 @@ def small_clip(**sizes):
 def test_counts_each_parameter(config):
     with torch.device("meta"):
         model = longva.LongVA(config) if isinstance(config, LongVAConfig) else longva.LM(config)
-    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert c.num_parameters(config) == sum(p.numel() for p in model.parameters())
     lm = getattr(config, "lm", config)
-    assert layer_parameters(lm) == sum(p.numel() for p in model.model.layers[0].parameters())
-    assert lm.num_hidden_layers * layer_parameters(lm) + root_parameters(lm) == num_parameters(lm)
+    assert c.layer_parameters(lm) == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert lm.num_hidden_layers * c.layer_parameters(lm) + c.root_parameters(lm) == c.num_parameters(lm)
 
 
 def test_operations_of_training():
     """Forward of Qwen2-7B: 14.14 GFLOP per token for its weights, 200,704 per token of length for attention."""
     lm = LMConfig()
-    assert train_flop(lm, 0) == pytest.approx(3 * 14.14e9, rel=1e-3)
-    assert train_flop(lm, 224_000) - train_flop(lm, 0) == 3 * 200_704 * 224_000
-    assert train_flop(lm, 224_000) == pytest.approx(177.3e9, rel=1e-3)
+    assert c.train_flop(lm, 0) == pytest.approx(3 * 14.14e9, rel=1e-3)
+    assert c.train_flop(lm, 224_000) - c.train_flop(lm, 0) == 3 * 200_704 * 224_000
+    assert c.train_flop(lm, 224_000) == pytest.approx(177.3e9, rel=1e-3)
 
 
 # ---- sampling, against transformers' own processors ----------------------------------------------
@@ -349,13 +350,13 @@ def test_odds_are_those_of_transformers(how, said):
 
 
 def odds_of_all(logits, said, how):
-    ids, p = next_token_probs(logits, said, how)
+    ids, p = c.next_token_probs(logits, said, how)
     return torch.zeros_like(logits).index_copy(0, ids, p)
 
 
 def test_a_top_p_of_one_keeps_every_id():
     logits = torch.linspace(0, -20, 50_000)  # whose rounded sum passes 1 before the end
-    assert len(next_token_probs(logits, [], Sampling(temperature=1.0, top_p=1.0, top_k=0))[0]) == 50_000
+    assert len(c.next_token_probs(logits, [], Sampling(temperature=1.0, top_p=1.0, top_k=0))[0]) == 50_000
 
 
 def test_greedy_takes_the_best_and_a_penalty_can_change_it():
@@ -374,29 +375,3 @@ def test_draws_follow_the_odds_and_the_seed():
     torch.testing.assert_close(share, odds_of_all(logits, [], how), atol=0.03, rtol=0)
     again = torch.Generator().manual_seed(0)
     assert [sample(logits, [], how, again) for _ in range(50)] == draws[:50].tolist()
-
-
-@pytest.mark.parametrize("change, complaint", [
-    ({"rope_theta": math.nan}, "rope_theta is nan"), ({"rope_theta": 0}, "rope_theta is 0"),
-    ({"rope_theta": -5}, "rope_theta is -5"), ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
-    ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"), ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
-    ({"head_dim": "32"}, "head_dim is '32'"), ({"head_dim": -2}, "head_dim is -2"), ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
-    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"), ({"hidden_size": True}, "hidden_size is True"),
-    ({"model_type": []}, r"model_type is \[\]; text is expected"), ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"), ({"vocab_size": "9" * 10**6}, "vocab_size is '999"),
-])  # fmt: skip
-def test_impossible_values_are_refused_in_a_short_sentence(tmp_path, change, complaint):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | change))
-    with pytest.raises(ValueError, match=complaint) as error:
-        c.read_config(tmp_path)
-    assert len(str(error.value)) < 300
-
-
-@pytest.mark.parametrize("change", [
-    {"image_grid_pinpoints": 5}, {"mm_vision_tower": 5}, {"vision_config": [3]}, {"mm_patch_merge_type": 3},
-    {"mm_vision_select_layer": "-2"}, {"vision_config": {"hidden_size": "1024"}},
-])  # fmt: skip
-def test_a_longva_config_with_values_of_other_types(tmp_path, change):
-    (tmp_path / "config.json").write_text(json.dumps(LONGVA | change))
-    with pytest.raises(ValueError, match=r"expected|lacks"):
-        c.read_config(tmp_path)

@@ -13,24 +13,16 @@ import data.flags
 import longva
 import train_text
 from data import memory, runs, synthetic, weights
-from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters, to_dict
+from data.config import LMConfig, LongVAConfig, num_parameters, to_dict
 from data.memory import Step
+from tests.test_data_config import small_clip as eye
+from tests.test_data_config import small_lm as lm
 
 ROOT = Path(__file__).parents[1]
 QWEN = LMConfig()
 REAL = LongVAConfig()
 GB = 10**9
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and tunes glibc")
-
-
-def eye(**sizes):
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return ClipConfig(**small | {"image_size": 112} | sizes)
-
-
-def lm(**sizes):
-    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    return LMConfig(**small | {"num_attention_heads": 4, "num_key_value_heads": 2} | sizes)
 
 
 def total(step):
@@ -69,29 +61,45 @@ def test_a_training_step_on_an_h100(layers, tokens, reserved, settings):
 
 # ---- measured here: processes that answer --------------------------------------------------------
 
+WIDE_LM, WIDE_EYE = lm(hidden_size=256, head_dim=16), eye(hidden_size=256, intermediate_size=999, image_size=224)
 ANSWERS = {  # what prevails: language model, eye, frames, frames at once, tokens at once
     "weights": (lm(hidden_size=512, intermediate_size=2048, num_hidden_layers=9, vocab_size=4000), eye(), 16, 4, 64),
     "cache": (lm(num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16, head_dim=64), eye(), 60, 4, 64),
     "prefill": (lm(intermediate_size=2048), eye(patch_size=7), 96, 32, 2048),
-    "vision": (
-        lm(hidden_size=256, head_dim=16),
-        eye(hidden_size=256, intermediate_size=999, image_size=224),
-        48,
-        24,
-        64,
-    ),
+    "vision": (WIDE_LM, WIDE_EYE, 48, 24, 64),
 }
 SAID = 4  # tokens of each answer
+PROBE = """
+import gc, json, multiprocessing, os, socket, sys
+
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+
+def growth(run, *args):
+    gc.collect()
+    before = kilobytes("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins here
+    run(*args)
+    return 1024 * (kilobytes("VmHWM") - before)
+
+def print_most(name, measure, cases):
+    pipes = []
+    for case in cases:  # each in a process of its own
+        reader, writer = multiprocessing.Pipe()
+        child = multiprocessing.get_context("fork").Process(target=measure, args=(*case, writer))
+        child.start()
+        writer.close()  # else a child that fails would leave us waiting
+        pipes.append((reader, child))
+    print("MEASURED", json.dumps([name, max(reader.recv() for reader, _ in pipes)]), flush=True)
+    for _, child in pipes:
+        child.join()
+"""
 ANSWER = """
-import json, multiprocessing, sys
 import numpy as np, torch
 import longva
 import ring
 from tests.test_data_memory import ANSWERS, SAID
-from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters
-
-def kilobytes(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+from data.config import ClipConfig, LMConfig, LongVAConfig
 
 @torch.no_grad()
 def answer(lm, eye, frames, batch, chunk):
@@ -114,17 +122,10 @@ def answer(lm, eye, frames, batch, chunk):
 
 def measure(case, tell):
     answer(LMConfig(96, 64, 96, 2, 4, 2), ClipConfig(64, 96, 2, 2, 14, 112), 3, 2, 16)  # torch's own code, once
-    before = kilobytes("VmRSS")
-    answer(*case)
-    tell.send(1024 * (kilobytes("VmHWM") - before))
+    tell.send(growth(answer, *case))
 
-for name, case in ANSWERS.items():  # each in a process of its own, whose high-water mark begins at its birth
-    ear, mouth = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=measure, args=(case, mouth))
-    child.start()
-    mouth.close()  # else a child that fails would leave us waiting
-    print("MEASURED", json.dumps([name, ear.recv()]), flush=True)
-    child.join()
+for name, case in ANSWERS.items():
+    print_most(name, measure, [(case,)])
 """
 
 
@@ -135,7 +136,7 @@ def run_probe(code, *args):
     of this size have few larger ones.
     """
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
-    probe = [sys.executable, "-c", code, *args]
+    probe = [sys.executable, "-c", PROBE + code, *args]
     done = subprocess.run(probe, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line[9:]) for line in done.stdout.splitlines() if line.startswith("MEASURED"))
@@ -177,7 +178,6 @@ STEPS = {  # ranks, language model, tokens, flags
     "two ranks, all kept, bf16": (2, text_lm(hidden_size=32, num_hidden_layers=2), 8192, ("--precision", "bf16")),
 }
 TRAIN = """
-import gc, json, multiprocessing, os, socket, sys
 import torch
 import ring, train_text
 from data import flags
@@ -188,9 +188,6 @@ class Done(Exception):
 
 def end(*_):
     raise Done
-
-def kilobytes(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 
 def train(flags_):
     try:
@@ -207,11 +204,7 @@ def measure(rank, ranks, port, small, case, tell):
     ring.save_state = end
     train(small)  # torch's own code, once
     os.environ["MASTER_PORT"] = str(port[1])
-    gc.collect()
-    before = kilobytes("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins here
-    train(case)
-    tell.send(1024 * (kilobytes("VmHWM") - before))
+    tell.send(growth(train, case))
 
 def free_port():
     with socket.socket() as s:
@@ -219,17 +212,8 @@ def free_port():
         return s.getsockname()[1]
 
 for name, ranks, small, case in json.loads(sys.argv[1]):
-    port, ears = (free_port(), free_port()), []
-    for rank in range(ranks):
-        ear, mouth = multiprocessing.Pipe()
-        args = rank, ranks, port, small, case, mouth
-        child = multiprocessing.get_context("fork").Process(target=measure, args=args)
-        child.start()
-        mouth.close()  # else a child that fails would leave us waiting
-        ears.append((ear, child))
-    print("MEASURED", json.dumps([name, max(ear.recv() for ear, _ in ears)]), flush=True)
-    for _, child in ears:
-        child.join()
+    port = free_port(), free_port()
+    print_most(name, measure, [(rank, ranks, port, small, case) for rank in range(ranks)])
 """
 
 
@@ -266,9 +250,8 @@ def step_of(config, ranks, *flags):
 def test_predicts_the_peak_of_a_training_step(steps, name):
     ranks, config, S, flags = STEPS[name]
     predicted = total(step_of(config, ranks, "--seq-len", str(S), "--batch", "1", *flags))
-    ratio = f"{name}: predicted / measured {predicted / steps[name]:.3f} of {steps[name] / 1e6:.0f} MB"
-    print(ratio)
-    assert predicted == pytest.approx(steps[name], rel=0.1), ratio
+    print(f"{name}: predicted / measured {predicted / steps[name]:.3f} of {steps[name] / 1e6:.0f} MB")
+    assert predicted == pytest.approx(steps[name], rel=0.1)
 
 
 # ---- what fits -----------------------------------------------------------------------------------
@@ -341,21 +324,18 @@ def test_table_of_a_step(capsys):
     assert "3 rank(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["", "--preset longva"])
-def test_plan_makes_nothing(tmp_path, capsys, monkeypatch, flags):
+@pytest.mark.parametrize("flags, model", [
+    ("", ""), ("--preset longva", "the tiny model, for --weights names no other: 0.8 M"),
+    ("--preset longva --device cuda --weights {folder}", "{folder}: 7,615.6 M parameters, bf16, cuda"),
+])  # fmt: skip
+def test_plan_makes_nothing_and_reads_config_json_alone(tmp_path, capsys, monkeypatch, flags, model):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(QWEN)))
     monkeypatch.setattr(train_text.ring, "start", None)
-    words = [*flags.split(), "--plan", "--out", str(tmp_path / "run")]
+    words = [*flags.format(folder=tmp_path).split(), "--plan", "--out", str(tmp_path / "run")]
     data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
     said = capsys.readouterr().out
-    assert said.startswith("the tiny model, for --weights names no other: 0.8 M") == ("longva" in flags)
+    assert said.startswith(model.format(folder=tmp_path)) and ("the tiny model" in said) == ("tiny" in model)
     assert "longest sequence" in said and not (tmp_path / "run").exists()
-
-
-def test_plan_reads_config_json_alone(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(QWEN)))
-    words = ["--preset", "longva", "--weights", str(tmp_path), "--device", "cuda", "--plan"]
-    data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
-    assert f"{tmp_path}: 7,615.6 M parameters, bf16, cuda" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, complaint", [

@@ -43,10 +43,7 @@ def packs(files, words, out, keep_short=1.0, **settings):
 def zst(path, *frames):
     with open(path, "wb") as file:
         for frame in frames:
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-                stream.write(frame)
-            file.write(sink.getvalue())
+            file.write(pyarrow.compress(frame, "zstd", asbytes=True))
 
 
 def corpus(folder, kind, words, texts=TEXTS):
@@ -54,6 +51,8 @@ def corpus(folder, kind, words, texts=TEXTS):
     file = folder / f"corpus{kind}"
     lines = [json.dumps({"text": t, "meta": {}}, ensure_ascii=n % 2 > 0) + "\n" for n, t in enumerate(texts)]
     whole = "".join([*lines[:2], "\n", *lines[2:]]).encode()  # a blank line is no document
+    ids = [words.encode(t) for t in texts]
+    ids[1] = [words.bos_id, *ids[1]]  # a separator that is there already is not doubled
     if kind == ".txt":
         for n, t in enumerate(texts):
             (folder / f"{n}.txt").write_text(t, encoding="utf-8")
@@ -66,18 +65,14 @@ def corpus(folder, kind, words, texts=TEXTS):
         zst(file, whole[:40], whole[40:])
     elif kind == ".parquet":
         parquet.write_table(pyarrow.table({"n": range(len(texts)), "text": texts}), file, row_group_size=2)
+    elif kind == ".ids.parquet":
+        parquet.write_table(pyarrow.table({"labels": ids, "input_ids": ids, "text": texts}), file)
     else:
-        ids = [words.encode(t) for t in texts]
-        ids[1] = [words.bos_id, *ids[1]]  # a separator that is there already is not doubled
-        file = folder / f"ids{kind.removeprefix('ids')}"
-        if kind == "ids.parquet":
-            parquet.write_table(pyarrow.table({"labels": ids, "input_ids": ids, "text": texts}), file)
-        else:
-            file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+        file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
     return [file]
 
 
-KINDS = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "ids.parquet", "ids.jsonl"]
+KINDS = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".ids.parquet", ".ids.jsonl"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,9 +115,8 @@ def test_too_many_bad_documents_stop_it(tmp_path, words, monkeypatch):
     file, out = tmp_path / "a.jsonl", tmp_path / "t.npy"
     out.write_bytes(b"an older file")
     file.write_text('{"text": " star"}\n' * 1997 + "bad\n" * 3)
-    with pytest.raises(
-        ValueError, match=r"^3 of 2,000 documents are bad, at most 0\.1%.*a\.jsonl, document 1998: not JSON: Expecting"
-    ):
+    said = r"^3 of 2,000 documents are bad, at most 0\.1%.*a\.jsonl, document 1998: not JSON: Expecting"
+    with pytest.raises(ValueError, match=said):
         packs([file], words, out)
     assert out.read_bytes() == b"an older file" and sorted(f.name for f in tmp_path.iterdir()) == ["a.jsonl", "t.npy"]
     file.write_text("bad\n" * 50)
@@ -169,20 +163,16 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path, words, kind):
     ("a.jsonl", b"\n \n", "hold no document"),
     ("a.txt", b"\xff\xfe", "cannot be read to its end"),
     ("a.jsonl.gz", b"no gzip", "cannot be read to its end"),
-]
-)  # fmt: skip
+    ("a.parquet", pyarrow.table({"body": ["x"]}), r"a\.parquet has the columns \['body'\], expected 'text' or 'input_ids'"),
+])  # fmt: skip
 def test_files_that_are_refused(tmp_path, words, name, content, complaint):
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
+    elif content:
+        parquet.write_table(content, tmp_path / name)
     with pytest.raises(ValueError, match=complaint):
         packs([tmp_path / name], words, tmp_path / "t.npy")
     assert not (tmp_path / "t.npy").exists()
-
-
-def test_parquet_without_text_is_refused(tmp_path, words):
-    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet has the columns \['body'\], expected 'text' or 'input_ids'"):
-        packs([tmp_path / "a.parquet"], words, tmp_path / "t.npy")
 
 
 def test_an_empty_cell_of_parquet_is_a_bad_document(tmp_path, words):
@@ -257,9 +247,8 @@ def test_the_source_of_a_document(tmp_path, words, kind):
     found = packs([file], words, tmp_path / "t.npy")["sources"]
     unnamed = {pack.UNNAMED: 1} if kind == ".parquet" else {pack.UNNAMED: 3, "?": 1}
     assert {s: n["kept"] for s, n in found.items()} == {"RedPajamaBook": 1, "RedPajamaC4": 1} | unnamed
-    assert pack.report(
-        file, {"documents": 0, "kept": 0, "tokens": 0, "bad": {}, "sources": found, "lengths": {}}
-    ).encode()
+    no_more = {"documents": 0, "kept": 0, "tokens": 0, "bad": {}, "lengths": {}}
+    assert pack.report(file, no_more | {"sources": found}).encode()
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
@@ -282,30 +271,20 @@ def test_in_expectation_each_source_keeps_the_same_part(keep):
 # ---- kills, workers ------------------------------------------------------------------------------
 
 
-def dies(action):
-    """Run `action` in a process of its own; whether it was killed on the way."""
+def killed_at(monkeypatch, document, pack_it):
+    """Pack in a process of its own that is killed when it has come to this document."""
+    calls, encode = iter(range(10**9)), pack.encode
+
+    def encode_or_die(*arguments):
+        if next(calls) == document:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(*arguments)
+
     if (child := os.fork()) == 0:
-        action()
+        monkeypatch.setattr(pack, "encode", encode_or_die)
+        pack_it()
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def killer(function, call, after):
-    """`function`, but its call of this number is the last thing that the process does."""
-    calls = iter(range(10**9))
-
-    def wrapped(*arguments):
-        deadly = next(calls) == call
-        if deadly and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*arguments)
-        if deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    return wrapped
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 def test_what_is_complete_is_not_made_again(tmp_path, words, monkeypatch, capsys):
@@ -337,9 +316,7 @@ def test_a_draft_of_another_job_or_without_its_tokens_is_not_continued(tmp_path,
     for n, spoil in enumerate(("draft", "settings", "documents", "journal")):
         out = tmp_path / f"{n}.npy"
         file.write_text(content.replace("1", "2", 1) if spoil == "documents" else content)
-        with monkeypatch.context() as patch:
-            patch.setattr(pack, "encode", killer(pack.encode, 55, False))
-            assert dies(lambda out=out, spoil=spoil: packs([file], words, out, seed=int(spoil == "settings")))
+        killed_at(monkeypatch, 55, lambda out=out, seed=int(spoil == "settings"): packs([file], words, out, seed=seed))
         file.write_text(content)
         if spoil == "draft":
             (tmp_path / f".{n}.npy.writing").unlink()
@@ -459,14 +436,12 @@ def test_command_line(tmp_path, words, packed, capsys):
 
 def test_command_line_of_workers(tmp_path, words, capsys):
     """Each says what it did; the last adds them up, beside the parts."""
-    files, _ = sources_corpus(tmp_path, 300, 2)
+    files, out = sources_corpus(tmp_path, 300, 2)[0], tmp_path / "out"
     for n in (1, 0):
-        words_ = (
-            f"--tokenizer {synthetic.TOKENIZER} --out {tmp_path / 'out'} --long 16 --worker {n} --workers 2".split()
-        )
-        flags.run(pack.main, pack.Config, argv=[*map(str, files), *words_])
+        settings = f"--tokenizer {synthetic.TOKENIZER} --out {out} --long 16 --worker {n} --workers 2".split()
+        flags.run(pack.main, pack.Config, argv=[*map(str, files), *settings])
         said = capsys.readouterr().out
         assert ("1 of 2 files are complete" in said) == (n == 1) and "Book " in said
-    whole = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert whole["documents"] == 300 and whole["tokens"] == len(text.open_tokens(tmp_path / "out", words))
-    assert f"{tmp_path / 'out'}: 300 documents" in said and f"--corpus {tmp_path / 'out'}\n" in said
+    whole = json.loads((out / "summary.json").read_text())
+    assert whole["documents"] == 300 and whole["tokens"] == len(text.open_tokens(out, words))
+    assert f"{out}: 300 documents" in said and f"--corpus {out}\n" in said
