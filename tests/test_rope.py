@@ -32,15 +32,17 @@ SCALINGS = [  # as folders write them
 KINDS = [f"{s.get('type', s.get('rope_type'))}-{i}" for i, s in enumerate(SCALINGS)]
 
 
-def folder(tmp_path, kind, scaling, **changes):
+def folder(tmp_path, kind, scaling):
     """A folder of transformers' model with that scaling, and the model."""
-    config = AutoConfig.for_model(kind, **{**SIZES, **changes}, rope_scaling=dict(scaling), tie_word_embeddings=False)
+    config = AutoConfig.for_model(kind, **SIZES, rope_scaling=dict(scaling), tie_word_embeddings=False)
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(config).eval()
-    weights.write(
-        tmp_path, theirs.named_parameters(), {"model_type": kind, **SIZES, **changes, "rope_scaling": scaling}
-    )
+    weights.write(tmp_path, theirs.named_parameters(), {"model_type": kind, **SIZES, "rope_scaling": scaling})
     return theirs
+
+
+def config_of(scaling, kind="qwen2", **changes):
+    return LMConfig.from_dict({"model_type": kind, **SIZES, **changes, "rope_scaling": scaling})
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
@@ -54,11 +56,9 @@ def test_cos_sin_and_logits_equal_transformers(tmp_path, scaling):
     rotary = theirs.model.rotary_emb
     cos_1SK, sin_1SK = rotary(torch.zeros(1), pos_S[None])
     cos_SK, sin_SK = longva.rope(pos_S, lm.head_width, lm.rope_theta, lm.rope_scaling, S)
+    sign_K = torch.tensor([-1.0, 1.0]).repeat_interleave(lm.head_width // 2)  # `rotate` adds with a minus
     assert_close(cos_SK, cos_1SK[0], rtol=0, atol=2e-6)
-    assert_close(
-        sin_SK * torch.tensor([-1.0, 1.0]).repeat_interleave(lm.head_width // 2), sin_1SK[0], rtol=0, atol=2e-6
-    )
-
+    assert_close(sign_K * sin_SK, sin_1SK[0], rtol=0, atol=2e-6)
     with torch.no_grad():
         logits_1SV = ours.logits(ours.model(ours.embed(ids_1S), pos_S))
         assert_close(logits_1SV, theirs(ids_1S).logits, rtol=0, atol=2e-5)
@@ -69,10 +69,10 @@ def test_cos_sin_and_logits_equal_transformers(tmp_path, scaling):
 @pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
 @pytest.mark.parametrize("K, theta", [(32, 1e4), (128, 1e6), (128, 5e5)])
 def test_frequencies_equal_transformers(scaling, K, theta):
-    sizes = {**SIZES, "hidden_size": 4 * K, "rope_theta": theta, "max_position_embeddings": 8192}
+    changes = {"hidden_size": 4 * K, "rope_theta": theta, "max_position_embeddings": 8192}
     scaling = {name: x for name, x in scaling.items() if name != "original_max_position_embeddings"}
-    theirs = AutoConfig.for_model("llama", **sizes, rope_scaling=dict(scaling))
-    ours = LMConfig.from_dict({"model_type": "llama", **sizes, "rope_scaling": scaling})
+    theirs = AutoConfig.for_model("llama", **{**SIZES, **changes}, rope_scaling=dict(scaling))
+    ours = config_of(scaling, "llama", **changes)
     for S in (100, 8192, 50_000):
         kind = ours.rope_scaling.rope_type
         frequency, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), seq_len=S)
@@ -96,7 +96,7 @@ def test_a_cache_in_pieces_equals_one_pass(tmp_path, scaling):
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
 def test_config_goes_out_as_it_came_in(tmp_path, scaling):
-    config = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": scaling})
+    config = config_of(scaling)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     assert read_config(tmp_path) == replace(config, head_dim=16)
     theirs = AutoConfig.from_pretrained(tmp_path)
@@ -108,8 +108,6 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
 
 
 @pytest.mark.parametrize("scaling, complaint", [
-    ("yarn", "rope_scaling is 'yarn'; a dictionary is expected"),
-    ({"type": "longrope", "factor": 2}, "rope_scaling.rope_type is 'longrope'"),
     ({"type": "yarn"}, "rope_scaling lacks factor"),
     ({"type": "linear", "factor": 0.5}, "factor is 0.5"),
     ({"type": "linear", "factor": math.nan}, "factor is nan"),
@@ -120,39 +118,25 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
 ])  # fmt: skip
 def test_refusals(scaling, complaint):
     with pytest.raises(ValueError, match=complaint):
-        LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": scaling})
-
-
-def test_a_base_of_one_cannot_be_scaled():
+        config_of(scaling)
     with pytest.raises(ValueError, match="needs a base above 1"):
-        LMConfig.from_dict(
-            {"model_type": "qwen2", **SIZES, "rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 8}}
-        )
-
-
-def test_two_bases_are_refused():
-    with pytest.raises(ValueError, match="two RoPE bases"):
-        LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_parameters": {"rope_theta": 5e5}})
+        config_of({"type": "yarn", "factor": 8}, rope_theta=1)
 
 
 def test_llama_3_and_qwen_2_5_configs():
     """As published; the sizes are not the point."""
     llama = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
              "original_max_position_embeddings": 8192}  # fmt: skip
-    sizes = {**SIZES, "rope_theta": 500000.0, "max_position_embeddings": 131072}
-    assert LMConfig.from_dict({"model_type": "llama", **sizes, "rope_scaling": llama}).rope_scaling == RopeScaling(
-        "llama3", 32.0, 8192
-    )
-    qwen = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
-    found = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": qwen}).rope_scaling
+    found = config_of(llama, "llama", rope_theta=500000.0, max_position_embeddings=131072).rope_scaling
+    assert found == RopeScaling("llama3", 32.0, 8192)
+    found = config_of({"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}).rope_scaling
     assert found == RopeScaling("yarn", 4.0, 32768) and found.amplitude == pytest.approx(1.1386294)
 
 
 def test_a_length_is_needed_to_train():
-    lm = LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": {"type": "dynamic", "factor": 2}})
     with pytest.raises(ValueError, match="dynamic NTK scaling, which is for answering"):
-        check_trainable(lm)
-    check_trainable(LMConfig.from_dict({"model_type": "qwen2", **SIZES, "rope_scaling": {"type": "yarn", "factor": 2}}))
+        check_trainable(config_of({"type": "dynamic", "factor": 2}))
+    check_trainable(config_of({"type": "yarn", "factor": 2}))
 
 
 @pytest.mark.parametrize("distractors", [0, 2])
@@ -161,15 +145,11 @@ def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, distractors,
     for name in ("draw_heatmaps", "draw_comparison"):
         monkeypatch.setattr(results, name, lambda *a: None)
     grid = {"frames": (8, 90, 150), "depths": (0.0, 0.5), "needle_count": 4, "distractors": distractors}
-    grid |= {
-        "max_new_tokens": 0,
-        "controls": False,
-        "rope_scaling": ("dynamic:1", "yarn:8"),
-        "weights": TINY / "baseline",
-    }
+    grid |= {"max_new_tokens": 0, "controls": False, "rope_scaling": ("dynamic:1", "yarn:8")}
     found = []
     for engine in ("cache", "ring"):
-        vniah.main(vniah.Config(protocol="tiny", engine=engine, out=tmp_path / engine, **grid))
+        model = TINY / "baseline"
+        vniah.main(vniah.Config(protocol="tiny", engine=engine, out=tmp_path / engine, weights=model, **grid))
         lines = results.read_results(tmp_path / engine)
         found.append({key: {n: p["hit"] for n, p in probes.items()} for key, probes in lines.items()})
     assert found[0] == found[1] and len(found[0]) == 3 * 6
@@ -178,7 +158,6 @@ def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, distractors,
 
 
 def test_a_scaling_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"--rope-scaling ntk:8: rope_type is 'ntk'.* write KIND:FACTOR"):
-        RopeScaling.parse("ntk:8", 256)
-    with pytest.raises(ValueError, match=r"--rope-scaling yarn: .*write KIND:FACTOR"):
-        RopeScaling.parse("yarn", 256)
+    for scaling, complaint in (("ntk:8", "rope_type is 'ntk'"), ("yarn", "")):
+        with pytest.raises(ValueError, match=f"--rope-scaling {scaling}: {complaint}.*write KIND:FACTOR"):
+            RopeScaling.parse(scaling, 256)
