@@ -3,7 +3,6 @@
 import random
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 import unires
-from tests.shapes import watched
 from unires import Layout, choose_grids, normalise
 
 # width, height, canvas (width, height), UniRes tokens, the paper's tokens, AnyRes map (h, w), AnyRes tokens.
@@ -199,7 +197,7 @@ def test_letterbox_of_a_long_picture_stays_small():
     assert got.shape == (3, 32, 32) and got[:, 15:17].min() > 128
 
 
-def test_frames_and_arrays():
+def test_frames_and_arrays(truthful):
     images = [noise(50, 40, seed=s) for s in range(3)]
     got = unires.frames((np.array(image) for image in images), 32)
     assert got.shape == (3, 3, 32, 32)
@@ -282,7 +280,7 @@ def test_unires_order_and_pooling(rows, cols):
     (1, 2, None), (2, 1, (10, 20)), (2, 2, (50, 50)), (2, 2, (500, 400)), (2, 2, (9, 200)), (1, 3, (70, 17)),
     (3, 1, (17, 70)), (2, 2, (199, 1)),
 ])  # fmt: skip
-def test_anyres_order_newlines_and_unpad(rows, cols, unpad):
+def test_anyres_order_newlines_and_unpad(truthful, rows, cols, unpad):
     """Token by token: the base, then each row of the picture across grids, a newline after each row."""
     side, x = 4, coded(1 + rows * cols, 4)
     newline = torch.tensor([-1.0, -2.0, -3.0])
@@ -315,7 +313,7 @@ def test_pooled_anyres_is_anyres_of_pooled_grids(unpad):
 
 
 @pytest.mark.parametrize("rule", unires.RULES)
-def test_show_from_picture_to_tokens(rule):
+def test_show_from_picture_to_tokens(truthful, rule):
     for size in [(100, 70), (31, 33), (20, 300)]:
         image = noise(*size)
         pixels, layout = unires.preprocess(image, 32, rule, limit=16)
@@ -331,7 +329,7 @@ def test_show_from_picture_to_tokens(rule):
 
 
 @pytest.mark.parametrize("scheme", ["unires", "anyres"])
-def test_a_picture_shown_twice_is_encoded_once(scheme):
+def test_a_picture_shown_twice_is_encoded_once(truthful, scheme):
     """Token by token: each text shows its own pictures' tokens in order, whatever part of them is wanted."""
     sizes = [(2, 1), (1, 3), (1, 1)] if scheme == "unires" else [(2, 1), (1, 2), (1, 1)]
     layouts = [Layout(*size, scheme) for size in sizes]
@@ -356,12 +354,3 @@ def test_a_picture_shown_twice_is_encoded_once(scheme):
         assert torch.equal(encoded[row], want[wanted])
     pixels, arranged, row = unique.subset(torch.arange(0), side)
     assert not pixels.any() and len(pixels) == arranged[0].grids and len(row) == 0
-
-
-def test_suffixes_tell_the_truth():
-    with watched(Path(unires.__file__)) as told:
-        for rule in unires.RULES:
-            _, layout = unires.preprocess(noise(70, 50), 32, rule, limit=6)
-            layout.arrange(coded(layout.grids, 4), torch.zeros(3))
-        unires.frames([noise(50, 40)], 32, "pad")
-    assert not told, told
