@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ import vniah
 from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from data.config import to_dict
-from tests import bench, ranks, shapes
+from tests import bench, ranks
 from tests.test_data_results import Page
 
 torch.set_num_threads(1)
@@ -213,7 +212,7 @@ def same(fast, slow):
 @pytest.mark.parametrize("engine", ["cache", "ring"])
 @pytest.mark.parametrize("own", [False, True], ids=["drawn", "own"])
 @pytest.mark.parametrize("control, distractors", [("", 0), ("", 3), ("no needle", 2), ("shuffled", 0)])
-def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own, control, distractors):
+def test_cells_equal_one_pass_per_probe(truthful, cfg, tmp_path, monkeypatch, engine, own, control, distractors):
     """Places 0, 1 and 3 are shared by several lengths; questions and answers differ in length; jobs in any order."""
     if own:
         write_needles(tmp_path / "needles")
@@ -236,7 +235,7 @@ def test_cells_equal_one_pass_per_probe(cfg, tmp_path, monkeypatch, engine, own,
 
 @pytest.mark.parametrize("engine", ["cache", "ring"])
 @pytest.mark.parametrize("protocol", ["tiny", "paper"])
-def test_story_cells_equal_one_pass_per_probe(cfg, folders, monkeypatch, engine, protocol):
+def test_story_cells_equal_one_pass_per_probe(truthful, cfg, folders, monkeypatch, engine, protocol):
     change = {"task": "text", "protocol": protocol, "engine": engine, "weights": folders / "text", "context": (40, 90)}
     cfg = replace(cfg, **change, number_count=4, max_new_tokens=0)
     model, words = loaded(cfg.weights)
@@ -588,7 +587,7 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
 # ---- panels --------------------------------------------------------------------------------------
 
 
-def test_rope_bases_give_panels_of_one_model(undrawn, cfg, monkeypatch):
+def test_rope_bases_give_panels_of_one_model(truthful, undrawn, cfg, monkeypatch):
     thetas, calls = [], Counter()
 
     def watch(home, name, note):
@@ -658,16 +657,6 @@ def test_mistakes_get_one_sentence(undrawn, cfg, folders, tmp_path, change, comp
     with pytest.raises(ValueError, match=complaint) as error:
         vniah.main(replace(cfg, **change))
     assert "\n" not in str(error.value)
-
-
-def test_shape_suffixes_tell_the_truth(undrawn, cfg, folders):
-    cfg = replace(cfg, needle_count=2, number_count=2, context=(30, 50), distractor_counts=(2,), frames=(3, 4))
-    with shapes.watched(Path(vniah.__file__).parent) as told:
-        for i, engine in enumerate(("cache", "ring")):
-            for task, folder in (("vision", "sees"), ("text", "text")):
-                at = replace(cfg, task=task, engine=engine, out=cfg.out.with_name(f"{task}-{i}"), distractors=1)
-                vniah.main(replace(at, weights=folders / folder))
-    assert not told, "\n".join(told)
 
 
 def test_a_folder_keeps_its_settings(undrawn, cfg):
