@@ -27,6 +27,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import longva
 import ring
 import vniah
-from data import chat
+from data import chat, niah
 from data.config import LMConfig
 from tests import ranks
 
@@ -312,42 +314,29 @@ def work(reads: Iterable[Read]) -> tuple[int, int]:
     return sum(B * T for B, T, _ in reads), sum(B * (T * known + T * (T + 1) // 2) for B, T, known in reads)
 
 
-def cache_reads(film: vniah.VisualNIAH, cells: list[tuple[int, float]]) -> Iterable[Read]:
-    """What --engine cache reads in one process, with --max-new-tokens 0 and without distractors."""
-    pre, M, known = film.prefix_1TD.shape[1], film.haystack_NMD.shape[1], 0
-    yield 1, pre, 0
-    for group in film.groups(cells):
-        if group.insert_at > known:
-            yield 1, (group.insert_at - known) * M, pre + known * M
-            known = group.insert_at
-        B, first, here = len(group.needle_ids), group.needle_ids[0], pre + group.insert_at * M
-        yield B, M, here
-        here += M
-        for length, _ in group.cells:
-            if tail := pre + (length + 1) * M - here:
-                yield B, tail, here
-            here += tail
-            yield B, len(film.question_ids[first]) - 1, here
-            yield B, len(film.answer_ids[first]), here + len(film.question_ids[first]) - 1
-
-
-def single_reads(film: vniah.VisualNIAH, cells: list[tuple[int, float]]) -> Iterable[Read]:
-    """One pass for each probe: prompt, needle and haystack, question, and the answer but for its last token."""
-    pre, M = film.prefix_1TD.shape[1], film.haystack_NMD.shape[1]
-    for length, _ in cells:
-        for question, answer in zip(film.question_ids, film.answer_ids):
-            yield 1, pre + (length + 1) * M + len(question) + len(answer) - 1, 0
-
-
 def paper_work() -> dict[str, tuple[int, int]]:
-    """The work of each engine on the paper's grid of 450 probes; nothing is run."""
-    cfg = vniah.resolve(vniah.Config(protocol="paper"))
-    film = vniah.VisualNIAH.__new__(vniah.VisualNIAH)  # without a model: enough to group probes
-    film.cfg, film.prefix_1TD = cfg, torch.empty(1, PRE, 0)
-    film.haystack_NMD, film.distractor_NMD = torch.empty(0, 144, 0), torch.empty(0, 144, 0)
-    film.question_ids, film.answer_ids = [[0] * n for n in QUESTIONS], [[0] * n for n in ANSWERS]
-    cells = [(length, depth) for length in cfg.frames for depth in cfg.depths]
-    return {"ring": work(single_reads(film, cells)), "cache": work(cache_reads(film, cells))}
+    """The work of each engine on the paper's grid of 450 probes: the engine runs, but reading only counts."""
+    cfg = vniah.resolve(vniah.Config(protocol="paper", max_new_tokens=0))
+    film = vniah.VisualNIAH.__new__(vniah.VisualNIAH)  # without a video and what encodes it
+    film.cfg, film.system, film.model = cfg, vniah.System("", Path()), longva.LM(LMConfig(1, 2, 1, 1, 1, 1))
+    film.tokenizer, film.stop_ids, film.cache = SimpleNamespace(decode=len), [], None  # lines have answers' lengths
+    film.needles = [niah.Needle(str(i), None, "", "") for i in range(len(QUESTIONS))]
+    film.question_ids, film.answer_ids = ([[0] * n for n in sizes] for sizes in (QUESTIONS, ANSWERS))
+    film.prefix_1TD, film.haystack_NMD = torch.zeros(1, PRE, 2), torch.zeros(max(cfg.frames), 144, 2)
+    film.needle_NMD, film.distractor_NMD = torch.zeros(len(QUESTIONS), 144, 2), torch.zeros(0, 144, 2)
+    shared, single = [], []
+
+    def count(model: longva.LM, x_BTD: Tensor, cache: longva.KVCache) -> Tensor:
+        shared.append((*x_BTD.shape[:2], cache.length))
+        cache.length += x_BTD.shape[1]
+        return x_BTD
+
+    groups = film.groups([(length, depth) for length in cfg.frames for depth in cfg.depths])
+    with mock.patch.object(longva, "prefill", count):
+        lines = [line for group in groups for cell in film.probe(group) for line in cell]
+    for line in lines:  # in one pass each: the answer's last token is predicted, never read
+        single.append((1, line["tokens"] + line["answer"] - 1, 0))
+    return {"ring": work(single), "cache": work(shared)}
 
 
 def measure_needles(_quick: bool) -> bool:

@@ -205,8 +205,7 @@ def kernels(kit: Kit) -> None:
     H, G, K = (4, 2, 16) if kit.dry else (28, 4, 128)
     shapes = [(577, 577, True), (129, 129, True), (1, 577, False), (129, 577, False), (577, 129, False)]
     shapes += [(577, 1, False), (577, 192, False), (577, 640, False)]
-    if kit.dry:
-        shapes = [(17, 17, True), (5, 13, False)]
+    shapes = [(17, 17, True), (5, 13, False)] if kit.dry else shapes
     for kernel in usable_kernels(kit):
         worst = {"o": 0.0, "lse": 0.0, "dq": 0.0, "dk": 0.0, "dv": 0.0}
         for T, S, causal in shapes:
@@ -299,7 +298,12 @@ def full_ring(kit: Kit) -> None:
     R, S, (H, G, K) = (4, 64, (4, 2, 16)) if kit.dry else (8, 224_000, (28, 4, 128))
     q, k, v, do = (kit.noise(1, S, heads, K) for heads in (H, G, G, H))
     rows = torch.linspace(0, S - 1, 16 if kit.dry else 64).long().to(kit.device)
-    exact = torch.cat([dense_row(q, k, v, int(i)) for i in rows], dim=1)
+
+    def exact_row(i: int) -> Tensor:
+        """What query i attends to, in fp64."""
+        return ring.math_forward(*(x.double() for x in (q[:, [i]], k[:, : i + 1], v[:, : i + 1])), False)[0]
+
+    exact = torch.cat([exact_row(i) for i in rows.tolist()], dim=1)
     tflop = 4 * S * S / 2 * H * K / 1e12
     for kernel in usable_kernels(kit):
         ring.block_attention(q[:, :256], k[:, :256], v[:, :256], True, kernel)  # load it
@@ -340,17 +344,6 @@ def all_ranks(kit: Kit, R: int, kernel: str, q: Tensor, k: Tensor, v: Tensor, do
         for x, part in zip(whole, (o, *grad)):
             x[:, idx] = part
     return whole, there, back
-
-
-def dense_row(q_1SHK: Tensor, k_1SGK: Tensor, v_1SGK: Tensor, i: int) -> Tensor:
-    """What query i attends to, in fp64: [1, 1, H, K]."""
-    out = []
-    for g in range(k_1SGK.shape[2]):
-        k, v = (x[0, : i + 1, g].double() for x in (k_1SGK, v_1SGK))
-        J = q_1SHK.shape[2] // k_1SGK.shape[2]
-        logits = q_1SHK[0, i, g * J : (g + 1) * J].double() @ k.T / math.sqrt(k.shape[1])
-        out.append(logits.softmax(-1) @ v)
-    return torch.cat(out)[None, None]
 
 
 # ---- 3 decode ------------------------------------------------------------------------------------

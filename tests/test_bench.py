@@ -38,3 +38,10 @@ def test_error_is_relative_and_zero_only_for_equal_bits():
     assert bench.difference(a, a.clone()) == 0
     assert bench.difference(a + torch.tensor([0.0, 1.0]), a) == 0.25
     assert bench.difference(torch.tensor([3, 5]), torch.tensor([3, 4])) > 0
+
+
+def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
+    single, ours = bench.paper_work().values()
+    frames, text = 14 + 144 * 1 + 5, 76 + 47 + 29 + 41 + 53 + 2
+    assert single[0] == sum(5 * 6 * (frames + 144 * n) + 6 * text for n in range(200, 3001, 200))
+    assert single[0] / ours[0] >= 1.6 and single[1] / ours[1] >= 1.6

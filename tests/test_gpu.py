@@ -126,13 +126,3 @@ def test_gradients_taken_aside_are_the_sum():
         assert all(p.grad is None for p in model.parameters())
     gradients.put_back()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), want)) and not gradients.sums
-
-
-def test_scattered_visual_tokens_need_no_look_at_the_mask():
-    """Rows that the collator computes give what the mask gives."""
-    config = longva.LMConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    model, visual = longva.LM(config), torch.randn(3, 8)
-    ids = torch.tensor([[1, longva.chat.IMAGE, 2], [longva.chat.IMAGE, longva.chat.IMAGE, 3]])
-    want = model.embed(ids, visual)
-    assert torch.equal(model.embed(ids, visual, torch.tensor([1, 3, 4])), want)
-    assert torch.equal(want.flatten(0, 1)[[1, 3, 4]], visual)

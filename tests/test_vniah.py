@@ -21,7 +21,7 @@ import vniah
 from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from data.config import to_dict
-from tests import bench, ranks
+from tests import ranks
 from tests.test_data_results import Page
 
 torch.set_num_threads(1)
@@ -80,10 +80,6 @@ def write_needles(folder, answers=("7", "12", "red", "3")):
 def loaded(folder):
     """A model and its tokenizer."""
     return longva.load(folder, "cpu"), tokenizer.load_tokenizer(folder)
-
-
-def visual_test(cfg, distractors=0, world=ALONE):
-    return vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, distractors), *loaded(cfg.weights), world)
 
 
 def all_cells(cfg):
@@ -399,7 +395,7 @@ def ring_on_ranks(world, folder, cfgs):
         heard.append({t.item(): h @ head_VD.T for t, h, y in zip(idx_T, h_BTD[0], targets_BT[0]) if y != chat.IGNORE})
         return real(h_BTD, head_VD, targets_BT, *rest)
 
-    film = visual_test(cfg, 2, world)
+    film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, 2), *loaded(cfg.weights), world)
     evaluate.count_correct = hits
     try:
         lines = [line for job in film.groups(all_cells(cfg)) for found in film.probe(job) for line in found]
@@ -463,35 +459,6 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
         assert {*asked.values()} == {1} and len(asked) == sum(map(len, found_by(cfgs[name]).values()))
     load_nothing(monkeypatch)
     vniah.main(cfgs["resumed"])  # one process again: all is known
-
-
-# ---- work ----------------------------------------------------------------------------------------
-
-
-def test_work_is_counted_as_it_is_done(cfg, tmp_path, monkeypatch):
-    """What bench.py counts is what the engine reads."""
-    write_needles(tmp_path / "needles")
-    cfg = replace(cfg, needles=tmp_path / "needles", frames=(3, 6, 8), depths=(0.0, 0.4, 0.5, 1.0), max_new_tokens=0)
-    film, cells, done, real = visual_test(cfg), all_cells(cfg), [], longva.prefill
-
-    def read(model, x_BTD, cache, *rest):
-        done.append((*x_BTD.shape[:2], cache.length))
-        return real(model, x_BTD, cache, *rest)
-
-    monkeypatch.setattr(longva, "prefill", read)
-    lines = [line for job in film.groups(cells) for found in film.probe(job) for line in found]
-    assert done == list(bench.cache_reads(film, cells))
-    singles = list(bench.single_reads(film, cells))
-    assert len(singles) == len(lines)
-    answers = len(cells) * sum(len(ids) - 1 for ids in film.answer_ids)
-    assert bench.work(singles)[0] == answers + sum(line["tokens"] for line in lines)
-
-
-def test_the_paper_s_grid_takes_less_than_a_pass_per_probe():
-    single, ours = bench.paper_work().values()
-    frames, text = 14 + 144 * 1 + 5, 76 + 47 + 29 + 41 + 53 + 2
-    assert single[0] == sum(5 * 6 * (frames + 144 * n) + 6 * text for n in range(200, 3001, 200))
-    assert single[0] / ours[0] >= 1.6 and single[1] / ours[1] >= 1.6
 
 
 # ---- the protocol --------------------------------------------------------------------------------
