@@ -42,17 +42,11 @@ RUNS = {  # name: (ranks, command)
 def run(name: str, out: Path) -> dict:
     """What a run leaves: its losses and norms, or its cells and prompts; and the names of what it exports."""
     ranks, command = RUNS[name]
+    folder, words = out / name, [str(word).format(out=out) for word in command]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    words = [str(word).format(out=out) for word in command]
+    command = [sys.executable, *launch, *words, "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks)}
-    folder = out / name
-    done = subprocess.run(
-        [sys.executable, *launch, *words, "--out", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     if (folder / "log.jsonl").exists():
@@ -61,16 +55,9 @@ def run(name: str, out: Path) -> dict:
             names = sorted(file.keys())
         return {"losses": [[line["loss"], line["norm"]] for line in log], "tensors": names}
     results = json.loads((folder / "results.json").read_text())
-    cells = [
-        [
-            cell["system"],
-            cell["length"],
-            cell["depth"],
-            cell["found"],
-            [probe["generated_text"] for probe in cell["probes"].values()],
-        ]
-        for cell in results["cells"]
-    ]
+    cells = [[cell[key] for key in ("system", "length", "depth", "found")] for cell in results["cells"]]
+    for row, cell in zip(cells, results["cells"]):
+        row.append([probe["generated_text"] for probe in cell["probes"].values()])
     return {"cells": cells, "prompts": results["systems"]}
 
 
