@@ -385,26 +385,27 @@ def whole_run(world, cfg):
         ring.start, ring.stop = start, stop
 
 
-def ring_on_ranks(world, folder, cfgs):
-    """--engine ring: leave the logits of the places that this rank holds, and see that it pads to 2 * ranks."""
+def ring_on_ranks(world, cfgs, slow):
+    """--engine ring: logits of the answers, put together from all ranks, are those of one pass."""
     cfg, real, heard = cfgs["logits"], evaluate.count_correct, []
 
     def hits(h_BTD, head_VD, targets_BT, *rest):
         assert h_BTD.shape[1] % 2 == 0
-        idx_T = ring.zigzag_index(h_BTD.shape[1] * world.ranks, world)
-        heard.append({t.item(): h @ head_VD.T for t, h, y in zip(idx_T, h_BTD[0], targets_BT[0]) if y != chat.IGNORE})
+        whole, targets = ranks.unshard(h_BTD, world), ranks.unshard(targets_BT, world)
+        heard.append((whole[targets != chat.IGNORE] @ head_VD.T)[None])
         return real(h_BTD, head_VD, targets_BT, *rest)
 
     film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, 2), *loaded(cfg.weights), world)
     evaluate.count_correct = hits
     try:
-        lines = [line for job in film.groups(all_cells(cfg)) for found in film.probe(job) for line in found]
+        found = probed(film, film.groups(all_cells(cfg)), heard)
     finally:
         evaluate.count_correct = real
-    torch.save((lines, heard), folder / f"heard-{world.rank}.pt")
+    same(found, slow)
+    assert len({tokens % 4 for _, _, tokens in found.values()}) > 1  # some lengths need padding
 
 
-def runs_on_ranks(world, folder, cfgs):
+def runs_on_ranks(world, cfgs, slow):
     for name in ("ring", "cache", "resumed", "text"):
         whole_run(world, cfgs[name])
 
@@ -423,21 +424,10 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
     }  # fmt: skip
     run_killed(cfgs["resumed"], 3)
     runs.LOCKS.pop(cfgs["resumed"].out.resolve()).close()  # what was killed holds its folder no longer
-    ranks.run(2, [ring_on_ranks, runs_on_ranks], tmp_path, cfgs)
-
-    # 1 the ring's logits, put together from both ranks, are those of one pass
     slow = naive(cfgs["logits"], vniah.System("x", cfg.weights, 2), *loaded(cfg.weights))
-    (lines, first), (_, second) = (torch.load(tmp_path / f"heard-{rank}.pt") for rank in (0, 1))
-    assert len(lines) == len(first) == len(second) == len(slow)
-    assert any(first) and len({line["tokens"] % 4 for line in lines}) > 1  # some lengths need padding
-    for line, *parts in zip(lines, first, second):
-        hit, logits, tokens = slow[line["length"], line["depth"], line["needle"]]
-        places = parts[0] | parts[1]
-        assert sorted(places) == list(range(tokens - 1, tokens - 1 + len(logits))) and line["tokens"] == tokens
-        assert_close(torch.stack([places[t] for t in sorted(places)]), logits, rtol=1e-4, atol=1e-4)
-        assert line["hit"] == hit
+    ranks.run(2, [ring_on_ranks, runs_on_ranks], cfgs, slow)
 
-    # 2 whole runs give one process's cells, whoever began them
+    # Whole runs give one process's cells, whoever began them
     alone, alone_text = replace(base, out=tmp_path / "alone"), replace(cfgs["text"], out=tmp_path / "alone-text")
     vniah.main(alone)
     vniah.main(alone_text)
@@ -450,7 +440,7 @@ def test_two_ranks_find_what_one_process_finds(undrawn, cfg, shipped, folders, t
     )
     assert hits == rung and len(set(hits.values())) == 2
 
-    # 3 both had work, and no probe was asked twice
+    # Both had work, and no probe was asked twice
     for name in ("cache", "resumed", "text"):
         files = cfgs[name].out.glob("cells-*.jsonl")
         lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
