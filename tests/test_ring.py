@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -169,11 +170,8 @@ def check_traffic(world, out):
         sent.extend((op.tensor.nbytes, op.tensor.dtype) for op in ops if op.op is dist.isend)
         return real(ops)
 
-    dist.batch_isend_irecv = counting
-    try:
+    with mock.patch.object(dist, "batch_isend_irecv", counting):
         with_gradients(lambda *qkv: ring.zigzag_attend(world, "math")(0, *qkv), q, k, v, do)
-    finally:
-        dist.batch_isend_irecv = real
     kv, hops = k.nbytes + v.nbytes, world.ranks - 1
     assert Counter(sent) == Counter({(kv, torch.bfloat16): 2 * hops, (2 * kv, torch.float32): hops})
 

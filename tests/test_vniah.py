@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -324,8 +325,7 @@ def counted(stop_after=None):
         written.append(len(lines))
         real(self, lines)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(result_tables.ProbeLog, "append", write)
+    with mock.patch.object(result_tables.ProbeLog, "append", write):
         yield written
 
 
@@ -377,12 +377,8 @@ def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_pat
 
 def whole_run(world, cfg):
     """A run as torchrun would start it, in a process that is a rank already."""
-    start, stop = ring.start, ring.stop
-    ring.start, ring.stop = lambda device: world, lambda: None
-    try:
+    with mock.patch.multiple(ring, start=lambda device: world, stop=lambda: None):
         vniah.main(cfg)
-    finally:
-        ring.start, ring.stop = start, stop
 
 
 def ring_on_ranks(world, cfgs, slow):
@@ -396,11 +392,8 @@ def ring_on_ranks(world, cfgs, slow):
         return real(h_BTD, head_VD, targets_BT, *rest)
 
     film = vniah.VisualNIAH(cfg, vniah.System("x", cfg.weights, 2), *loaded(cfg.weights), world)
-    evaluate.count_correct = hits
-    try:
+    with mock.patch.object(evaluate, "count_correct", hits):
         found = probed(film, film.groups(all_cells(cfg)), heard)
-    finally:
-        evaluate.count_correct = real
     same(found, slow)
     assert len({tokens % 4 for _, _, tokens in found.values()}) > 1  # some lengths need padding
 
