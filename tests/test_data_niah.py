@@ -8,22 +8,7 @@ import pytest
 from PIL import Image
 
 from data import niah
-from data.niah import (
-    PREFIX,
-    QUESTION,
-    SEED,
-    Needle,
-    insert_index,
-    magic_numbers,
-    period_ids,
-    question_and_answer,
-    read_needles,
-    read_text_haystack,
-    sentence_end,
-    shuffled_options,
-    text_probe,
-    write_needles,
-)
+from data.niah import Needle
 
 # ---- visual needles ------------------------------------------------------------------------------
 
@@ -34,7 +19,7 @@ def picture(colour):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_needles(tmp_path, [
+    niah.write_needles(tmp_path, [
         Needle("cat", picture("red"), "\nWhich colour?\nA. Red\nB. Blue", "A"),
         Needle("zoo/dog", picture("blue"), "\nHow many?", "200", "count"),
     ])  # fmt: skip
@@ -42,7 +27,7 @@ def folder(tmp_path):
 
 
 def test_written_needles_read_back(folder):
-    cat, dog = read_needles(folder)
+    cat, dog = niah.read_needles(folder)
     assert (cat.name, cat.question, cat.answer) == ("cat", "\nWhich colour?\nA. Red\nB. Blue", "A")
     assert (dog.name, dog.answer, dog.picture.mode) == ("zoo/dog", "200", "RGB")
     assert (cat.kind, dog.kind) == ("", "count")
@@ -59,10 +44,8 @@ def test_the_release_s_names(folder, suffix):
     ]
     text = json.dumps(records) if suffix == "json" else "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
     (folder / f"questions.{suffix}").write_text(text, encoding="utf-8")
-    assert [(n.name, n.question, n.answer) for n in read_needles(folder)] == [
-        ("cat", "q\u2028", "a"),
-        ("zoo/dog", "r", "b"),
-    ]
+    found = [(n.name, n.question, n.answer) for n in niah.read_needles(folder)]
+    assert found == [("cat", "q\u2028", "a"), ("zoo/dog", "r", "b")]
 
 
 GOOD = {"image": "cat.png", "question": "q", "answer": "a"}
@@ -92,7 +75,7 @@ def test_bad_needles(folder, records, complaint):
     (folder / "link.png").symlink_to("/etc/hostname")
     (folder / "questions.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match=complaint) as error:
-        read_needles(folder)
+        niah.read_needles(folder)
     assert "questions.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) <= 300
 
 
@@ -100,18 +83,18 @@ def test_bad_needles(folder, records, complaint):
 def test_bad_json(folder, text):
     (folder / "questions.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"questions\.json: is not valid JSON"):
-        read_needles(folder)
+        niah.read_needles(folder)
     (folder / "questions.json").unlink()
     with pytest.raises(ValueError, match=r"no questions\.json or questions\.jsonl"):
-        read_needles(folder)
+        niah.read_needles(folder)
 
 
 def test_insert_index():
-    assert [insert_index(200, d) for d in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [0, 40, 80, 120, 160, 200]
-    assert insert_index(7, 0.5) == 3  # rounded down, as in the release
+    assert [niah.insert_index(200, d) for d in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [0, 40, 80, 120, 160, 200]
+    assert niah.insert_index(7, 0.5) == 3  # rounded down, as in the release
     for depth in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="outside the haystack"):
-            insert_index(10, depth)
+            niah.insert_index(10, depth)
 
 
 FOUR = "\nWhere is it?\nA. Here\nB. There\nC. Elsewhere\nD. Nowhere\nAnswer with the option's letter."
@@ -120,14 +103,10 @@ FOUR = "\nWhere is it?\nA. Here\nB. There\nC. Elsewhere\nD. Nowhere\nAnswer with
 @pytest.mark.parametrize("answer", "ABCD")
 def test_shuffled_options_move_the_answer(answer):
     options = dict(line.split(". ", 1) for line in FOUR.split("\n")[2:6])
-    needle, rng, letters, orders = (
-        Needle("n", picture("red"), FOUR, answer, "place"),
-        np.random.default_rng(0),
-        [],
-        set(),
-    )
+    needle, rng = Needle("n", picture("red"), FOUR, answer, "place"), np.random.default_rng(0)
+    letters, orders = [], set()
     for _ in range(300):
-        other = shuffled_options(needle, rng)
+        other = niah.shuffled_options(needle, rng)
         assert (other.name, other.kind, other.picture) == (needle.name, needle.kind, needle.picture)
         lines = other.question.split("\n")
         assert lines[:2] + lines[6:] == FOUR.split("\n")[:2] + FOUR.split("\n")[6:]
@@ -138,12 +117,8 @@ def test_shuffled_options_move_the_answer(answer):
         orders.add(tuple(moved.values()))
     assert len(orders) == 18  # every order but the 6 that leave the answer where it was
     assert all(60 < letters.count(letter) < 140 for letter in "ABCD" if letter != answer)
-
-
-def test_two_options_change_places():
-    needle = Needle("n", picture("red"), "\nWhich?\nA. Cat\nB. Dog", "B")
-    other = shuffled_options(needle, np.random.default_rng(0))
-    assert (other.question, other.answer) == ("\nWhich?\nA. Dog\nB. Cat", "A")
+    two = niah.shuffled_options(Needle("n", picture("red"), "\nWhich?\nA. Cat\nB. Dog", "B"), rng)
+    assert (two.question, two.answer) == ("\nWhich?\nA. Dog\nB. Cat", "A")
 
 
 @pytest.mark.parametrize("question, answer", [
@@ -156,7 +131,7 @@ def test_two_options_change_places():
     ("\nWhich?\nB. Cat\nC. Dog", "B"),
 ])  # fmt: skip
 def test_no_options_to_shuffle(question, answer):
-    assert shuffled_options(Needle("n", picture("red"), question, answer), np.random.default_rng(0)) is None
+    assert niah.shuffled_options(Needle("n", picture("red"), question, answer), np.random.default_rng(0)) is None
 
 
 # ---- text needles --------------------------------------------------------------------------------
@@ -177,78 +152,62 @@ class Toy:
         return "".join(words[i] for i in ids)
 
 
-def qwen():  # digits alone, full stops joined with line ends
-    return Toy(r" ?\.\n*|[0-9]| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]")
-
-
-def gpt():  # a space goes with up to three digits
-    return Toy(r" ?\.\n*| ?[0-9]{1,3}| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]")
-
-
-def llama():  # a space before everything; line ends and digits alone
-    return Toy(r" ?\.|[0-9]| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]", prefix=" ")
+QWEN = r" ?\.\n*|[0-9]| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]"  # digits alone, full stops joined with line ends
+GPT = r" ?\.\n*| ?[0-9]{1,3}| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]"  # a space goes with up to three digits
+LLAMA = r" ?\.|[0-9]| ?[A-Za-z]+|\s| ?[^\sA-Za-z0-9]", " "  # a space before everything; line ends and digits alone
 
 
 BOOK = "One day it rained. Then the sun came out! We all went home.\n\nThe end was near . Really. "
 
 
-def test_numbers_of_the_release():
-    drawn = magic_numbers(np.random.RandomState(SEED), 10)
+def test_magic_numbers():
+    """Those of the release; all have their digits, and differ."""
+    drawn = niah.magic_numbers(np.random.RandomState(niah.SEED), 10)
     assert drawn[:5] == ["2965478", "7624612", "7182423", "9211957", "7727364"]
     assert drawn[5:] == ["7875983", "1540810", "5050145", "4209505", "9134486"]
-
-
-def test_numbers_have_their_digits_and_differ():
     for digits, count in [(1, 9), (2, 90), (3, 200)]:
-        drawn = magic_numbers(np.random.RandomState(0), count, digits)
+        drawn = niah.magic_numbers(np.random.RandomState(0), count, digits)
         assert len(set(drawn)) == count and all(len(n) == digits and n[0] != "0" for n in drawn)
     for digits, count in [(1, 10), (0, 1)]:
         with pytest.raises(ValueError, match="ask for fewer, or for more digits"):
-            magic_numbers(np.random.RandomState(0), count, digits)
+            niah.magic_numbers(np.random.RandomState(0), count, digits)
 
 
-@pytest.mark.parametrize("toy, want", [(qwen(), {".", " .", ".\n", ".\n\n"}), (llama(), {".", " ."})])
-def test_period_ids(toy, want):
-    assert {toy.decode([i]) for i in period_ids(toy.encode)} == want
-
-
-def test_no_period():
+def test_period_ids():
+    for toy, want in ((Toy(QWEN), {".", " .", ".\n", ".\n\n"}), (Toy(*LLAMA), {".", " ."})):
+        assert {toy.decode([i]) for i in niah.period_ids(toy.encode)} == want
     with pytest.raises(ValueError, match="no token for a full stop"):
-        period_ids(Toy("[a-z]+").encode)
+        niah.period_ids(Toy("[a-z]+").encode)
 
 
 @pytest.mark.parametrize("toy, ends, answer", [
-    (qwen(), "is: ", list("2965478")),  # as in the release: a trailing space, then seven digits
-    (llama(), "is: ", list("2965478")),
-    (gpt(), "is:", [" 296", "547", "8"]),  # the space is part of the first token of the answer
+    (Toy(QWEN), "is: ", list("2965478")),  # as in the release: a trailing space, then seven digits
+    (Toy(*LLAMA), "is: ", list("2965478")),
+    (Toy(GPT), "is:", [" 296", "547", "8"]),  # the space is part of the first token of the answer
 ])  # fmt: skip
 @pytest.mark.parametrize("number", ["2965478", "9965478", "1965478"])
 def test_question_and_answer(toy, ends, answer, number):
-    question_ids, answer_ids = question_and_answer(toy.encode, number)
-    assert question_ids + answer_ids == toy.encode(QUESTION + number)
+    question_ids, answer_ids = niah.question_and_answer(toy.encode, number)
+    assert question_ids + answer_ids == toy.encode(niah.QUESTION + number)
     assert toy.decode(question_ids).endswith(ends)
-    assert [toy.decode([i]) for i in answer_ids] == [
-        t.replace("296", number[:3]).replace("2", number[0]) for t in answer
-    ]
-
-
-def test_question_without_numbers():
+    want = [t.replace("296", number[:3]).replace("2", number[0]) for t in answer]
+    assert [toy.decode([i]) for i in answer_ids] == want
     with pytest.raises(ValueError, match="encodes different numbers alike"):
-        question_and_answer(Toy("[a-z]+").encode, "123")
+        niah.question_and_answer(Toy("[a-z]+").encode, "123")
 
 
 @pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.9, 1])
 @pytest.mark.parametrize("cities", [[], [("New York", "1111111")], [("New York", "1111111"), ("London", "2222222")]])
 def test_probe(depth, cities):
-    toy = qwen()
-    encode, stops, context = toy.encode, period_ids(toy.encode), 100
+    toy = Toy(QWEN)
+    encode, stops, context = toy.encode, niah.period_ids(toy.encode), 100
     book = encode(BOOK)
-    ids, answer_ids = text_probe(encode, book, context, depth, "2965478", cities, np.random.RandomState(1), stops)
+    ids, answer_ids = niah.text_probe(encode, book, context, depth, "2965478", cities, np.random.RandomState(1), stops)
     text, hay = toy.decode(ids), toy.decode((book * 9)[:context])
     assert toy.decode(answer_ids) == "2965478"
-    assert text.startswith(PREFIX) and text.endswith("</book>.\n" + QUESTION.split("\n", 1)[1])
+    assert text.startswith(niah.PREFIX) and text.endswith("</book>.\n" + niah.QUESTION.split("\n", 1)[1])
     planted = [f"\nThe special magic {c} number is: {n}.\n" for c, n in [*cities, ("Singapore", "2965478")]]
-    body = text[len(PREFIX) : -len(QUESTION)]
+    body = text[len(niah.PREFIX) : -len(niah.QUESTION)]
     for sentence in planted:
         assert body.count(sentence) == 1
         before = body[: body.index(sentence)]
@@ -257,43 +216,42 @@ def test_probe(depth, cities):
         body = body.replace(sentence, "", 1)
     assert body == hay  # nothing of the haystack is lost
     if depth == 0:
-        assert text.startswith(PREFIX + planted[-1])
+        assert text.startswith(niah.PREFIX + planted[-1])
     added = sum(len(encode(sentence)) for sentence in planted)
-    assert len(ids) == len(encode(PREFIX)) + context + added + len(question_and_answer(encode, "1")[0])
+    assert len(ids) == len(encode(niah.PREFIX)) + context + added + len(niah.question_and_answer(encode, "1")[0])
 
 
 def test_depth_is_of_what_has_grown():
     """An independent construction of one probe, one distractor, no snapping."""
-    toy, rng = qwen(), np.random.RandomState(3)
+    toy, rng = Toy(QWEN), np.random.RandomState(3)
     encode = toy.encode
     at = np.random.RandomState(3).randint(50)
     book = encode("word " * 60)[:50]
     book = [*book[:at], *encode("\nThe special magic Rome number is: 77.\n"), *book[at:]]
     at = int(0.3 * len(book))
     book = [*book[:at], *encode("\nThe special magic Singapore number is: 42.\n"), *book[at:]]
-    ids, answer = text_probe(encode, encode("word " * 60), 50, 0.3, "42", [("Rome", "77")], rng, frozenset())
-    assert ids == encode(PREFIX) + book + encode(QUESTION) and answer == encode("42")
-    stops = period_ids(encode)
-    free, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, frozenset())
-    snapped, _ = text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops)
+    ids, answer = niah.text_probe(encode, encode("word " * 60), 50, 0.3, "42", [("Rome", "77")], rng, frozenset())
+    assert ids == encode(niah.PREFIX) + book + encode(niah.QUESTION) and answer == encode("42")
+    stops = niah.period_ids(encode)
+    free, _ = niah.text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, frozenset())
+    snapped, _ = niah.text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops)
     assert free != snapped and sorted(free) == sorted(snapped)
 
 
 def test_sentence_end():
     ids = [5, 1, 5, 5, 1, 5]
-    assert [sentence_end(ids, i, frozenset({1})) for i in range(7)] == [2, 2, 5, 5, 5, 5, 6]
-    assert sentence_end(ids, 3, frozenset({29889, 869})) == 3
+    assert [niah.sentence_end(ids, i, frozenset({1})) for i in range(7)] == [2, 2, 5, 5, 5, 5, 6]
+    assert niah.sentence_end(ids, 3, frozenset({29889, 869})) == 3
 
 
-def test_bad_probes():
-    toy = qwen()
-    for book, context, depth, complaint in [
-        ([], 10, 0.5, "0 tokens cannot fill a context of 10"),
-        ([1, 2], 0, 0.5, "2 tokens cannot fill a context of 0"),
-        ([1, 2], 10, 1.5, "depth of 1.5 is outside"),
-    ]:
-        with pytest.raises(ValueError, match=complaint):
-            text_probe(toy.encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
+@pytest.mark.parametrize("book, context, depth, complaint", [
+    ([], 10, 0.5, "0 tokens cannot fill a context of 10"),
+    ([1, 2], 0, 0.5, "2 tokens cannot fill a context of 0"),
+    ([1, 2], 10, 1.5, "depth of 1.5 is outside"),
+])  # fmt: skip
+def test_bad_probes(book, context, depth, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        niah.text_probe(Toy(QWEN).encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
 
 
 def test_a_haystack_is_repeated_as_text():
@@ -307,19 +265,17 @@ def test_text_haystack(tmp_path):
     (tmp_path / "b.txt").write_text("two.\n")
     (tmp_path / "a.txt").write_text("one \N{EURO SIGN}. ", encoding="utf-8")
     (tmp_path / "a.md").write_text("not this")
-    assert read_text_haystack(tmp_path) == "one \N{EURO SIGN}. two.\n"
-    assert read_text_haystack(tmp_path / "b.txt") == "two.\n"
-    with pytest.raises(ValueError, match=r"c\.txt: no such text file or folder"):
-        read_text_haystack(tmp_path / "c.txt")
-    (tmp_path / "c.txt").write_bytes(b"ab\xff")
-    with pytest.raises(ValueError, match=r"c\.txt: is not UTF-8 text \(invalid start byte at byte 2\)"):
-        read_text_haystack(tmp_path)
-    (tmp_path / "d.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"d\.txt: the haystack is empty"):
-        read_text_haystack(tmp_path / "d.txt")
+    assert niah.read_text_haystack(tmp_path) == "one \N{EURO SIGN}. two.\n"
+    assert niah.read_text_haystack(tmp_path / "b.txt") == "two.\n"
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"none: no \.txt file in this folder"):
-        read_text_haystack(tmp_path / "none")
+    (tmp_path / "c.txt").write_bytes(b"ab\xff")
+    (tmp_path / "d.txt").write_text(" \n")
+    for name, complaint in {
+        "x.txt": r"x\.txt: no such text file or folder", "none": r"none: no \.txt file in this folder",
+        "": r"c\.txt: is not UTF-8 text \(invalid start byte at byte 2\)", "d.txt": r"d\.txt: the haystack is empty",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=complaint):
+            niah.read_text_haystack(tmp_path / name)
 
 
 def test_all_cities_differ():

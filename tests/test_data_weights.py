@@ -64,19 +64,14 @@ def test_reading_is_lazy(tmp_path):
         list(stream)
 
 
-def test_cast_touches_floating_tensors_only(tmp_path):
-    w.write(tmp_path, state().items(), {}, dtype=torch.bfloat16)
-    found = dict(w.read(tmp_path))
-    assert {k: t.dtype for k, t in found.items()} == {
-        "a.weight": torch.bfloat16, "b.weight": torch.bfloat16, "b.bias": torch.int64, "scalar": torch.bfloat16,
-    }  # fmt: skip
-
-
-def test_slices_and_transposes_are_written_as_they_look(tmp_path):
+def test_tensors_are_written_as_they_look(tmp_path):
+    """Slices, transposes and parameters; a precision is that of floating tensors only."""
     fused = torch.arange(24.0).view(6, 4)
-    tensors = {"q": fused[:2], "k": fused[2:], "t": fused.t(), "all": fused, "p": nn.Parameter(fused)}
-    w.write(tmp_path, tensors.items(), {})
-    assert all(torch.equal(t, tensors[name]) for name, t in w.read(tmp_path))
+    tensors = {"q": fused[:2], "k": fused[2:], "t": fused.t(), "all": fused, "p": nn.Parameter(fused)} | state()
+    for dtype in (None, torch.bfloat16):
+        w.write(tmp_path, tensors.items(), {}, dtype=dtype)
+        want = {name: t.to(dtype if dtype and t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+        assert same(dict(w.read(tmp_path)), want)
 
 
 @pytest.mark.parametrize("old", [10**9, 100], ids=["single", "shards"])
@@ -120,12 +115,6 @@ def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, old, 
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """Bytes that this process held at most since `/proc/self/clear_refs` was told to count anew."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-
-
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_loading_peaks_at_the_models_own_size(tmp_path, dtype):
@@ -134,13 +123,17 @@ def test_loading_peaks_at_the_models_own_size(tmp_path, dtype):
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in longva.LM(config).named_parameters()}
     w.write(tmp_path, ((n, torch.ones(s, dtype=torch.bfloat16)) for n, s in shapes.items()), to_dict(config))
+
+    def peak():  # bytes that this process held at most since it was told to count anew
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
     Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
+    before = peak()
     model = longva.load(tmp_path, dtype=dtype)
     size = sum(p.nbytes for p in model.parameters())
     assert size > 90e6
     # 8 MB for what torch needs once, whatever the model: threads, first calls.
-    assert peak_memory() - before < 1.15 * size + 8e6, f"{(peak_memory() - before) / size:.2f} times its size"
+    assert peak() - before < 1.15 * size + 8e6, f"{(peak() - before) / size:.2f} times its size"
 
 
 # ---- strict filling ------------------------------------------------------------------------------
@@ -248,10 +241,9 @@ def test_model_card(tmp_path, monkeypatch):
         "| model to start from | Qwen/Qwen2-7B | apache-2.0 |\n| text | my tokens | not stated there |\n"
     )
     card = tmp_path / "sft/model/README.md"
-    assert (
-        "    torchrun --nproc-per-node 8 train_sft.py" in card.read_text() and "synthetic | MIT |" in card.read_text()
-    )
-    assert card.read_text().endswith(text.split("## How it was made\n")[1])
+    later = card.read_text()
+    assert "    torchrun --nproc-per-node 8 train_sft.py" in later and "synthetic | MIT |" in later
+    assert later.endswith(text.split("## How it was made\n")[1])
     card.write_text("mine")
     w.save(tmp_path / "sft/model", state().items(), {}, hub)
     assert card.read_text() == "mine"
@@ -338,10 +330,9 @@ def test_any_precision_on_the_disk_and_in_memory(shards, kept, wanted):
 @pytest.mark.parametrize("whole", [True, False], ids=["whole CLIP", "tower alone"])
 def test_a_clip_folder_of_transformers(tmp_path, whole):
     transformers = pytest.importorskip("transformers")
-    eye = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "patch_size": 4, "image_size": 16}  # fmt: skip
-    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "vocab_size": 50}  # fmt: skip
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    eye = dict(zip(sizes, (32, 48, 2, 4))) | {"patch_size": 4, "image_size": 16}
+    text = dict(zip(sizes, (16, 24, 1, 2))) | {"vocab_size": 50}
     if whole:
         theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=eye))
     else:
@@ -350,8 +341,7 @@ def test_a_clip_folder_of_transformers(tmp_path, whole):
     config = ClipConfig.from_dict(w.read_config(tmp_path))
     assert config == ClipConfig(32, 48, 2, 4, 4, 16)
     ours = longva.ClipVision(config)
-    stream = ((name.removeprefix(w.TOWER), tensor) for name, tensor in w.read_tower(tmp_path))
-    w.fill_from(ours, stream)
+    w.fill_from(ours, ((name.removeprefix(w.TOWER), tensor) for name, tensor in w.read_tower(tmp_path)))
     want = {n.split("vision_model.")[-1]: p for n, p in theirs.named_parameters()}
     assert all(torch.equal(p, want[name]) for name, p in ours.named_parameters())
 
@@ -360,17 +350,9 @@ def test_a_clip_folder_of_transformers(tmp_path, whole):
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_transformers_reads_what_we_write(tmp_path, shard_bytes):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+    ours = to_dict(LMConfig(64, 32, 48, 2, 4, 2, rope_theta=1e4)) | {"torch_dtype": "float32"}
     torch.manual_seed(0)
-    theirs = transformers.Qwen2ForCausalLM(config).eval()
-    ours = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 64, "hidden_size": 32,
-        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32",
-    }  # fmt: skip
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**ours)).eval()
     w.write(tmp_path, theirs.state_dict().items(), ours, shard_bytes)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids_BT = torch.arange(20)[None]

@@ -47,6 +47,22 @@ def read(*argv, **how):
     return parse(Config, PRE, argv=list(argv), **how)
 
 
+@pytest.fixture
+def ends(capsys, monkeypatch):
+    """Call something that ends the process with an exit code; returns what train.py has printed, errors or help."""
+    monkeypatch.setattr(sys, "argv", ["here/train.py"])
+
+    def ends(code, call, *args, **how):
+        with pytest.raises(SystemExit) as stop:
+            call(*args, **how)
+        said = capsys.readouterr()
+        assert stop.value.code == code and not (said.err if code == 0 else said.out)
+        assert said.err.count("\n") == bool(said.err) and len(said.err) < 400  # one short line
+        return said.out if code == 0 else said.err
+
+    return ends
+
+
 SMALL = Config(steps=3, offload=False, frames=(1,))
 
 
@@ -81,12 +97,10 @@ def test_reads_the_real_command_line(monkeypatch):
     assert seen == [replace(SMALL, lr=0.2)]
 
 
-def test_positional_that_must_be_given(capsys):
+def test_positional_that_must_be_given(ends):
     cls = dataclasses.make_dataclass("Cls", [("video", Path, setting(MISSING, "file", positional=True))], frozen=True)
     assert parse(cls, argv=["a.mp4"]).video == Path("a.mp4")
-    with pytest.raises(SystemExit):
-        parse(cls, argv=[])
-    assert "required: video" in capsys.readouterr().err
+    assert "required: video" in ends(2, parse, cls, argv=[])
 
 
 @pytest.mark.parametrize("bad, complaint", [
@@ -111,35 +125,23 @@ def test_positional_that_must_be_given(capsys):
     (["--scheme", "x"], "argument --scheme: invalid choice: 'x' (choose from"),
     (["--preset", "x"], "argument --preset: invalid choice: 'x' (choose from"),
     (["sound"], "argument mode: invalid choice: 'sound' (choose from"),
+    (["x" * 10**6], "argument mode: invalid choice: 'xxx"),
 ])  # fmt: skip
-def test_bad(bad, complaint, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as stop:
-        read(*bad)
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == ""
-    assert said.err.startswith(f"train.py: {complaint}") and said.err.count("\n") == 1
-
+def test_bad(bad, complaint, ends, monkeypatch):
+    assert ends(2, read, *bad).startswith(f"train.py: {complaint}")
     monkeypatch.setenv("RANK", "1")  # the other ranks leave as well, silently
-    with pytest.raises(SystemExit) as stop:
-        read(*bad)
-    assert stop.value.code == 2 and capsys.readouterr().err == ""
+    assert ends(2, read, *bad) == ""
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        read("--help")
-    said = capsys.readouterr().out
-    assert stop.value.code == 0
+def test_help(ends):
+    said = ends(0, read, "--help")
     assert "100 % of them [1000]" in " ".join(said.split()) and "frames [8 16]" in said
-    with pytest.raises(SystemExit):
-        read("--help", default="tiny")
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(ends(0, read, "--help", default="tiny").split())
     assert "100 % of them [1000; tiny: 3]" in said and "--[no-]offload offload [True; tiny: False]" in said
     assert "lr [1e-05]" in said
 
 
-def test_help_in_groups(capsys):
+def test_help_in_groups(ends):
     """A title holds its setting and those below; a hidden one is listed by --help all alone, and can be set."""
 
     @dataclass(frozen=True)
@@ -151,42 +153,31 @@ def test_help_in_groups(capsys):
         frames: int = setting(8, "frames", group="Data")
         beta: float = setting(0.9, "decay", group="Optimizer", hidden=True)
 
-    said = {}
-    for words in (["--help"], ["--help", "all"]):
-        with pytest.raises(SystemExit) as stop:
-            parse(Grouped, argv=words)
-        said[len(words)] = capsys.readouterr().out
-        assert stop.value.code == 0
-    optimizer, data = said[1].split("Optimizer:")[1].split("Data:")
+    some, every = ends(0, parse, Grouped, argv=["--help"]), ends(0, parse, Grouped, argv=["--help", "all"])
+    optimizer, data = some.split("Optimizer:")[1].split("Data:")
     assert "--lr" in optimizer and "--steps" in optimizer and "--frames" in data
-    assert "--beta" not in said[1] and "1 more settings: --help all" in said[1]
-    assert "--beta" in said[2].split("Optimizer:")[1].split("Data:")[0] and "more settings" not in said[2]
+    assert "--beta" not in some and "1 more settings: --help all" in some
+    assert "--beta" in every.split("Optimizer:")[1].split("Data:")[0] and "more settings" not in every
     assert parse(Grouped, argv=["--beta", "0.5"]).beta == 0.5
 
 
-def test_help_ends_with_examples(capsys, monkeypatch):
+def test_help_ends_with_examples(ends, monkeypatch):
     """They are the commands under Run in the docstring of the file that defines the settings."""
     text = "What.\n\nRun       python a.py --x 50 %   first\n          torchrun a.py\n\n          why\nDiffers   python b.py"
     monkeypatch.setattr(sys.modules[Config.__module__], "__doc__", text)
     assert flags.examples(Config) == ["python a.py --x 50 %   first", "torchrun a.py"]
-    with pytest.raises(SystemExit):
-        read("--help")
-    said = capsys.readouterr().out
+    said = ends(0, read, "--help")
     assert flags.SOURCES in said and said.endswith("examples:\n  python a.py --x 50 %   first\n  torchrun a.py\n")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_run_ends_with_a_sentence(rank, capsys, monkeypatch):
+def test_run_ends_with_a_sentence(rank, ends, monkeypatch):
     """Errors of our files are for the user; a rank that alone has one says it, after giving rank 0 its time."""
     slept = []
     monkeypatch.setattr(flags.time, "sleep", slept.append)
-    monkeypatch.setattr(sys, "argv", ["here/train.py"])
     for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(SystemExit) as stop:
-        flags.run(lambda cfg: read_picture("no.png"), Config)
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err == "train.py: no.png: no such picture file\n" and said.out == ""
+    assert ends(2, flags.run, lambda cfg: read_picture("no.png"), Config) == "train.py: no.png: no such picture file\n"
     assert len(slept) == rank
 
 
@@ -212,17 +203,16 @@ def test_files_do_not_swallow_the_question():
     assert parse(Asking, argv=["--image", "a", "--image", "b"]) == Asking(image=(Path("a"), Path("b")))
 
 
-@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), OSError(28, "No space left on device")])
-def test_run_tells_of_bad_numbers_and_full_disks(error, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-
+@pytest.mark.parametrize("error, code, said", [
+    (FloatingPointError("the loss is nan"), 2, "the loss is nan"),
+    (OSError(28, "No space left on device"), 2, "No space left on device"),
+    (KeyboardInterrupt(), 130, ""),
+])  # fmt: skip
+def test_run_tells_of_bad_numbers_and_full_disks_and_ends_quietly_when_asked(error, code, said, ends):
     def main(cfg):
         raise error
 
-    with pytest.raises(SystemExit) as stop:
-        flags.run(main, Config, argv=[])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and str(error) in said and said.count("\n") == 1
+    assert said in (found := ends(code, flags.run, main, Config, argv=[])) and bool(said) == bool(found)
 
 
 def test_output_into_a_plain_file(monkeypatch):
@@ -242,21 +232,8 @@ def test_output_into_a_plain_file(monkeypatch):
     for file in files:
         file.flush()
     out, err = (file.buffer.getvalue().decode() for file in files)
-    assert (
-        out == ".# caf?\n"
-        and err.startswith("warning: film.mp4: cut\n")
-        and err.count("cut") == 1
-        and err.count("steps") <= 3
-    )
-
-
-def test_ctrl_c_ends_quietly(capsys):
-    def main(cfg):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        flags.run(main, Config, argv=[])
-    assert stop.value.code == 130 and capsys.readouterr().err == ""
+    assert out == ".# caf?\n"
+    assert err.startswith("warning: film.mp4: cut\n") and err.count("cut") == 1 and err.count("steps") <= 3
 
 
 @pytest.mark.parametrize("given, complaint", [
@@ -264,18 +241,10 @@ def test_ctrl_c_ends_quietly(capsys):
     ({"RANK": "0", "WORLD_SIZE": "2"}, "the environment has no MASTER_ADDR, MASTER_PORT; start with torchrun"),
     ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "has RANK 2 of WORLD_SIZE 2"),
 ])  # fmt: skip
-def test_half_of_what_torchrun_sets_is_refused(given, complaint, capsys, monkeypatch):
+def test_half_of_what_torchrun_sets_is_refused(given, complaint, ends, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stop:
-        flags.run(lambda cfg: None, Config, argv=[])
-    assert stop.value.code == 2 and complaint in capsys.readouterr().err
-
-
-def test_a_long_error_is_cut(capsys):
-    with pytest.raises(SystemExit):
-        read("x" * 10**6)
-    assert len(capsys.readouterr().err) < 400
+    assert complaint in ends(2, flags.run, print, Config, argv=[])
 
 
 @pytest.mark.parametrize("words, complaint", [
@@ -283,11 +252,9 @@ def test_a_long_error_is_cut(capsys):
     ("train_text --batch 1000000000000", "--batch 1"), ("train_vision --warmup 5", "--warmup 5.0"),
     ("vniah --needle-count 1000000000", "--needle-count 1"), ("longva --num_frames 3", "did you mean --frames?"),
 ])  # fmt: skip
-def test_settings_that_would_overflow_or_never_end(words, complaint, capsys):
+def test_settings_that_would_overflow_or_never_end(words, complaint, ends):
     name, *words = words.split()
-    with pytest.raises(SystemExit):
-        parse(importlib.import_module(name).Config, argv=words)
-    assert complaint in capsys.readouterr().err
+    assert complaint in ends(2, parse, importlib.import_module(name).Config, argv=words)
 
 
 # ---- model folders -------------------------------------------------------------------------------
@@ -347,16 +314,12 @@ def test_hub_names(tmp_path, monkeypatch, variable, below):
     (WHOLE[:1], "lab/Toy-7B is incomplete in {}, it lacks model.safetensors; run again"),
     ((*WHOLE, "vocab.json?"), "lab/Toy-7B is incomplete in {}, it lacks vocab.json; run again"),
 ])  # fmt: skip
-def test_hub_names_that_are_not_whole(tmp_path, monkeypatch, capsys, files, complaint):
+def test_hub_names_that_are_not_whole(tmp_path, monkeypatch, ends, files, complaint):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     if files:
         cached(tmp_path, files)
-    with pytest.raises(SystemExit) as stop:
-        parse(Models, argv=["--weights", "lab/Toy-7B"])
-    said = capsys.readouterr().err
-    assert (
-        stop.value.code == 2 and f"argument --weights: {complaint.format(tmp_path)}" in said and said.count("\n") == 1
-    )
+    said = ends(2, parse, Models, argv=["--weights", "lab/Toy-7B"])
+    assert f"argument --weights: {complaint.format(tmp_path)}" in said
 
 
 def test_a_tokenizer_needs_no_weights(tmp_path, monkeypatch):
