@@ -87,17 +87,13 @@ def test_what_is_no_token_file(tmp_path, content, complaint):
         text.open_tokens(file)
 
 
-def test_a_cut_token_file_is_refused(tmp_path):
-    np.save(tmp_path / "t.npy", np.arange(1000, dtype=np.uint16))
-    (tmp_path / "t.npy").write_bytes((tmp_path / "t.npy").read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"t\.npy is not a token file"):
-        text.open_tokens(tmp_path / "t.npy")
-
-
 def test_any_damage_of_the_header_is_a_sentence(tmp_path):
     """300 mutations of an .npy header: a ValueError of at most 300 characters, or another array."""
     np.save(file := tmp_path / "t.npy", np.arange(1000, dtype=np.uint16))
     whole, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
+    file.write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"t\.npy is not a token file"):
+        text.open_tokens(file)
     for _ in range(300):
         raw = bytearray(whole)
         for at in rng.integers(0, 80, rng.integers(1, 4)):
