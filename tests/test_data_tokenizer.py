@@ -174,17 +174,21 @@ def test_llama3_pattern_from_tokenizer_json(theirs, tmp_path):
 # ---- sentencepiece -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    spm = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("llama")
+def train_sentencepiece(folder):
+    """Write tokenizer.model, of Llama's kind."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     lines = ["the red star is near the old house.", "a user asks, the assistant answers: 12 stars."] * 20
-    spm.SentencePieceTrainer.train(
+    trainer.train(
         sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
         byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=True, character_coverage=1.0, minloglevel=2,
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("llama"))
 
 
 def test_sentencepiece(llama):

@@ -10,9 +10,8 @@ import math
 import random
 import signal
 import traceback
-from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +21,10 @@ from PIL import Image
 import longva
 import unires
 from data import checkpoint, config, llava, niah, results, runs, text, tokenizer, video, weights
+from tests import test_data_checkpoint as states
+from tests import test_data_tokenizer as tokenizers
 from tests.test_data_config import CLIP, GENERATION, LONGVA, NEXT_MISTRAL, QWEN2
+from tests.test_data_runs import SETTINGS, fill
 
 ROOT = Path(__file__).parents[1]
 TINY, TOKENIZER = ROOT / "data/tiny", ROOT / "data/tiny/tokenizer"
@@ -30,39 +32,29 @@ LM = config.LMConfig(300, 16, 24, 1, 2, 1)
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 
 
-class Reader(NamedTuple):
-    """How sound files are made in a folder, and how all of them are read."""
-
-    make: Callable[[Path], object]
-    read: Callable[[Path], object]
-
-
 # ---- configs and tokenizers ----------------------------------------------------------------------
 
 
-def config_files(*raws: dict) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        for i, raw in enumerate(raws):
-            (folder / f"{i}").mkdir()
-            (folder / f"{i}" / "config.json").write_text(json.dumps(raw))
+def config_files(folder: Path) -> None:
+    for i, raw in enumerate((QWEN2 | YARN, LONGVA, NEXT_MISTRAL, {"vision_config": CLIP, "x": 0})):
+        (folder / f"{i}").mkdir()
+        (folder / f"{i}" / "config.json").write_text(json.dumps(raw))
 
-    return make
+
+def generation_file(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
 
 
 def read_configs(folder: Path) -> None:
     for one in folder.iterdir():
         raw = weights.read_config(one)
-        found = (
-            config.ClipConfig.from_dict(raw) if "vision_config" in raw and len(raw) == 2 else config.read_config(one)
-        )
-        if not isinstance(found, config.ClipConfig):
+        if "vision_config" in raw and len(raw) == 2:
+            config.ClipConfig.from_dict(raw)
+        else:
+            found = config.read_config(one)
             config.to_dict(found)
             lm = getattr(found, "lm", found)
             longva.rope(torch.arange(4), min(lm.head_width, 256), lm.rope_theta, lm.rope_scaling, 4)
-
-
-def generation_file(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
 
 
 def read_generation(folder: Path) -> None:
@@ -88,12 +80,7 @@ def tokenizer_json(folder: Path) -> None:
 
 
 def sentencepiece_model(folder: Path) -> None:
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
-    lines = ["the red star is near the old house.", "a user asks, the assistant answers: 12 stars."] * 20
-    trainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+    tokenizers.train_sentencepiece(folder)
     (folder / "tokenizer.vocab").unlink()
 
 
@@ -109,10 +96,6 @@ def model_folder(folder: Path) -> None:
     with torch.device("meta"):
         model = longva.LM(LM)
     weights.write(folder, weights.init_weights(model, 0), config.to_dict(LM), shard_bytes=20_000)
-
-
-def load_model(folder: Path) -> None:
-    longva.load(folder)
 
 
 def needle_folder(folder: Path) -> None:
@@ -143,13 +126,10 @@ def read_tokens(folder: Path) -> None:
 
 # ---- what runs write -----------------------------------------------------------------------------
 
-SETTINGS = {"out": Path("runs/x"), "lr": 1e-3, "frames": (8, 16), "weights": None}
-
 
 def run_folder(folder: Path) -> None:
     runs.open_run(folder, SETTINGS)
-    for step in range(4):
-        runs.log(folder, {"step": step, "loss": 1.0 / (step + 1), "seq_len": 64})
+    fill(folder, 4)
 
 
 def open_run(folder: Path) -> None:
@@ -159,23 +139,15 @@ def open_run(folder: Path) -> None:
     runs.column(folder, "loss")
 
 
-def one_model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    return model, optimizer
-
-
 def saved_states(folder: Path) -> None:
     for step in (1, 2):
-        checkpoint.save(folder, step, checkpoint.tensors(*one_model()), 0, lambda x: [x])
+        states.save(folder, step, ranks=1)
 
 
 def load_state(folder: Path) -> None:
-    state = checkpoint.newest(folder, 0, lambda x: [x])
+    state = states.newest(folder, ranks=1)
     assert state, "a state is not seen"
-    checkpoint.restore(state, *one_model(), lambda p, x: p.data.copy_(x))
+    checkpoint.restore(state, *states.trained(0), states.copy)
 
 
 def vniah_folder(folder: Path) -> None:
@@ -214,19 +186,12 @@ def read_pictures(folder: Path) -> None:
 
 
 def film_files(folder: Path) -> None:
-    av = pytest.importorskip("av")
+    films = pytest.importorskip("tests.test_data_video")  # skips without PyAV
     for name, codec in (("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4"),
-                        ("a.ts", "libx264"), ("a.mpg", "mpeg2video"), ("a.gif", None)):  # fmt: skip
-        pictures = [Image.effect_noise((48, 32), 60).convert("RGB") for _ in range(24)]
-        if codec is None:
-            pictures[0].save(folder / name, save_all=True, append_images=pictures[1:5], duration=200)
-            continue
-        with av.open(str(folder / name), "w") as container:
-            stream = container.add_stream(codec, rate=25)
-            stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", 8
-            for picture in pictures:
-                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-            container.mux(stream.encode())
+                        ("a.ts", "libx264"), ("a.mpg", "mpeg2video")):  # fmt: skip
+        clock = Fraction(1, 25)
+        films.film(folder / name, films.regular(24, 25), gop=8, clock=clock, picture=films.noisy, codec=codec)
+    films.animation(folder / "a.gif")
 
 
 def read_films(folder: Path) -> None:
@@ -252,33 +217,28 @@ def read_records(folder: Path) -> None:
         for i in range(len(records)):
             for turns in llava.validate(records[i])[1]:
                 llava.tokenize_and_trim(words, turns, [2] * len(llava.sizes(records[i], folder)), "qwen_1_5", True, 999)
-        for one in llava.load_examples(
-            llava.json_dataset(records, folder, 2, 0, 1),
-            range(len(records)),
-            lambda i, *sample: llava.Example(i, [], []),
-        ):
+        dataset = llava.json_dataset(records, folder, 2, 0, 1)
+        for one in llava.load_examples(dataset, range(len(records)), lambda i, *sample: llava.Example(i, [], [])):
             assert isinstance(one, llava.Example) or len(one["why"]) <= 300
         json.dumps(records.bad)
 
 
 READERS = {
-    "config.json": Reader(
-        config_files(QWEN2 | YARN, LONGVA, NEXT_MISTRAL, {"vision_config": CLIP, "x": 0}), read_configs
-    ),
-    "generation_config.json": Reader(generation_file, read_generation),
-    "vocab.json": Reader(qwen2_files, read_tokenizer),
-    "tokenizer.json": Reader(tokenizer_json, read_tokenizer),
-    "tokenizer.model": Reader(sentencepiece_model, read_tokenizer),
-    "safetensors": Reader(model_folder, load_model),
-    "questions.json": Reader(needle_folder, read_needles),
-    "token files": Reader(token_files, read_tokens),
-    "run folder": Reader(run_folder, open_run),
-    "saved state": Reader(saved_states, load_state),
-    "vniah's folder": Reader(vniah_folder, go_on_with_vniah),
-    "pictures": Reader(picture_files, read_pictures),
-    "films": Reader(film_files, read_films),
-    "LLaVA records": Reader(record_files, read_records),
-}
+    "config.json": (config_files, read_configs),
+    "generation_config.json": (generation_file, read_generation),
+    "vocab.json": (qwen2_files, read_tokenizer),
+    "tokenizer.json": (tokenizer_json, read_tokenizer),
+    "tokenizer.model": (sentencepiece_model, read_tokenizer),
+    "safetensors": (model_folder, longva.load),
+    "questions.json": (needle_folder, read_needles),
+    "token files": (token_files, read_tokens),
+    "run folder": (run_folder, open_run),
+    "saved state": (saved_states, load_state),
+    "vniah's folder": (vniah_folder, go_on_with_vniah),
+    "pictures": (picture_files, read_pictures),
+    "films": (film_files, read_films),
+    "LLaVA records": (record_files, read_records),
+}  # fmt: skip
 
 # ---- mutations -----------------------------------------------------------------------------------
 
