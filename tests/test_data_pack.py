@@ -327,17 +327,13 @@ def test_a_draft_of_another_job_or_without_its_tokens_is_not_continued(tmp_path,
         assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
-def test_two_processes_do_not_write_one_part(tmp_path, words):
+def test_a_part_that_was_published_meanwhile_is_not_touched(tmp_path, words, monkeypatch):
+    """Nor one that another process writes; a second one opens its draft before the first one renames it, then locks."""
     files, _ = sources_corpus(tmp_path, 10, 1)
     with open(tmp_path / ".t.npy.writing", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"t\.npy is being written by another process"):
             packs(files, words, tmp_path / "t.npy")
-
-
-def test_a_part_that_was_published_meanwhile_is_not_touched(tmp_path, words, monkeypatch):
-    """A second process opens the draft before the first one renames it, and locks it when that lets go."""
-    files, _ = sources_corpus(tmp_path, 10, 1)
     flock = fcntl.flock
 
     def first_ends_before(file, how):

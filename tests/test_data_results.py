@@ -22,15 +22,10 @@ def some(lengths, depths, name="a model", trained=16, gaps=False, seed=0):
     return results.Heatmap(name, grid, trained)
 
 
-def test_rates():
-    one = results.Heatmap("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
-    assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(depth=0.0) == (1, 4) and one.rate(99) == (0, 0)
-    want = [[0.5, 0, np.nan], [1, np.nan, np.nan]]
-    np.testing.assert_array_equal(one.array((8, 16, 32), (0.0, 1.0)), want)
-
-
 def test_table():
     one = results.Heatmap("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
+    assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(depth=0.0) == (1, 4) and one.rate(99) == (0, 0)
+    np.testing.assert_array_equal(one.array(LENGTHS, (0.0, 1.0)), [[0.5, 0, np.nan], [1, np.nan, np.nan]])
     none = results.Heatmap("nothing known", {}, 8)
     head, row, empty = results.table([one, none], LENGTHS, "frames").splitlines()
     low, high = results.wilson(3, 6)

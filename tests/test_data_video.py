@@ -257,8 +257,7 @@ def test_damage_inside(tmp_path, monkeypatch, warned):
 
 def test_a_clock_that_wraps(tmp_path):
     """MPEG-TS counts to 2^33 at 90,000 a second; FFmpeg makes what comes before the wrap negative."""
-    begin = 2**33 / 90_000 - 9.5
-    path = film(tmp_path / "a.ts", [begin + t for t in regular(200)], clock=Fraction(1, 90_000))
+    path = film(tmp_path / "a.ts", [2**33 / 90_000 - 9.5 + t for t in regular(200)], clock=Fraction(1, 90_000))
     assert video._scan(path).stamps[0] < 0
     assert seen(path, fps=0.3) == [(round(k / 0.3, 3), int(k / 0.03 + 1e-6)) for k in range(6)]
     for t, n in seen(path, count=7, keep=lambda n: n % 2 == 1):
@@ -514,20 +513,18 @@ def test_ahead_keeps_order_and_room():
     assert not made and not threads()  # nothing starts before it is asked for
     for n, got in enumerate(coming):
         assert got == n
-        for _ in range(400):  # it does run ahead ...
-            if len(made) == min(n + 4, 40):
-                break
+        deadline, most = time.monotonic() + 2, min(n + 4, 40)
+        while len(made) < most and time.monotonic() < deadline:  # it does run ahead ...
             time.sleep(0.005)
         time.sleep(0.002)
-        assert len(made) == min(n + 4, 40)  # ... by three and no more
+        assert len(made) == most  # ... by three and no more
     assert n == 39 and not threads()
     assert list(prefetch([], 2)) == [] and list(prefetch(iter("abc"), 9)) == ["a", "b", "c"]
 
 
-def test_ahead_passes_errors_on_in_their_turn(tmp_path):
+def test_ahead_passes_errors_on_in_their_turn():
     def source():
-        yield 1
-        yield 2
+        yield from (1, 2)
         raise ValueError("film.mp4: is damaged")
 
     coming = prefetch(source(), room=8)
@@ -541,14 +538,8 @@ def test_ahead_passes_errors_on_in_their_turn(tmp_path):
 def test_ahead_stops_its_thread(leave):
     made = []
 
-    def source():
-        while True:
-            time.sleep(0.01)
-            made.append(0)
-            yield 0
-
     def use():
-        coming = prefetch(source(), room=50)
+        coming = prefetch((time.sleep(0.01) or made.append(0) for _ in itertools.count()), room=50)
         next(coming)
         assert threads()
         if leave == "close":
@@ -562,9 +553,9 @@ def test_ahead_stops_its_thread(leave):
 
 
 def test_ahead_does_not_hold_up_the_exit():
-    code = "import itertools, time; from data.video import prefetch\n"
+    code = "import itertools, time\nfrom data.video import prefetch\n"
     code += (
-        "coming = prefetch((time.sleep(0.01) for _ in itertools.count()), room=4); next(coming); raise SystemExit(7)"
+        "coming = prefetch((time.sleep(0.01) for _ in itertools.count()), room=4)\nnext(coming)\nraise SystemExit(7)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=60, capture_output=True)
     assert done.returncode == 7 and not done.stderr

@@ -1,5 +1,7 @@
 """Weights to a folder and back; what is refused; what Hugging Face reads."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -74,42 +76,37 @@ def test_tensors_are_written_as_they_look(tmp_path):
         assert same(dict(w.read(tmp_path)), want)
 
 
+def stops(call, changes, last):
+    """`call`, which raises at change number `last` of the disk."""
+
+    def run(*args, **kwargs):
+        if next(changes) == last:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    return run
+
+
 @pytest.mark.parametrize("old", [10**9, 100], ids=["single", "shards"])
 @pytest.mark.parametrize("new", [10**9, 100], ids=["to single", "to shards"])
 def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, old, new):
     """Stop before each change of a name on the disk; the folder must hold one whole model every time."""
-    real = {"replace": os.replace, "unlink": type(tmp_path).unlink}
-    seen, step, changes = [], 0, 99
-    while step < changes:
-        folder = tmp_path / str(step)
+    seen, last, changes = [], -1, itertools.count()
+    while last < next(changes):  # all were tried when the last one is not reached
+        last, changes = last + 1, itertools.count()
+        folder = tmp_path / str(last)
         w.write(folder, state(1).items(), {"model": 1}, old)
-        left = step
-
-        def stop_or(call):
-            def run(*args, **kwargs):
-                nonlocal left
-                if left == 0:
-                    raise KeyboardInterrupt
-                left -= 1
-                return real[call](*args, **kwargs)
-
-            return run
-
-        with monkeypatch.context() as patch:
-            patch.setattr(w.os, "replace", stop_or("replace"))
-            patch.setattr(type(tmp_path), "unlink", stop_or("unlink"))
-            try:
-                w.write(folder, state(2).items(), {"model": 2}, new)
-                changes = step
-            except KeyboardInterrupt:
-                step += 1
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(w.os, "replace", stops(os.replace, changes, last))
+            patch.setattr(type(tmp_path), "unlink", stops(type(tmp_path).unlink, changes, last))
+            w.write(folder, state(2).items(), {"model": 2}, new)
         found = dict(w.read(folder))
         seen.append(1 if same(found, state(1)) else 2 if same(found, state(2)) else 0)
         w.write(folder, state(3).items(), {"model": 3}, new)  # and the next export works and sweeps up
         assert same(dict(w.read(folder)), state(3)) and w.read_config(folder) == {"model": 3}
         assert len(list(folder.glob("*.safetensors"))) == (1 if new > 100 else 3)
         assert not list(folder.glob(".*"))
-    assert seen == sorted(seen) and {1, 2} == set(seen)
+    assert seen == sorted(seen) and {1, 2} == set(seen) and len(seen) > 5
 
 
 # ---- memory --------------------------------------------------------------------------------------
