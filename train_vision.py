@@ -4,14 +4,12 @@ What      --stage align   trains the projector alone, on captions (LLaVA-1.5's f
           --stage sft     trains vision tower, projector and language model, on conversations about pictures
           --stage both    align, then sft, of the miniature
           --stage dpo     trains the same on pairs of answers about a video, one preferred (LongVA-DPO)
-          The stages differ in what learns (`param_groups`) and in the loss; the loop is one. The ranks divide a step's
-          samples, or with --ring a sample's tokens. Kill it at any moment and run the same command again: it
-          continues, on a CPU to the same bits.
-Paper     Sec. 3.2 and App. C: LLaVA-1.6's data and recipe, UniRes; no video, no long sequence. Sec. 5.2: DPO, which is
-          arXiv 2305.18290, on pairs of answers about videos.
+          The stages differ in what learns (`param_groups`) and in the loss (`NextTokenLoss`, `DPOLoss`); the loop is
+          one. The ranks divide a step's samples, or with --ring a sample's tokens. Kill it at any moment and run the
+          same command again: it continues, on a CPU to the same bits.
+Paper     Sec. 3.2, App. C: LLaVA-1.6's data and recipe, UniRes, no video. Sec. 5.2: DPO (arXiv 2305.18290) on videos.
 Run       python train_vision.py --stage both
           torchrun --nproc-per-node 2 train_vision.py --stage align     the tiny model; then --stage sft
-          torchrun --nproc-per-node 2 train_vision.py --stage align --preset tiny-anyres
           torchrun --nproc-per-node 8 train_vision.py --stage sft --preset longva --weights ALIGNED --data LLAVA.json
 Dimensions  B samples (for dpo 2 rows per pair)   S tokens of the longest, T of them held by this rank   N grids
 Differs   --labels clean trains what the assistant says alone, with one newline after a picture, as in inference;
@@ -24,16 +22,14 @@ Differs   --labels clean trains what the assistant says alone, with one newline 
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from torch import Tensor, nn
 
 import clip
@@ -42,12 +38,13 @@ import ring
 import unires
 from data import chat, evaluate, llava, runs, weights
 from data.config import check_trainable, to_dict
-from data.flags import at_least, print0, progress, run, setting
-from data.llava import Dataset, Example
+from data.flags import at_least, check_range, print0, progress, run, setting
 from data.memory_saving import GradientSums
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ---- what each stage trains ----------------------------------------------------------------------
+
+PROJECTOR = "model.mm_projector.", "model.image_newline"  # how names of its parameters begin
 
 
 def param_groups(model: nn.Module, stage: str, lr: float, tower_lr: float) -> list[dict]:
@@ -55,8 +52,7 @@ def param_groups(model: nn.Module, stage: str, lr: float, tower_lr: float) -> li
     groups = {rate: [] for rate in (lr, tower_lr)}
     for name, p in model.named_parameters():
         in_tower = "vision_model" in name
-        in_projector = "mm_projector" in name or "image_newline" in name
-        p.requires_grad_((stage != "align" or in_projector) and (not in_tower or tower_lr > 0))
+        p.requires_grad_((stage != "align" or name.startswith(PROJECTOR)) and (not in_tower or tower_lr > 0))
         if p.requires_grad:
             groups[tower_lr if in_tower else lr].append(p)
     return [{"params": params, "peak": rate} for rate, params in groups.items() if params]
@@ -73,54 +69,53 @@ class MicroBatch(NamedTuple):
     targets: Tensor  # [B, T]
 
 
-class Objective(NamedTuple):
-    """What a stage minimizes, as sums over a micro-batch, which add up over micro-batches, rings and ranks."""
+class NextTokenLoss:
+    """What align and sft minimize: -log p of the targets, the labelled tokens of the answers."""
 
-    loss: Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]  # (.., nll_B) -> (sum with a gradient, sums of metrics)
-    count: Callable[[MicroBatch], Tensor]  # how many targets, or pairs, the sums are over
-    metrics: tuple[str, ...]
+    metrics = ("loss",)  # means over targets
 
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Return how many targets the sums below are over."""
+        return (batch.targets != chat.IGNORE).sum()
 
-def next_token_objective() -> Objective:
-    """Return what align and sft minimize: the summed -log p of the targets, the labelled tokens of the answers."""
-
-    def loss(batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the summed loss, with a gradient; the sums of the metrics)."""
         return nll_B.sum(), nll_B.detach().sum().double()
 
-    return Objective(loss, lambda batch: (batch.targets != chat.IGNORE).sum(), ("loss",))
 
-
-DPO_METRICS = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # means over pairs, see `dpo_loss`
-
-
-def dpo_loss(
-    batch: MicroBatch, nll_B: Tensor, reference_logp_P2: Tensor, beta: float, group: ring.World
-) -> tuple[Tensor, Tensor]:
-    """Return, for dpo, the summed -logsigmoid(beta * margin) over pairs; rows are chosen, rejected, ... (Sec. 5.2).
+@dataclass(frozen=True)
+class DPOLoss:
+    """What dpo minimizes: -logsigmoid(beta * margin) of each pair; rows are chosen, rejected, chosen, ... (Sec. 5.2).
 
     margin = (log p_chosen - log p_rejected) - the same of the reference, of all pairs P of the data set. Each rank of
     the ring `group` has its own tokens' share of a row's log-probability, while the loss is a function of the whole.
     So its derivative is computed from the whole, and multiplied with the share: the gradient comes out right.
     """
-    if not batch.sample_ids:
-        return nll_B.sum() * 0, reference_logp_P2.new_zeros(len(DPO_METRICS))
-    logp_P2 = -ring.all_reduce_sum(nll_B, group).double().view(-1, 2)
-    reward_P2 = beta * (logp_P2 - reference_logp_P2[batch.sample_ids])
-    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-    # d(-logsigmoid(margin)) / d(nll): plus this for the chosen row, minus this for the rejected one
-    grad_weight_P = beta * torch.sigmoid(-margin_P)
-    grad_weight_B = torch.stack([grad_weight_P, -grad_weight_P], dim=1).flatten().to(nll_B.dtype)
-    preferred_P = (logp_P2[:, 0] > logp_P2[:, 1]).double()
-    accurate_P = (margin_P > 0).double()
-    metrics = -F.logsigmoid(margin_P), margin_P, preferred_P, accurate_P, *reward_P2.T
-    # all ranks of the ring count the same pairs, so each adds its share once for every rank
-    return (grad_weight_B * nll_B).sum() * group.ranks, torch.stack([values_P.sum() for values_P in metrics])
 
+    reference_logps: Tensor  # [P, 2]
+    beta: float
+    group: ring.World
+    metrics = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # means over pairs
 
-def dpo_objective(reference_logp_P2: Tensor, beta: float, group: ring.World) -> Objective:
-    """Return what the stage dpo minimizes, a sum over pairs."""
-    loss = partial(dpo_loss, reference_logp_P2=reference_logp_P2, beta=beta, group=group)
-    return Objective(loss, lambda batch: torch.tensor(len(batch.sample_ids)), DPO_METRICS)
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Return how many pairs the sums below are over."""
+        return torch.tensor(len(batch.sample_ids))
+
+    def sums(self, batch: MicroBatch, nll_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (this rank's share of the summed loss, with a gradient; the sums of the metrics)."""
+        if not batch.sample_ids:
+            return nll_B.sum() * 0, self.reference_logps.new_zeros(len(self.metrics))
+        logp_P2 = -ring.all_reduce_sum(nll_B, self.group).double().view(-1, 2)
+        reward_P2 = self.beta * (logp_P2 - self.reference_logps[batch.sample_ids])
+        margin_P = reward_P2[:, 0] - reward_P2[:, 1]
+        # d(-logsigmoid(margin)) / d(nll): plus this for the chosen row, minus this for the rejected one
+        grad_weight_P = self.beta * torch.sigmoid(-margin_P)
+        grad_weight_B = torch.stack([grad_weight_P, -grad_weight_P], dim=1).flatten().to(nll_B.dtype)
+        preferred_P = (logp_P2[:, 0] > logp_P2[:, 1]).double()
+        accurate_P = (margin_P > 0).double()
+        metrics = -F.logsigmoid(margin_P), margin_P, preferred_P, accurate_P, *reward_P2.T
+        # all ranks of the ring count the same pairs, so each adds its share once for every rank
+        return (grad_weight_B * nll_B).sum() * self.group.ranks, torch.stack([values_P.sum() for values_P in metrics])
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -136,26 +131,22 @@ def learning_rate(peak: float, step: int, steps: int, warmup: float, linear: boo
 
 
 def train_step(
-    model: nn.Module, micro_batches: list[MicroBatch], objective: Objective, offload: bool, world: ring.World,
-    score: Callable = longva.nll,
-) -> dict[str, float]:  # fmt: skip
-    """Accumulate the gradient of one step; return the means of its metrics over all targets, or pairs, of all ranks.
-
-    Where gradients are off it only measures; `score` may then be another sum over the targets of each row.
-    """
-    count = sum(objective.count(batch) for batch in micro_batches).to(world.device)
-    sums = torch.zeros(len(objective.metrics), dtype=torch.float64, device=world.device)
+    model: nn.Module, batches: list[MicroBatch], loss: NextTokenLoss | DPOLoss, offload: bool, world: ring.World
+) -> dict[str, float]:
+    """Accumulate the gradient of one step, unless gradients are off; return the means of the metrics over all ranks."""
+    count = sum(loss.count(batch) for batch in batches).to(world.device)
+    metrics = torch.zeros(len(loss.metrics), dtype=torch.float64, device=world.device)
     gradients = GradientSums(model, offload)  # where parameters are offloaded, FSDP2 does not accumulate them itself
-    for batch in micro_batches:
-        nll_B, _ = model(*batch.model_inputs, score=score)
-        loss, metrics = objective.loss(batch, nll_B)
+    for batch in batches:
+        nll_B, _ = model(*batch.model_inputs)
+        loss_sum, metric_sums = loss.sums(batch, nll_B)
         if torch.is_grad_enabled():
-            ring.global_mean(loss, count, world).backward()
+            ring.global_mean(loss_sum, count, world).backward()
             gradients.take()
-        sums += metrics
+        metrics += metric_sums
     gradients.put_back()
-    means = ring.all_reduce_sum(sums, world) / ring.all_reduce_sum(count, world)
-    return dict(zip(objective.metrics, means.tolist()))
+    means = ring.all_reduce_sum(metrics, world) / ring.all_reduce_sum(count, world)
+    return dict(zip(loss.metrics, means.tolist()))
 
 
 def train(cfg: "Config", world: ring.World) -> None:
@@ -177,24 +168,26 @@ def train(cfg: "Config", world: ring.World) -> None:
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
 
     # 5. Resume
-    first, skipped = resume(cfg, model, optimizer, dataset.rejected, world)
+    if world.rank == 0:
+        runs.open_run(cfg.out, asdict(cfg), ("weights", "tower", "data"))
+    first = ring.load_state(cfg.out / "state", model, optimizer, world)
+    runs.resume_log(cfg.out, first, world.rank)
+    sum_over_ranks = partial(ring.all_reduce_sum, world=world)
+    skips = llava.SkipLog(cfg.out, world.rank, first, dataset, cfg.batch, cfg.max_skip_fraction, sum_over_ranks)
 
     # 6. Loss
-    objective = next_token_objective()
+    loss = NextTokenLoss()
     if cfg.stage == "dpo":
-        reference_logp_P2 = reference_logps(cfg.out, first, model, loader, cfg.batch, rings, world)
-        objective = dpo_objective(reference_logp_P2, cfg.beta, rings.ring)
+        loss = DPOLoss(reference_logps(cfg, first, model, loader, rings, world), cfg.beta, rings.ring)
 
     # 7. The loop
     bar = progress(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first)
+    signals = runs.Signals(sum_over_ranks)
     started = time.perf_counter()
-    signals, steps = runs.Signals(partial(ring.all_reduce_sum, world=world)), range(first, cfg.steps)
-    for step, (micro_batches, skipped_samples) in zip(signals.steps(bar), loader.batches(steps)):
-        runs.log(cfg.out, *({"step": step, **one} for one in skipped_samples), name=llava.SKIPPED.format(world.rank))
-        skipped_now = cfg.batch - count_samples(micro_batches, rings.ring, world)
-        skipped += skipped_now
-        llava.check_skip_budget(skipped, max((step + 1) * cfg.batch, dataset.size or 0), cfg.max_skip_fraction, cfg.out)
-        metrics = train_step(model, micro_batches, objective, cfg.offload, world)
+    for step, (batches, unreadable) in zip(signals.steps(bar), loader.batches(range(first, cfg.steps))):
+        used = sum(len(batch.sample_ids) for batch in batches) if rings.ring.rank == 0 else 0  # once for each ring
+        skipped = skips.add(step, unreadable, used)
+        metrics = train_step(model, batches, loss, cfg.offload, world)
         runs.finite(step, [metrics["loss"]])
         norm = ring.clip_gradients(model, cfg.grad_clip)
         for params in optimizer.param_groups:
@@ -204,34 +197,18 @@ def train(cfg: "Config", world: ring.World) -> None:
         if world.rank == 0:
             seconds, started = time.perf_counter() - started, time.perf_counter()
             line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-            line |= {"samples_per_s": round(cfg.batch / seconds, 2), "skipped": skipped_now}
+            line |= {"samples_per_s": round(cfg.batch / seconds, 2), "skipped": skipped}
             runs.log_step(cfg.out, line, bar, world.device)
         if signals.came() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
     # 8. Export, in Hugging Face's layout, beside the tokenizer
     if cfg.tiny and cfg.expected:
-        samples = llava.synthetic_dataset(cfg.stage, cfg.seed + 1, cfg.batch, cfg.frames, cfg.grids, 0)
-        held_out = make_loader(cfg, samples, model.config, tokenizer, rings)
-        print_held_out_score(cfg, model, held_out, rings, world)
+        print_held_out_score(cfg, model, tokenizer, rings, world)
     stream = ring.gather_parameters(model, world)
     if world.rank == 0:
         weights.save(cfg.out / "model", stream, to_dict(model.config), cfg.weights)
-        runs.print_end(cfg.out, next_command(cfg))
-
-
-def resume(
-    cfg: "Config", model: nn.Module, optimizer: torch.optim.Optimizer, rejected: list[dict], world: ring.World
-) -> tuple[int, int]:
-    """Open the run's folder and load its newest state; return (first step to take, samples skipped before it)."""
-    if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg), ("weights", "tower", "data"))
-    first = ring.load_state(cfg.out / "state", model, optimizer, world)
-    runs.resume_log(cfg.out, first, world.rank)
-    runs.truncate_log(cfg.out, first, llava.SKIPPED.format(world.rank))
-    llava.write_rejected(cfg.out / f"unusable-{world.rank}.jsonl", rejected)
-    skipped = torch.tensor(sum(runs.column(cfg.out, "skipped")) if world.rank == 0 else 0)
-    return first, ring.all_reduce_sum(skipped, world).item()
+        runs.print_end(cfg.out, runs.command_after_vision(cfg.stage, cfg.system, cfg.tiny))
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -252,25 +229,19 @@ def model_config(cfg: "Config") -> longva.LongVAConfig:
     return longva.LongVAConfig(found, vision, cfg.scheme, cfg.rule or DEFAULT_RULE[cfg.scheme])
 
 
-def initial_weights(model: nn.Module, cfg: "Config") -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the stage before; for align of a language model, a vision tower, and new ones."""
-    if cfg.stage == "align":
-        new = ("mm_projector", "image_newline")
-        yield from ((name, x) for name, x in weights.init_weights(model, cfg.seed) if any(part in name for part in new))
-        yield from weights.read_tower(cfg.tower)
-    yield from weights.read(cfg.weights)
-
-
 def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LongVA, list[dict]]:
     """Return the model and AdamW's parameter groups: shapes first, then shards, then weights."""
-    config = model_config(cfg)
     with torch.device("meta"):
-        model = longva.LongVA(config)
+        model = longva.LongVA(model_config(cfg))
     param_groups(model, cfg.stage, cfg.lr, cfg.tower_lr)  # FSDP2 must know what is frozen
     model.model.checkpointing, model.tower.recompute = cfg.checkpointing, cfg.checkpointing == "full"
     units = [m for m in model.modules() if isinstance(m, (longva.Block, clip.Block))]
     ring.shard_parameters(model, units, world, cfg.offload, torch.bfloat16 if cfg.precision == "bf16" else None)
-    weights.fill_from(model, initial_weights(model, cfg), ring.copy_shard)
+    stream = weights.read(cfg.weights)
+    if cfg.stage == "align":
+        new = ((name, x) for name, x in weights.init_weights(model, cfg.seed) if name.startswith(PROJECTOR))
+        stream = chain(new, weights.read_tower(cfg.tower), stream)
+    weights.fill_from(model, stream, ring.copy_shard)
     groups = param_groups(model, cfg.stage, cfg.lr, cfg.tower_lr)  # of the shards, which are new parameters
     trained = sum(p.numel() for group in groups for p in group["params"])
     total = sum(p.numel() for p in model.parameters())
@@ -281,66 +252,54 @@ def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LongVA
 # ---- the data ------------------------------------------------------------------------------------
 
 
-def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) -> Dataset:
+def open_dataset(cfg: "Config", config: longva.LongVAConfig, world: ring.World) -> llava.Dataset:
     """Return the samples that --data names. All ranks must call it: they divide the work of measuring records."""
     if cfg.data == "synthetic":
         growth_steps = cfg.resolution_curriculum * cfg.steps
         return llava.synthetic_dataset(cfg.stage, cfg.seed, cfg.batch, cfg.frames, cfg.grids, growth_steps)
 
-    def measure(record: dict) -> int:
-        def picture_tokens(width: int, height: int) -> int:
-            rows, cols = unires.choose_grids(width, height, config.vision.side, config.rule, cfg.grids)
-            unpad = None if config.rule == "floor" else (width, height)
-            return unires.Layout(rows, cols, config.scheme, unpad).tokens(config.vision.patches)
+    def picture_tokens(width: int, height: int) -> int:
+        rows, cols = unires.choose_grids(width, height, config.vision.side, config.rule, cfg.grids)
+        unpad = None if config.rule == "floor" else (width, height)
+        return unires.Layout(rows, cols, config.scheme, unpad).tokens(config.vision.patches)
 
-        return llava.measure(record, cfg.stage, cfg.images, picture_tokens, cfg.frames * config.vision.tokens_per_grid)
-
-    def all_reduce(tokens: np.ndarray) -> np.ndarray:
-        return ring.all_reduce_sum(torch.from_numpy(tokens).to(world.device), world).cpu().numpy()
-
-    records = llava.open_records(cfg.data, measure, cfg.max_skip_fraction, world.rank, world.ranks, all_reduce)
+    measure = partial(llava.measure, cfg.stage, cfg.images, picture_tokens, cfg.frames * config.vision.tokens_per_grid)
+    sum_over_ranks = partial(ring.all_reduce_sum, world=world)
+    records = llava.open_records(cfg.data, measure, cfg.max_skip_fraction, world.rank, world.ranks, sum_over_ranks)
     return llava.json_dataset(records, cfg.images, cfg.frames, cfg.seed, cfg.batch)
 
 
-def preprocess(picture: Image | list[Image], config: longva.LongVAConfig, max_grids: int) -> tuple:
-    """Return a picture, or a video's frames in a row, as (pixels_NCYX, layout)."""
-    if isinstance(picture, list):
-        return unires.frames(picture, config.vision.side), unires.Layout(1, len(picture))
-    return longva.preprocess(picture, config, max_grids)
-
-
 def make_loader(
-    cfg: "Config", dataset: Dataset, config: longva.LongVAConfig, tokenizer: Tokenizer, rings: ring.RingGroup
+    cfg: "Config", dataset: llava.Dataset, config: longva.LongVAConfig, tokenizer: Tokenizer, rings: ring.RingGroup
 ) -> llava.Loader:
     """Return what turns samples into this rank's micro-batches."""
     trim = "plain" if cfg.stage == "align" else "qwen_1_5", cfg.labels == "clean", cfg.max_len
 
-    def prepare(i: int, media: llava.Media, dialogues: list[llava.Turns]) -> Example:
+    def prepare(i: int, media: llava.Media, dialogues: list[llava.Turns]) -> llava.Example:
         """Cut pictures into grids and tokenize; ValueError if the sample cannot be used."""
-        images = [preprocess(picture, config, cfg.grids) for picture in media]
+        images = []
+        for one in media:
+            if isinstance(one, list):  # a video: its frames in a row
+                images.append((unires.frames(one, config.vision.side), unires.Layout(1, len(one))))
+            else:
+                images.append(longva.preprocess(one, config, cfg.grids))
         lengths = [layout.tokens(config.vision.patches) for _, layout in images]
-        return Example(i, images, [llava.tokenize_and_trim(tokenizer, turns, lengths, *trim) for turns in dialogues])
-
-    def sum_over_ring(flags: list[int]) -> list[int]:
-        return ring.all_reduce_sum(torch.tensor(flags, device=rings.ring.device), rings.ring).tolist()
+        return llava.Example(
+            i, images, [llava.tokenize_and_trim(tokenizer, turns, lengths, *trim) for turns in dialogues]
+        )
 
     join = partial(collate, config=config, pad_id=tokenizer.pad_id, group=rings.ring)
+    sum_over_ring = partial(ring.all_reduce_sum, world=rings.ring)
     return llava.Loader(dataset, prepare, join, cfg.micro_batch_size, sum_over_ring, rings.index, rings.count)
 
 
-def collate(examples: list[Example], config: longva.LongVAConfig, pad_id: int, group: ring.World) -> MicroBatch:
+def collate(examples: list[llava.Example], config: longva.LongVAConfig, pad_id: int, group: ring.World) -> MicroBatch:
     """Join samples, and keep of every text and its pictures the share of this rank of the ring.
 
     The lengths of all pictures are known, so visual tokens are put in their places at once, wherever a shard begins.
-    Both answers of a pair share its pictures, which are encoded once.
     """
-    texts = [text for example in examples for text in example.texts] or [([pad_id], [chat.IGNORE])]
-    ids_BS, targets_BS = chat.pad(texts, pad_id, 2 * group.ranks if group.ranks > 1 else 1)
-    pictures, shown = [], []  # all pictures; for each placeholder, the index of its picture
-    for example in examples:
-        first = len(pictures)
-        pictures += example.images
-        shown += [*range(first, len(pictures))] * len(example.texts)
+    multiple = 2 * group.ranks if group.ranks > 1 else 1
+    ids_BS, targets_BS, pictures, shown = llava.join_examples(examples, pad_id, multiple)
     grids = unires.UniqueGrids(pictures, shown, config.vision.patches, config.scheme)
     idx_T = ring.zigzag_index(ids_BS.shape[1], replace(group, device=torch.device("cpu")))
     is_image_BS = ids_BS == chat.IMAGE
@@ -356,65 +315,59 @@ def collate(examples: list[Example], config: longva.LongVAConfig, pad_id: int, g
     return MicroBatch(model_inputs, [example.sample_id for example in examples], targets_BT)
 
 
-def count_samples(micro_batches: list[MicroBatch], group: ring.World, world: ring.World) -> int:
-    """Return how many samples the ranks hold in all; those of one ring hold the same ones."""
-    here = torch.tensor(sum(len(batch.sample_ids) for batch in micro_batches), device=world.device)
-    return ring.all_reduce_sum(here, world).item() // group.ranks
+# ---- before and after training -------------------------------------------------------------------
 
 
 def print_held_out_score(
-    cfg: "Config", model: longva.LongVA, loader: llava.Loader, rings: ring.RingGroup, world: ring.World
+    cfg: "Config", model: longva.LongVA, tokenizer: Tokenizer, rings: ring.RingGroup, world: ring.World
 ) -> None:
     """Print the loss of HELD_OUT synthetic samples of another seed, and the share of targets that are the argmax.
 
     For dpo: the loss with a reference that prefers nothing, and the share of pairs whose preferred answer is likelier.
     """
-    indices = range(0, HELD_OUT, cfg.batch)
-    batches = [one for i in indices for one in loader.micro_batches([*range(i, i + cfg.batch)])[0]]
-    objective, key = next_token_objective(), "loss"
-    if cfg.stage == "dpo":
-        no_reference_P2 = torch.zeros(HELD_OUT, 2, dtype=torch.float64, device=world.device)
-        objective, key = dpo_objective(no_reference_P2, cfg.beta, rings.ring), "preferred"
+    dataset = llava.synthetic_dataset(cfg.stage, cfg.seed + 1, cfg.batch, cfg.frames, cfg.grids, 0)
+    loader = make_loader(cfg, dataset, model.config, tokenizer, rings)
+    starts = range(0, llava.HELD_OUT, cfg.batch)
+    batches = [batch for i in starts for batch in loader.micro_batches([*range(i, i + cfg.batch)])[0]]
     with ring.no_grad_reshard(model):
-        loss = train_step(model, batches, objective, False, world)["loss"]
-        score = longva.nll if cfg.stage == "dpo" else evaluate.count_correct
-        share = train_step(model, batches, objective, False, world, score)[key]
+        if cfg.stage == "dpo":
+            no_reference_P2 = torch.zeros(llava.HELD_OUT, 2, dtype=torch.float64, device=world.device)
+            metrics = train_step(model, batches, DPOLoss(no_reference_P2, cfg.beta, rings.ring), False, world)
+            loss, score = metrics["loss"], metrics["preferred"]
+        else:
+            loss = train_step(model, batches, NextTokenLoss(), False, world)["loss"]
+            counts = [torch.stack(model(*one.model_inputs, score=evaluate.count_correct)).sum(1) for one in batches]
+            correct, targets = ring.all_reduce_sum(sum(counts).double(), world).tolist()
+            score = correct / targets
     if world.rank == 0:
-        runs.print_verdict(loss, share, cfg.expected)
-
-
-# ---- DPO's reference -----------------------------------------------------------------------------
+        runs.print_verdict(loss, score, cfg.expected)
 
 
 def reference_logps(
-    folder: Path, first: int, model: longva.LongVA, loader: llava.Loader, batch: int, rings: ring.RingGroup,
-    world: ring.World,
-) -> Tensor:  # fmt: skip
+    cfg: "Config", first: int, model: longva.LongVA, loader: llava.Loader, rings: ring.RingGroup, world: ring.World
+) -> Tensor:
     """Return log p of each pair's chosen and rejected answer before training, float64[pairs, 2], computed once.
 
     It is kept in the run's folder, for a run that continues. 0 stands for a pair that could not be read, which is
     skipped from then on. Raises ValueError if a run that continues at step `first` > 0 has lost the file.
     """
-    kept = llava.read_reference(folder, first, loader.dataset.size)
-    if ring.all_gather(torch.tensor(kept is not None), world)[0]:  # as rank 0 sees it: a shared folder may lag
-        logp_P2 = kept.to(world.device)
-    else:
-        pairs = loader.dataset.size
+    pairs = loader.dataset.size
+    logp_P2 = llava.read_reference(cfg.out, first, pairs)
+    if not ring.all_gather(torch.tensor(logp_P2 is not None), world)[0]:  # as rank 0 sees it: a shared folder may lag
         logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
         with ring.no_grad_reshard(model):
-            for start in progress(range(0, pairs, batch), "reference"):
+            for start in progress(range(0, pairs, cfg.batch), "reference"):
                 # Every ring makes as many passes, since collectives must match: the last batch repeats a pair.
-                indices = [min(i, pairs - 1) for i in range(start, start + batch)]
+                indices = [min(i, pairs - 1) for i in range(start, start + cfg.batch)]
                 for micro_batch in loader.micro_batches(indices)[0]:
                     nll_B = ring.all_reduce_sum(model(*micro_batch.model_inputs)[0], rings.ring)
                     if micro_batch.sample_ids:
                         logp_P2[micro_batch.sample_ids] = -nll_B.double().view(-1, 2)
-        times = ring.all_reduce_sum((logp_P2 != 0).double(), world).clamp(min=1)  # so many ranks know a pair
-        logp_P2 = ring.all_reduce_sum(logp_P2, world) / times
+        logp_P2 = torch.stack(ring.all_gather(logp_P2, world)).amin(0)  # 0 stands for a pair of another rank
         if world.rank == 0:
-            llava.write_reference(folder, logp_P2)
+            llava.write_reference(cfg.out, logp_P2)
     loader.dataset.unreadable.update((logp_P2 == 0).all(1).nonzero()[:, 0].tolist())
-    return logp_P2
+    return logp_P2.to(world.device)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -459,9 +412,8 @@ class Config:
 
     def __post_init__(self):
         at_least(self, max_len=1, grids=1, frames=1, ring=1, batch=1, micro_batch_size=1, steps=1, save_every=1, seed=0)
-        at_least(self, resolution_curriculum=0, lr=0, tower_lr=0, warmup=0, grad_clip=0, max_skip_fraction=0, beta=0)
-        if self.max_skip_fraction > 1:
-            raise ValueError(f"--max-skip-fraction {self.max_skip_fraction:g} makes no sense; give a share, 0 to 1")
+        at_least(self, resolution_curriculum=0, lr=0, tower_lr=0, warmup=0, grad_clip=0, beta=0)
+        check_range("max_skip_fraction", self.max_skip_fraction, 0, 1)
 
 
 STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
@@ -469,7 +421,6 @@ STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
     "sft": {"batch": 32, "micro_batch_size": 4, "steps": 24_353, "lr": 1e-5, "tower_lr": 2e-6, "warmup": 0.03},
     "dpo": {"batch": 128, "micro_batch_size": 1, "steps": 400, "lr": 5e-7, "tower_lr": 5e-7, "warmup": 0.1},
 }
-HELD_OUT = 128  # synthetic samples that a tiny stage is scored on
 TINY_STAGES = {
     "align": {"batch": 32, "steps": 1000, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03, "expected": (0.2, 0.95)},
     "sft": {"batch": 16, "steps": 1100, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
@@ -493,17 +444,7 @@ def resolve(cfg: Config) -> Config:
     """Fill in what was left to the stage: rates, sizes, and the folder that the stage before wrote."""
     rates = (TINY_STAGES if cfg.tiny else STAGES)[cfg.stage]
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
-    folders = {"out": Path(f"runs/{cfg.system}-{cfg.stage}")}
-    if cfg.tiny and cfg.stage == "align":
-        lm = "control" if cfg.system == "tiny-baseline" else "extended"
-        folders["weights"] = runs.trained_or_shipped(f"tiny-{lm}", lm)
-        folders["tower"] = runs.trained_or_shipped("tiny-tower", "tower")
-    elif cfg.tiny and cfg.stage == "dpo":
-        folders["weights"] = runs.trained_or_shipped(f"{cfg.system}-sft", cfg.system.removeprefix("tiny-"))
-    elif cfg.stage != "align":
-        before = "align" if cfg.stage == "sft" else "sft"
-        folders["weights"] = Path(f"runs/{cfg.system}-{before}/model")
-    return replace(cfg, **{**rates, **folders, **given})
+    return replace(cfg, **{**rates, **runs.vision_folders(cfg.stage, cfg.system, cfg.tiny), **given})
 
 
 def check(cfg: Config, num_rings: int) -> None:
@@ -521,17 +462,6 @@ def check(cfg: Config, num_rings: int) -> None:
         raise ValueError("the synthetic pictures are for the tiny model; give LLaVA-style JSON as --data")
     if cfg.stage != "align" and (cfg.scheme != "unires" or cfg.rule) and not cfg.tiny:
         raise ValueError(f"--scheme and --rule belong to --stage align; {cfg.stage} goes on as the model was taught")
-
-
-def next_command(cfg: Config) -> str:
-    """Return the command after a stage, {} in place of its model; data/runs.py has those of the miniature's chain."""
-    if cfg.stage == "align":
-        preset = "tiny" if cfg.system == "tiny-longva" else cfg.system
-        data = "" if cfg.tiny else " --data LLAVA.json --images IMAGES"
-        return f"{runs.TORCHRUN_8} train_vision.py --stage sft --preset {preset}{data} --weights {{}}"
-    if cfg.stage == "sft" and not cfg.tiny:
-        return "python vniah.py --weights {} --haystack FILM.mp4"
-    return 'python longva.py "What is shown?" --image PICTURE --weights {}'
 
 
 def main(cfg: Config) -> None:

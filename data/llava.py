@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -86,13 +87,13 @@ def open_records(
     max_skip_fraction: float = 0.0,
     rank: int = 0,
     ranks: int = 1,
-    all_reduce: Callable[[np.ndarray], np.ndarray] = lambda tokens: tokens,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> Records:
     """Index a JSON list, or a file with one record per line (JSONL), in one pass; memory never holds the whole file.
 
     `measure(record)`: how many tokens the sample has, at least 1; a ValueError says why it cannot be used. It runs in
-    threads, as it opens pictures. Ranks divide that work, and `all_reduce` sums int64[records] over them. Raises
-    ValueError that names the file, and the first five unusable records if more than `max_skip_fraction` are unusable.
+    threads, as it opens pictures. Ranks divide that work, and `sum_over_ranks` adds up int64[records] of theirs.
+    Raises ValueError that names the file, and the first five unusable records if more than `max_skip_fraction` are.
     """
     path = Path(path)
     if not path.is_file():
@@ -114,7 +115,7 @@ def open_records(
         raise ValueError(f"{path} is not a LLaVA file, a JSON list or a record per line ({e})") from e
     if not tokens:
         raise ValueError(f"{path} holds no record; expected a list of conversations")
-    tokens = all_reduce(np.array(tokens))
+    tokens = sum_over_ranks(torch.tensor(tokens)).numpy()
     if (unusable := int((tokens == 0).sum())) > max_skip_fraction * len(tokens):
         found = [(i, read_record(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
         named = "; ".join(f"record {i} (id {record_id(r)}) {measure_or_error(r, measure)}" for i, r in found)
@@ -281,7 +282,7 @@ WORDS_PER_TOKEN = 0.75  # of English; lengths decide only which samples share a 
 
 
 def measure(
-    record: dict, stage: str, folder: Path | None, picture_tokens: Callable[[int, int], int], video_tokens: int
+    stage: str, folder: Path | None, picture_tokens: Callable[[int, int], int], video_tokens: int, record: dict
 ) -> int:
     """Return about how many tokens a record's sample has; ValueError if the stage (align, sft, dpo) cannot use it.
 
@@ -346,6 +347,7 @@ def length_groups(tokens: bytes, seed: int, number: int, steps: int, batch: int)
 
 
 SYNTHETIC_PAIRS = 512  # of synthetic answers for DPO; captions and conversations have no end
+HELD_OUT = 128  # synthetic samples, of another seed, on which a stage of the miniature is scored
 
 
 @dataclass(frozen=True)
@@ -429,6 +431,21 @@ def tokenize_and_trim(
     return example
 
 
+def join_examples(examples: list[Example], pad_id: int, multiple: int) -> tuple[Tensor, Tensor, list[tuple], list[int]]:
+    """Return (ids_BS, targets_BS, all pictures, for each placeholder the index of its picture); S as in `chat.pad`.
+
+    Both answers of a pair share its pictures. Without an example there is one row, of no target.
+    """
+    texts = [text for example in examples for text in example.texts] or [([pad_id], [chat.IGNORE])]
+    ids_BS, targets_BS = chat.pad(texts, pad_id, multiple)
+    pictures, shown = [], []
+    for example in examples:
+        first = len(pictures)
+        pictures += example.images
+        shown += [*range(first, len(pictures))] * len(example.texts)
+    return ids_BS, targets_BS, pictures, shown
+
+
 def load_examples(
     dataset: Dataset, indices: list[int], prepare: Callable[[int, Media, list[Turns]], Example]
 ) -> list[Example | dict]:
@@ -452,7 +469,7 @@ class Loader:
     prepare: Callable[[int, Media, list[Turns]], Example]  # see `load_examples`
     collate: Callable[[list[Example]], object]  # some examples -> a micro-batch
     micro_batch_size: int | None  # None: all samples at once
-    sum_over_ring: Callable[[list[int]], list[int]]  # element by element, over the ranks of the ring
+    sum_over_ring: Callable[[Tensor], Tensor]  # element by element, over the ranks of the ring
     ring_index: int = 0  # of this rank's ring, which takes every `num_rings`-th sample
     num_rings: int = 1
 
@@ -462,7 +479,7 @@ class Loader:
 
     def make_micro_batches(self, loaded: list[Example | dict]) -> tuple[list, list[dict]]:
         """Return (micro-batches, what this rank skipped). A ring leaves out what one of its ranks cannot read."""
-        missing = self.sum_over_ring([int(isinstance(one, dict)) for one in loaded])
+        missing = self.sum_over_ring(torch.tensor([isinstance(one, dict) for one in loaded], dtype=torch.int64))
         kept = [one for one, count in zip(loaded, missing) if not count]
         size = self.micro_batch_size or len(loaded)
         starts = range(0, len(loaded), size)  # as many on every ring, even if some are empty: collectives must match
@@ -479,8 +496,49 @@ class Loader:
             yield self.make_micro_batches(loaded)
 
 
+# ---- files beside the log ------------------------------------------------------------------------
+
+SKIPPED, UNUSABLE = "skipped-{}.jsonl", "unusable-{}.jsonl"  # of each rank: samples of a step, records of the file
 REFERENCE = "reference.safetensors"
-SKIPPED = "skipped-{}.jsonl"  # the skipped samples of each rank, in the run's folder
+
+
+class SkipLog:
+    """Counts the samples that a run skips, over all ranks, and names those of this rank in the run's folder.
+
+    first: the step at which the run begins, or continues: then its log says what was skipped before. All ranks must
+    call `add`, and make one of these.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, first: int, dataset: Dataset, batch: int, max_skip_fraction: float,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
+        self.folder, self.name, self.size, self.batch = folder, SKIPPED.format(rank), dataset.size or 0, batch
+        self.max_skip_fraction, self.sum_over_ranks = max_skip_fraction, sum_over_ranks
+        runs.truncate_log(folder, first, self.name)
+        if dataset.rejected:
+            unusable = "".join(json.dumps(one) + "\n" for one in dataset.rejected)
+            runs.replace_text(folder / UNUSABLE.format(rank), unusable)
+        logged = sum(runs.column(folder, "skipped")) if rank == 0 else 0
+        self.skipped = sum_over_ranks(torch.tensor(logged)).item()
+
+    def add(self, step: int, unreadable: list[dict], used: int) -> int:
+        """Log what this rank could not read, and return how many samples of a step all of them skipped.
+
+        used: this rank's share of the samples that were used. Raises ValueError when more were skipped in all than
+        --max-skip-fraction allows.
+        """
+        runs.log(self.folder, *({"step": step, **one} for one in unreadable), name=self.name)
+        skipped = self.batch - self.sum_over_ranks(torch.tensor(used)).item()
+        self.skipped += skipped
+        read = max((step + 1) * self.batch, self.size)
+        if self.skipped > self.max_skip_fraction * read:
+            raise ValueError(
+                f"{self.skipped:,} samples of {read:,} could not be read, more than --max-skip-fraction "
+                f"{self.max_skip_fraction:g} allows; {self.folder / SKIPPED.format('*')} says which and why: mend "
+                "them, or allow more"
+            )
+        return skipped
 
 
 def read_reference(folder: Path, first: int, pairs: int) -> Tensor | None:
@@ -499,18 +557,3 @@ def read_reference(folder: Path, first: int, pairs: int) -> Tensor | None:
 def write_reference(folder: Path, logp_P2: Tensor) -> None:
     """Keep DPO's reference for a run that continues."""
     write_sealed(folder / REFERENCE, "logp", logp_P2.cpu())
-
-
-def write_rejected(file: Path, rejected: list[dict]) -> None:
-    """Write the records that were found unusable at the start, a line each; nothing if there are none."""
-    if rejected:
-        runs.replace_text(file, "".join(json.dumps(one) + "\n" for one in rejected))
-
-
-def check_skip_budget(skipped: int, read: int, max_skip_fraction: float, out: Path) -> None:
-    """Raise ValueError when more samples were skipped than --max-skip-fraction allows."""
-    if skipped > max_skip_fraction * read:
-        raise ValueError(
-            f"{skipped:,} samples of {read:,} could not be read, more than --max-skip-fraction {max_skip_fraction:g} "
-            f"allows; {out / SKIPPED.format('*')} says which and why: mend them, or allow more"
-        )

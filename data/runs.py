@@ -60,6 +60,32 @@ def trained_or_shipped(run: str, shipped: str) -> Path:
     return own if (own / "config.json").is_file() else TINY / shipped
 
 
+def vision_folders(stage: str, system: str, tiny: bool) -> dict[str, Path]:
+    """Return where a stage of train_vision.py writes ("out") and what it starts from ("weights", "tower")."""
+    folders = {"out": Path(f"runs/{system}-{stage}")}
+    if stage == "align" and tiny:
+        lm = "control" if system == "tiny-baseline" else "extended"
+        folders["weights"] = trained_or_shipped(f"tiny-{lm}", lm)
+        folders["tower"] = trained_or_shipped("tiny-tower", "tower")
+    elif stage == "dpo" and tiny:
+        folders["weights"] = trained_or_shipped(f"{system}-sft", system.removeprefix("tiny-"))
+    elif stage != "align":
+        before = {"sft": "align", "dpo": "sft"}[stage]
+        folders["weights"] = Path(f"runs/{system}-{before}/model")
+    return folders
+
+
+def command_after_vision(stage: str, system: str, tiny: bool) -> str:
+    """Return the command after a stage of train_vision.py, {} in place of its model."""
+    if stage == "align":
+        preset = "tiny" if system == "tiny-longva" else system
+        data = "" if tiny else " --data LLAVA.json --images IMAGES"
+        return f"{TORCHRUN_8} train_vision.py --stage sft --preset {preset}{data} --weights {{}}"
+    if stage == "sft" and not tiny:
+        return "python vniah.py --weights {} --haystack FILM.mp4"
+    return 'python longva.py "What is shown?" --image PICTURE --weights {}'
+
+
 # ---- files: written whole or not at all, known by their content, read line by line ---------------
 
 DRAFT = ".draft-{}"  # the name of a file while it is being written

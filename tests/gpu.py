@@ -47,7 +47,7 @@ import ring
 import train_vision
 import unires
 from clip import ClipVision
-from data import memory
+from data import llava, memory
 from data.config import ClipConfig, LMConfig, LongVAConfig, train_flop
 from data.memory_saving import GradientSums
 
@@ -639,7 +639,7 @@ def vision(kit: Kit) -> None:
         tokens = layout.tokens(config.vision.patches)
         ids = [5] * 20 + [longva.chat.IMAGE] * tokens + [6] * 60
         labels = [longva.chat.IGNORE] * (20 + tokens) + [6] * 60
-        example = train_vision.Example(0, [(pixels, layout)], [(ids, labels)])
+        example = llava.Example(0, [(pixels, layout)], [(ids, labels)])
         batch = train_vision.collate([example], config, 0, world)
 
         def once(batch: train_vision.MicroBatch = batch) -> None:

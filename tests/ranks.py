@@ -14,6 +14,8 @@ import torch
 
 import ring
 
+ALONE = ring.World(0, 1, torch.device("cpu"))  # one process, no group
+
 
 def one_rank(rank: int, ranks: int, port: int, checks: list[Callable], args: tuple) -> None:
     torch.set_num_threads(1)

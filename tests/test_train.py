@@ -16,28 +16,22 @@ from safetensors.torch import load_file
 
 import data.flags
 import longva
-import ring
 import train_text
 import train_vision
 from data import chat, evaluate, memory_saving, pack, synthetic, tokenizer, weights
 from data.runs import TINY
 from data.tiny import make
+from tests.ranks import ALONE
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--device cpu --seq-len 64 --batch 4 --curriculum-steps 0".split()
 
 
-def command(script, *flags, ranks=1):
-    """The command line of a script, under torchrun for several ranks."""
+def start(script, *flags, ranks=1):
+    """Start a script as a process, under torchrun for several ranks."""
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *how, script, *map(str, flags)]
-
-
-def start(*args, ranks=1):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*args, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command, env = [sys.executable, *how, script, *map(str, flags)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def here(script, *flags):
@@ -66,8 +60,12 @@ def weights_of(folder):
     return load_file(folder / "model" / "model.safetensors")
 
 
-def newest_state(folder):
-    return max((folder / "state").glob("step-*[0-9]"), key=lambda p: int(p.name[5:]), default=None)
+def assert_same_run(one, two):
+    """The same losses and exported weights, to the bit."""
+    assert losses(one) == losses(two) and len(losses(one)) > 4
+    weights_of_two = weights_of(two)
+    for name, tensor in weights_of(one).items():
+        assert torch.equal(tensor, weights_of_two[name]), name
 
 
 def kill_and_resume(script, flags, folder, ranks):
@@ -119,32 +117,23 @@ def test_ranks_agree(made, one, two):
 ])  # fmt: skip
 def test_killed_runs_resume_to_the_bit(made, tmp_path, script, name, ranks):
     at, base, sft = made
-    out = kill_and_resume(script, base if "text" in script else sft, tmp_path / "run", ranks)
-    assert "model:" in out
-    assert losses(tmp_path / "run") == losses(at / name)
-    for key, tensor in weights_of(at / name).items():
-        assert torch.equal(tensor, weights_of(tmp_path / "run")[key]), key
+    assert "model:" in kill_and_resume(script, base if "text" in script else sft, tmp_path / "run", ranks)
+    assert_same_run(at / name, tmp_path / "run")
 
 
 def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
     """Packed documents kept apart: two ranks agree with one; evaluation too; together the loss is another one."""
-    (tmp_path / "docs").mkdir()
-    for i in range(30):
-        (tmp_path / "docs" / f"{i:02}.txt").write_text(synthetic.story(i, 30 + 11 * i))
-    pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
-    flags = [*SMALL, "--weights", made[0] / "base/model", "--corpus", tmp_path / "tokens.npy", "--steps", 4]
-    flags += [
-        "--held-out",
-        tmp_path / "tokens.npy",
-        "--save-every",
-        2,
-        "--seq-len",
-        128,
-        "--rope-theta",
-        1e4,
-        "--cooldown",
-        0,
-    ]
+
+    def packed(first):
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        for i in range(30):
+            (tmp_path / "docs" / f"{i:02}.txt").write_text(synthetic.story(i, 30 + 11 * i) if i else first)
+        pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
+        return tmp_path / "tokens.npy"
+
+    corpus = packed(synthetic.story(0, 30))
+    flags = [*SMALL, "--weights", made[0] / "base/model", "--corpus", corpus, "--held-out", corpus]
+    flags += "--steps 4 --save-every 2 --seq-len 128 --rope-theta 1e4 --cooldown 0".split()
     apart = [*flags, "--separate-documents"]
     assert here("train_text.py", *apart, "--out", tmp_path / "one") == 0
     run("train_text.py", *apart, "--out", tmp_path / "two", ranks=2)
@@ -159,45 +148,36 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
     more = [*flags, "--steps", 5]  # the rate is constant, so it goes on
     assert here("train_text.py", *more, "--out", tmp_path / "together") == 0
     assert "together resumes at step 4" in capsys.readouterr().out and len(losses(tmp_path / "together")) == 5
-    (tmp_path / "docs/00.txt").write_text("another")
-    pack.main(pack.Config((tmp_path / "docs",), synthetic.TOKENIZER, tmp_path / "tokens.npy", keep_short=1.0))
+    packed("another")
     assert here("train_text.py", *apart, "--out", tmp_path / "one") == 2
     assert "the content of corpus has changed" in capsys.readouterr().err
 
 
-def plainly(model, tokens, S, count):
-    """Sliding perplexity, slowly: every token predicted once, from the window in which it stands late."""
-    logs = []
-    for start in [i * (S // 2) for i in range(count)]:
-        ids = torch.tensor(tokens[start : start + S + 1].astype(int))[None]
-        logp = model.logits(model.model(model.embed(ids[:, :-1]), torch.arange(S))).log_softmax(-1)
-        each = logp.gather(-1, ids[:, 1:, None])[0, :, 0]
-        logs.append(each[S // 2 if start else 0 :])
-    return torch.cat(logs).neg().mean().exp().item()
+@pytest.mark.parametrize("name, theta, least, most", [("extended", 1e6, 1, 1), ("control", 1e4, 0, 0.49)])
+def test_evaluation_finds_what_a_good_model_finds(tmp_path, name, theta, least, most):
+    """The shipped extended model finds all numbers in 1024 tokens, its control few."""
+    model, words = longva.load(TINY / name), tokenizer.load_tokenizer(TINY / name)
+    sets = evaluate.eval_sets("synthetic", 1024, 2024, words)
+    scores = train_text.score_held_out(model, sets, None, ALONE)
+    evaluate.log_scores(tmp_path, 7, scores, ())
+    (line,) = map(json.loads, (tmp_path / "eval.jsonl").open())
+    assert line["step"] == 7 and least <= line["needles_found"] <= most
 
 
-def test_evaluation_measures_perplexity_and_finds_what_a_good_model_finds(tmp_path, capsys):
-    """The shipped extended model finds all numbers in 1024 tokens, its control none; perplexity as by a plain loop."""
-    found = {}
-    for name, theta in [("extended", 1e6), ("control", 1e4)]:
-        cfg = train_text.Config(
-            out=tmp_path / name, seq_len=1024, rope_theta=theta, held_out="synthetic", precision="fp32"
-        )
-        tmp_path.joinpath(name).mkdir()
-        model, words = longva.load(TINY / name), tokenizer.load_tokenizer(TINY / name)
-        world = ring.World(0, 1, torch.device("cpu"))
-        sets = evaluate.eval_sets(cfg.held_out, cfg.seq_len, cfg.seed, words)
-        evaluate.log_scores(cfg.out, 7, train_text.score_held_out(model, sets, None, world), ())
-        (line,) = map(json.loads, (tmp_path / name / "eval.jsonl").open())
-        found[name] = line["needles_found"]
-        assert line["step"] == 7
-    assert found["extended"] == 1 and found["control"] < 0.5
-    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(5, words.size, 301).astype(np.uint16))
-    pairs = list(evaluate.perplexity_windows(str(tmp_path / "t.npy"), 64, 3, cfg.seed, words))
-    nll = sum(model(ids, torch.arange(64), targets)[0].sum() for ids, targets in pairs)
-    count = sum((targets != chat.IGNORE).sum() for _, targets in pairs)
-    assert count == 64 + 32 + 32
-    assert (nll / count).exp().item() == pytest.approx(plainly(model, np.load(tmp_path / "t.npy"), 64, 3), rel=1e-4)
+def test_perplexity_predicts_every_token_once(tmp_path):
+    """From the window in which it stands late: as a plain loop."""
+    model, words, S = longva.load(TINY / "control"), tokenizer.load_tokenizer(TINY / "control"), 64
+    tokens = np.random.default_rng(0).integers(5, words.size, 301).astype(np.uint16)
+    np.save(tmp_path / "t.npy", tokens)
+    pairs = list(evaluate.perplexity_windows(str(tmp_path / "t.npy"), S, 3, 2024, words))
+    found = sum(model(ids, torch.arange(S), targets)[0].sum() for ids, targets in pairs)
+    assert sum((targets != chat.IGNORE).sum() for _, targets in pairs) == S + S // 2 + S // 2
+    want = 0
+    for start in (0, S // 2, S):
+        ids = torch.tensor(tokens[start : start + S + 1].astype(int))
+        logp_SV = model.logits(model.model(model.embed(ids[None, :-1]), torch.arange(S)))[0].log_softmax(-1)
+        want -= logp_SV.gather(-1, ids[1:, None])[S // 2 if start else 0 :].sum()
+    assert found.item() == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_finished_runs_are_left_alone(made, capsys):
@@ -210,29 +190,23 @@ def test_finished_runs_are_left_alone(made, capsys):
 
 
 def test_exports_load(made):
-    at = made[0]
-    assert isinstance(longva.load(at / "base/model"), longva.LM)
-    model, words = longva.load(at / "sft/model"), tokenizer.load_tokenizer(at / "sft/model")
+    assert isinstance(longva.load(made[0] / "base/model"), longva.LM)
+    model, words = longva.load(made[0] / "sft/model"), tokenizer.load_tokenizer(made[0] / "sft/model")
     assert isinstance(model, longva.LongVA) and words.size <= model.config.lm.vocab_size
     assert model.config.rule == "floor" and model.config.scheme == "unires"
 
 
-def test_align_changes_the_projector_alone(made):
-    at = made[0]
-    before, tower, after = weights_of(at / "base"), weights_of(at / "tower"), weights_of(at / "align")
-    for name, tensor in after.items():
-        if name.startswith(weights.TOWER):
+def test_align_changes_the_projector_alone_and_sft_everything(made):
+    base, tower, align, sft = (weights_of(made[0] / name) for name in ("base", "tower", "align", "sft"))
+    fresh = dict(weights.init_weights(longva.LongVA(longva.read_config(made[0] / "align/model")), 42))
+    for name, tensor in align.items():
+        if "mm_projector" in name:
+            assert name.endswith("bias") or not torch.equal(tensor, fresh[name].bfloat16()), name
+        elif name.startswith(weights.TOWER):
             assert torch.equal(tensor, tower["vision_model." + name.removeprefix(weights.TOWER)]), name
-        elif "mm_projector" not in name:
-            assert torch.equal(tensor, before[name]), name
-    fresh = dict(weights.init_weights(longva.LongVA(longva.read_config(at / "align/model")), 42))
-    projector = "model.mm_projector.0.weight"
-    assert not torch.equal(after[projector], fresh[projector].bfloat16())
-
-
-def test_sft_changes_everything(made):
-    before, after = weights_of(made[0] / "align"), weights_of(made[0] / "sft")
-    still = {name for name in after if torch.equal(before[name], after[name])}
+        else:
+            assert torch.equal(tensor, base[name]), name
+    still = {name for name in sft if torch.equal(align[name], sft[name])}
     assert not {name for name in still if "vision_tower" not in name and "norm" not in name and "bias" not in name}
 
 
@@ -253,6 +227,11 @@ def test_sft_changes_everything(made):
     (["train_vision.py", "--stage", "sft", "--grids", "0"], "--grids 0 makes no sense"),
     (["train_vision.py", "--stage", "sft", "--steps", "0"], "--steps 0 makes no sense"),
     (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
+    (["train_vision.py", "--stage", "sft", "--weights", "{sft}", "--images", "nowhere"], "--images nowhere is no folder"),
+    (["train_vision.py", "--preset", "longva", "--stage", "sft", "--weights", "{sft}"], "for the tiny model; give LLaVA"),
+    (["train_vision.py", "--preset", "longva", "--stage", "sft", "--weights", "{sft}", "--scheme", "anyres", "--data", "x"],
+     "--scheme and --rule belong to --stage align"),
+    (["train_vision.py", "--stage", "sft", "--max-skip-fraction", "1.5"], "--max-skip-fraction 1.5 makes no sense"),
     (["train_text.py", "--separate-documents"], "nothing to separate; give a --corpus"),
     (["train_text.py", "--kernel", "cudnn", "--device", "cpu"], "--kernel cudnn needs a CUDA GPU"),
     (["train_text.py", "--preset", "tiny-base", "--held-out", "README.md"], "README.md is not a token file"),
@@ -269,21 +248,19 @@ def test_mistakes_get_one_sentence(made, tmp_path, capsys, flags, complaint):
 
 @pytest.mark.parametrize("kernel, device, precision, complaint", [
     ("cpu", "cuda", "bf16", "needs tensors on the CPU"),
-    ("cudnn", "cuda", "fp32", "takes no fp32"),
-    ("cudnn", "cpu", "bf16", "needs a CUDA GPU"),
-    ("cudnn", "cuda", "bf16", None),
-    ("math", "cuda", "fp32", None),
-    ("cpu", "cpu", "fp32", None),
+    ("cudnn", "cuda", "fp32", "takes no fp32"), ("cudnn", "cpu", "bf16", "needs a CUDA GPU"),
+    ("cudnn", "cuda", "bf16", None), ("math", "cuda", "fp32", None), ("cpu", "cpu", "fp32", None),
 ])  # fmt: skip
 def test_kernels_that_cannot_run_are_refused(kernel, device, precision, complaint):
     with pytest.raises(ValueError, match=complaint) if complaint else nullcontext():
         assert memory_saving.choose_kernel(kernel, torch.device(device), precision, False) == kernel
 
 
-def test_a_mistake_ends_the_program_without_a_traceback(tmp_path):
-    process = start("train_text.py", "--weights", "nowhere", "--out", tmp_path / "out")
-    out, _ = process.communicate(timeout=100)
-    assert process.returncode == 2 and "nowhere" in out and "Traceback" not in out, out
+def test_what_rings_cannot_share_evenly_is_refused():
+    with pytest.raises(ValueError, match="accumulation 1 micro-batches cannot be divided evenly among 2 rings; change"):
+        train_text.check(train_text.Config(**train_text.PRESETS["tiny"]), ALONE, 2)
+    with pytest.raises(ValueError, match="3 samples cannot be shared evenly by 2 ranks or rings; change --batch"):
+        train_vision.check(train_vision.Config(batch=3), 2)
 
 
 def test_other_settings_do_not_overwrite_a_run(made, capsys):
