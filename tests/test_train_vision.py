@@ -484,7 +484,7 @@ def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
     kept = known.read_bytes()
     try:
         for complaint, spoiled in (("is gone", None), ("is damaged", kept[:-1] + b"x")):
-            known.unlink()
+            known.unlink(missing_ok=True)
             if spoiled:
                 known.write_bytes(spoiled)
             capsys.readouterr()
