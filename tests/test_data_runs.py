@@ -41,6 +41,9 @@ def test_settings_are_kept_and_found_again(tmp_path):
     before = (folder / "config.json").read_bytes()
     runs.open_run(folder, dict(SETTINGS))  # the same command again
     assert (folder / "config.json").read_bytes() == before
+    runs.LOCKS.pop(folder.resolve()).close()
+    folder.rename(tmp_path / "moved")
+    runs.open_run(tmp_path / "moved", {**SETTINGS, "out": tmp_path / "moved"})
 
 
 @pytest.mark.parametrize("change, said", [
@@ -56,13 +59,6 @@ def test_other_settings_are_refused(tmp_path, change, said):
         with pytest.raises(ValueError, match=rf"holds a run with other settings \({said}\); choose another --out"):
             runs.open_run(tmp_path, settings)
     assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_a_moved_folder_goes_on(tmp_path):
-    runs.open_run(tmp_path / "a", SETTINGS)
-    runs.LOCKS.pop((tmp_path / "a").resolve()).close()
-    (tmp_path / "a").rename(tmp_path / "b")
-    runs.open_run(tmp_path / "b", {**SETTINGS, "out": tmp_path / "b"})
 
 
 @pytest.mark.parametrize("more_steps, steps, fine", [(True, 20, True), (True, 5, False), (False, 20, False)])

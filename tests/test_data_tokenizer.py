@@ -115,6 +115,8 @@ def test_trained_words_are_one_token_and_bytes_come_first(ours):
 def test_training_does_not_depend_on_order_and_follows_counts():
     assert t.train_bpe(WORDS) == t.train_bpe(WORDS[::-1])
     assert t.train_bpe({"ab": 1, "bc": 5})[1] == [("b", "c"), ("a", "b")]
+    with pytest.raises(ValueError, match="'12'"):
+        t.train_bpe(["red", "12"])  # which cannot be one token
 
 
 def test_control_tokens_only_where_asked(ours):
@@ -279,8 +281,3 @@ def test_a_token_without_an_embedding(ours, tmp_path):
         ValueError, match=rf"token '<\|im_end\|>' has the id {size - 1}, but .*vocab_size is {size - 1}"
     ):
         t.load_tokenizer(tmp_path / "a")
-
-
-def test_a_word_that_cannot_be_one_token():
-    with pytest.raises(ValueError, match="'12'"):
-        t.train_bpe(["red", "12"])

@@ -384,10 +384,25 @@ def test_bad_files(tmp_path):
             assert name.split("/")[-1] in str(error.value) and "\n" not in str(error.value)
     for settings, complaint in [
         ({"fps": 0}, "0 frames per second"), ({"fps": float("nan")}, "nan frames per second"),
+        ({"fps": 50}, "shows 10 frames per second, but 50 were asked for; lower --fps"),
         ({"count": 0}, "at least 1"), ({"count": 6}, "has 5 frames, but 6 were asked for; ask for at most 5"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=complaint):
             frames(tmp_path / "film.mp4", **settings)
+
+
+def test_damaged_bytes_end_in_a_sentence(tmp_path):
+    """Flip bytes anywhere: frames, a warning, or a ValueError; nothing else comes out."""
+    path, rng = film(tmp_path / "a.mp4", regular(20)), np.random.default_rng(0)
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        mutant = data.copy()
+        mutant[rng.integers(0, len(data), 12)] = rng.integers(0, 256, 12)
+        path.write_bytes(mutant.tobytes())
+        try:
+            list(frames(path, fps=5))
+        except ValueError as error:
+            assert str(path) in str(error)
 
 
 def png(path, width, height, bits, kind, data):

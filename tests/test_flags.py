@@ -83,13 +83,10 @@ def test_flags_are_read(argv, want):
     assert read(*argv.split()) == want
 
 
-def test_default_preset():
+def test_default_preset_and_the_real_command_line(monkeypatch):
     assert read(default="tiny") == SMALL and read("--lr", "1", default="tiny").steps == 3
     assert read("--preset", "paper", default="tiny").steps == 1000
     assert read("text", "--really, why?") == Config("text", "--really, why?")
-
-
-def test_reads_the_real_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "7"])
     assert parse(Config, PRE) == Config(steps=7)
     seen = []
@@ -331,10 +328,9 @@ def test_a_tokenizer_needs_no_weights(tmp_path, monkeypatch):
 def test_at_least():
     cfg = dataclasses.make_dataclass("Cls", ["steps", "lengths", "rate"])(3, (4, 0), None)
     flags.at_least(cfg, steps=3, lengths=0, rate=1)
-    with pytest.raises(ValueError, match="--steps 3 makes no sense; give 4 or more"):
-        flags.at_least(cfg, steps=4)
-    with pytest.raises(ValueError, match="--lengths 0 makes no sense; give 1 or more"):
-        flags.at_least(cfg, lengths=1)
+    for least, said in (({"steps": 4}, "--steps 3"), ({"lengths": 1}, "--lengths 0")):
+        with pytest.raises(ValueError, match=f"{said} makes no sense; give {max(least.values())} or more"):
+            flags.at_least(cfg, **least)
 
 
 def test_no_torch():
