@@ -29,10 +29,6 @@ def total(step):
     return sum(memory.step_terms(step).values())
 
 
-def answer(*args, **kwargs):
-    return sum(memory.answer_terms(*args, **kwargs).values())
-
-
 def test_cache_is_counted_as_it_is_made():
     cache = longva.KVCache(lm(head_dim=10), 1, 77, torch.empty(0, device="meta", dtype=torch.bfloat16))
     assert memory.cache_bytes(lm(head_dim=10), 77, 2) == cache.kv.nbytes
@@ -43,7 +39,8 @@ def test_cache_is_counted_as_it_is_made():
 
 def test_an_answer_on_an_h100():
     """3,000 frames with Qwen2-7B and ViT-L: 41.5 GB allocated, 41.7 reserved."""
-    assert answer(REAL, 3000 * 144 + 80) == pytest.approx(41.7 * GB, rel=0.1)
+    terms = memory.answer_terms(REAL, 3000 * 144 + 80)
+    assert sum(terms.values()) == pytest.approx(41.7 * GB, rel=0.1)
 
 
 @pytest.mark.parametrize("layers, tokens, reserved, settings", [
@@ -239,17 +236,14 @@ def steps(tmp_path_factory):
     return run_probe(TRAIN, json.dumps(jobs))
 
 
-def step_of(config, ranks, *flags):
-    cfg = data.flags.parse(train_text.Config, train_text.PRESETS, "tiny", ["--device", "cpu", *flags])
-    return replace(Step.of(config, cfg), ranks=ranks)
-
-
 @pytest.mark.ranks
 @LINUX
 @pytest.mark.parametrize("name", STEPS)
 def test_predicts_the_peak_of_a_training_step(steps, name):
     ranks, config, S, flags = STEPS[name]
-    predicted = total(step_of(config, ranks, "--seq-len", str(S), "--batch", "1", *flags))
+    words = ["--device", "cpu", "--seq-len", str(S), "--batch", "1", *flags]
+    cfg = data.flags.parse(train_text.Config, train_text.PRESETS, "tiny", words)
+    predicted = total(replace(Step.of(config, cfg), ranks=ranks))
     print(f"{name}: predicted / measured {predicted / steps[name]:.3f} of {steps[name] / 1e6:.0f} MB")
     assert predicted == pytest.approx(steps[name], rel=0.1)
 

@@ -161,7 +161,8 @@ BOOK = "One day it rained. Then the sun came out! We all went home.\n\nThe end w
 
 
 def test_magic_numbers():
-    """Those of the release; all have their digits, and differ."""
+    """Those of the release; all have their digits, and differ, as all cities do."""
+    assert len({niah.CITY, *niah.DISTRACTORS}) == 7
     drawn = niah.magic_numbers(np.random.RandomState(niah.SEED), 10)
     assert drawn[:5] == ["2965478", "7624612", "7182423", "9211957", "7727364"]
     assert drawn[5:] == ["7875983", "1540810", "5050145", "4209505", "9134486"]
@@ -254,14 +255,11 @@ def test_bad_probes(book, context, depth, complaint):
         niah.text_probe(Toy(QWEN).encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
 
 
-def test_a_haystack_is_repeated_as_text():
-    """At a seam its last and its first word may be one token; repeated tokens would hide that."""
+def test_text_haystack(tmp_path):
     encode = lambda text: [len(word) for word in text.split(" ")]  # noqa: E731
+    # Repeated as text: at a seam its last and its first word may be one token; repeated tokens would hide that.
     assert niah.encode_repeated(encode, "ab c d", 7)[:7] == [2, 1, 3, 1, 3, 1, 3]
     assert niah.encode_repeated(encode, "ab c d", 3) == [2, 1, 1]
-
-
-def test_text_haystack(tmp_path):
     (tmp_path / "b.txt").write_text("two.\n")
     (tmp_path / "a.txt").write_text("one \N{EURO SIGN}. ", encoding="utf-8")
     (tmp_path / "a.md").write_text("not this")
@@ -276,7 +274,3 @@ def test_text_haystack(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=complaint):
             niah.read_text_haystack(tmp_path / name)
-
-
-def test_all_cities_differ():
-    assert len({niah.CITY, *niah.DISTRACTORS}) == 7

@@ -13,10 +13,8 @@ from data.tiny import attention, transfer
 def results(folder, rates):
     """A results.json with ten needles at each length, of which so many tenths are found."""
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [
-        {"length": length, "probes": {f"n{i}": {"hit": i < tenths} for i in range(10)}}
-        for length, tenths in rates.items()
-    ]
+    probes = {length: {f"n{i}": {"hit": i < tenths} for i in range(10)} for length, tenths in rates.items()}
+    cells = [{"length": length, "probes": found} for length, found in probes.items()]
     (folder / "results.json").write_text(json.dumps({"cells": cells}))
 
 

@@ -262,26 +262,6 @@ def test_copy_tokenizer(tmp_path, monkeypatch):
     assert (tmp_path / "new" / "vocab.json").read_text() == "{}"
 
 
-def test_killed_exports_leave_no_shards_for_ever(tmp_path, monkeypatch):
-    """However many were killed between their shards and their index: the next one sweeps them."""
-    w.write(tmp_path, state(1).items(), {}, 100)
-    flush = w.runs.flush
-
-    def killed_after_shards(path):
-        if path == tmp_path:
-            raise KeyboardInterrupt
-        flush(path)
-
-    for seed in range(4):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(w.runs, "flush", killed_after_shards)
-            w.write(tmp_path, state(seed).items(), {}, 100)
-        assert same(dict(w.read(tmp_path)), state(1))
-    (tmp_path / ".tmpAbCdEf").write_text("a shard that save_file was writing")
-    w.write(tmp_path, state(2).items(), {}, 100)
-    assert len([*tmp_path.iterdir()]) == 3 + 2 and same(dict(w.read(tmp_path)), state(2))
-
-
 def test_a_full_disk_gets_its_room_back(tmp_path, monkeypatch):
     save, calls = w.save_file, iter(range(9))
 

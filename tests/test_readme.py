@@ -14,9 +14,8 @@ LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
 
 def links(file):
     """(text, target) of every link that leads to a file."""
-    return [
-        (text, ROOT / file.parent / target) for text, target in LINK.findall(file.read_text()) if "://" not in target
-    ]
+    found = LINK.findall(file.read_text())
+    return [(text, ROOT / file.parent / target) for text, target in found if "://" not in target]
 
 
 @pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(ROOT)))
