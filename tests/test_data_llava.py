@@ -62,26 +62,17 @@ ODD = [  # whatever a cut may fall into
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 10**6])
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("between", [",", " ,\r\n\t", ", "])
-def test_spans_are_exact_wherever_blocks_cut(tmp_path, monkeypatch, block, plain, between):
+@pytest.mark.parametrize("before, between, after", [
+    (b" \n[ ", b",", b"\n ]\n"), (b" \n[ ", b" ,\r\n\t", b"\n ]\n"), (b"[", b", ", b"]"),  # a list
+    (b"", b"\n", b"\n"), (b"", b"\r\n", b"\r\n"), (b"\n", b"\n\n  \n", b"\n\n  \n"), (b"", b"\n", b""),  # lines
+])  # fmt: skip
+def test_spans_are_exact_wherever_blocks_cut(tmp_path, monkeypatch, block, plain, before, between, after):
     """Escapes, brackets in strings and characters of several bytes across block borders; spans in bytes."""
     monkeypatch.setattr(llava, "BLOCK_BYTES", block)
     written = [json.dumps(r, ensure_ascii=plain).encode() for r in ODD]
-    content = b" \n[ " + between.encode().join(written) + b"\n ]\n"
-    file = tmp_path / "r.json"
+    content, file = before + between.join(written) + after, tmp_path / "r.json"
     file.write_bytes(content)
     with open(file, "rb") as opened:
-        found = list(llava.iter_records(opened))
-    assert [record for *_, record in found] == ODD
-    assert [content[start:stop] for start, stop, _ in found] == written
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n  \n", ""])
-def test_spans_of_lines(tmp_path, end):
-    written = [json.dumps(r, ensure_ascii=False).encode() for r in ODD]
-    content = (end.encode() or b"\n").join(written) + end.encode()
-    (tmp_path / "r.jsonl").write_bytes(content)
-    with open(tmp_path / "r.jsonl", "rb") as opened:
         found = list(llava.iter_records(opened))
     assert [record for *_, record in found] == ODD
     assert [content[start:stop].strip() for start, stop, _ in found] == written

@@ -210,36 +210,36 @@ def test_align_changes_the_projector_alone_and_sft_everything(made):
     assert not {name for name in still if "vision_tower" not in name and "norm" not in name and "bias" not in name}
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    (["train_text.py", "--steps", "2", "--weights", "nowhere"], "nowhere"),
-    (["train_text.py", "--sepq-len", "2"], "--sepq-len"),
-    (["train_vision.py", "--stage", "sft", "--weights", "{base}"], "language model"),
-    (["train_vision.py", "--stage", "align", "--weights", "{sft}", "--tower", "{tower}"], "sees already"),
-    (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md", "--weights", "{base}"], "README.md"),
-    (["train_text.py", "--preset", "tiny-base", "--corpus", "README.md"], "--weights"),
-    (["train_text.py", "--weights", "{sft}"], "sees already"),
-    (["train_vision.py", "--stage", "sft", "--weights", "nowhere"], "--stage align first"),
-    (["train_text.py", "--preset", "longva"], "--corpus"),
-    (["train_text.py", "--save-every", "0"], "--save-every 0 makes no sense; give 1 or more"),
-    (["train_text.py", "--grad-accumulation", "0"], "--grad-accumulation 0 makes no sense"),
-    (["train_text.py", "--ring", "2"], "1 rank(s) cannot form rings of 2; choose one of 1"),
-    (["train_text.py", "--lr", "-1"], "--lr -1.0 makes no sense"),
-    (["train_vision.py", "--stage", "sft", "--grids", "0"], "--grids 0 makes no sense"),
-    (["train_vision.py", "--stage", "sft", "--steps", "0"], "--steps 0 makes no sense"),
-    (["train_vision.py", "--preset", "longva", "--stage", "align"], "--weights"),
-    (["train_vision.py", "--stage", "sft", "--weights", "{sft}", "--images", "nowhere"], "--images nowhere is no folder"),
-    (["train_vision.py", "--preset", "longva", "--stage", "sft", "--weights", "{sft}"], "for the tiny model; give LLaVA"),
-    (["train_vision.py", "--preset", "longva", "--stage", "sft", "--weights", "{sft}", "--scheme", "anyres", "--data", "x"],
+@pytest.mark.parametrize("command, complaint", [
+    ("train_text.py --steps 2 --weights nowhere", "nowhere"),
+    ("train_text.py --sepq-len 2", "--sepq-len"),
+    ("train_vision.py --stage sft --weights {base}", "language model"),
+    ("train_vision.py --stage align --weights {sft} --tower {tower}", "sees already"),
+    ("train_text.py --preset tiny-base --corpus README.md --weights {base}", "README.md"),
+    ("train_text.py --preset tiny-base --corpus README.md", "--weights"),
+    ("train_text.py --weights {sft}", "sees already"),
+    ("train_vision.py --stage sft --weights nowhere", "--stage align first"),
+    ("train_text.py --preset longva", "--corpus"),
+    ("train_text.py --save-every 0", "--save-every 0 makes no sense; give 1 or more"),
+    ("train_text.py --grad-accumulation 0", "--grad-accumulation 0 makes no sense"),
+    ("train_text.py --ring 2", "1 rank(s) cannot form rings of 2; choose one of 1"),
+    ("train_text.py --lr -1", "--lr -1.0 makes no sense"),
+    ("train_vision.py --stage sft --grids 0", "--grids 0 makes no sense"),
+    ("train_vision.py --stage sft --steps 0", "--steps 0 makes no sense"),
+    ("train_vision.py --preset longva --stage align", "--weights"),
+    ("train_vision.py --stage sft --weights {sft} --images nowhere", "--images nowhere is no folder"),
+    ("train_vision.py --preset longva --stage sft --weights {sft}", "for the tiny model; give LLaVA"),
+    ("train_vision.py --preset longva --stage sft --weights {sft} --scheme anyres --data x",
      "--scheme and --rule belong to --stage align"),
-    (["train_vision.py", "--stage", "sft", "--max-skip-fraction", "1.5"], "--max-skip-fraction 1.5 makes no sense"),
-    (["train_text.py", "--separate-documents"], "nothing to separate; give a --corpus"),
-    (["train_text.py", "--kernel", "cudnn", "--device", "cpu"], "--kernel cudnn needs a CUDA GPU"),
-    (["train_text.py", "--preset", "tiny-base", "--held-out", "README.md"], "README.md is not a token file"),
-    (["train_text.py", "--preset", "tiny-base", "--held-out", "synthetic", "--seq-len", "32"], "too short to ask"),
+    ("train_vision.py --stage sft --max-skip-fraction 1.5", "--max-skip-fraction 1.5 makes no sense"),
+    ("train_text.py --separate-documents", "nothing to separate; give a --corpus"),
+    ("train_text.py --kernel cudnn --device cpu", "--kernel cudnn needs a CUDA GPU"),
+    ("train_text.py --preset tiny-base --held-out README.md", "README.md is not a token file"),
+    ("train_text.py --preset tiny-base --held-out synthetic --seq-len 32", "too short to ask"),
 ])  # fmt: skip
-def test_mistakes_get_one_sentence(made, tmp_path, capsys, flags, complaint):
+def test_mistakes_get_one_sentence(made, tmp_path, capsys, command, complaint):
     folders = {name: made[0] / name / "model" for name in ("base", "sft", "tower")}
-    script, *flags = [flag.format(**folders) for flag in flags]
+    script, *flags = command.format(**folders).split()
     assert here(script, *flags, "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert complaint in said and len(said.strip().splitlines()) == 1, said
