@@ -1,6 +1,7 @@
 """The needle test: cells equal one pass per probe, killed runs go on, ranks agree, mistakes get one sentence."""
 
 import json
+import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -336,7 +337,7 @@ def run_killed(cfg, stop_after):
 
 
 @pytest.mark.parametrize("kind", ["frames", "one cell", "text"])
-def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_path, monkeypatch, kind):
+def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_path, monkeypatch, capsys, kind):
     """Also where lines are damaged; with one cell, the jobs that were not begun are known from no line."""
     write_needles(tmp_path / "needles")  # four sizes: at each place four jobs
     monkeypatch.setattr(niah, "shuffled_options", moved)
@@ -363,6 +364,7 @@ def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_pat
             vniah.main(at)
         assert {**results(at), "settings": 0} == {**want, "settings": 0}
         assert before - 1 + sum(after) == sum(written)
+        assert re.search(r"cells-0.jsonl: \d damaged .* left out, the first: line 1, no JSON", capsys.readouterr().out)
     load_nothing(monkeypatch)
     (whole.out / "results.json").write_text("damaged")
     vniah.main(whole)
@@ -538,18 +540,20 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
 
 
 def test_rope_bases_give_panels_of_one_model(truthful, undrawn, cfg, monkeypatch):
-    thetas, calls = [], Counter()
+    thetas, forward = [], longva.Decoder.forward
 
-    def watch(home, name, note):
-        real = getattr(home, name)
-        monkeypatch.setattr(home, name, lambda *a: note(*a) or real(*a))
+    def noting(decoder, *rest):
+        thetas.append(decoder.config.rope_theta)
+        return forward(decoder, *rest)
 
-    watch(longva.Decoder, "forward", lambda decoder, *a: thetas.append(decoder.config.rope_theta))
-    for home, name in ((longva, "load"), (evaluate, "open_haystack")):
-        watch(home, name, lambda *a, name=name: calls.update([name]))
+    monkeypatch.setattr(longva.Decoder, "forward", noting)
     cfg = replace(cfg, rope_theta=(1e5, 1e7), max_new_tokens=0)
-    vniah.main(cfg)
-    assert calls == {"load": 1, "open_haystack": 1}  # three bases and a control of one model: the film is read once
+    with (
+        mock.patch.object(longva, "load", wraps=longva.load) as loads,
+        mock.patch.object(evaluate, "open_haystack", wraps=evaluate.open_haystack) as films,
+    ):
+        vniah.main(cfg)
+    assert loads.call_count == films.call_count == 1  # three bases and a control of one model: the film is read once
     names = ["sees", "sees, RoPE base 100000", "sees, RoPE base 1e+07"]
     assert {name for name, *_ in found_by(cfg)} == {*names, "sees, no needle"}
     assert list(dict.fromkeys(thetas)) == [1e4, 1e5, 1e7] and thetas[-1] == 1e4  # the control has its own again
