@@ -298,20 +298,13 @@ def test_embed_puts_each_visual_token_in_its_place():
     assert torch.equal(model.embed(ids.clamp(min=0)), table[ids.clamp(min=0)])
 
 
-def seeing_batch(model):
-    """Two rows with three pictures, and everything LongVA.forward takes."""
-    layout = [Layout(1, 2), Layout(1, 1), Layout(2, 1)]
-    ids, targets = some_ids(model.config.lm, 2, 16), some_ids(model.config.lm, 2, 16, seed=1)
-    for row, start, stop in (0, 2, 10), (1, 0, 4), (1, 5, 13):
-        ids[row, start:stop] = chat.IMAGE
-    targets[ids == chat.IMAGE] = chat.IGNORE
-    return ids, torch.arange(16), targets, grids(5), layout
-
-
 def test_forward_is_the_decoder_on_what_was_read_and_seen(truthful):
-    model = longva_model()
-    ids, pos, targets, pixels, layout = seeing_batch(model)
-    got, count = model(ids, pos, targets, pixels, layout)
+    """Two rows with three pictures."""
+    model, pos, pixels = longva_model(), torch.arange(16), grids(5)
+    ids, targets = some_ids(model.config.lm, 2, 16), some_ids(model.config.lm, 2, 16, seed=1)
+    ids[0, 2:10] = ids[1, 0:4] = ids[1, 5:13] = chat.IMAGE
+    targets[ids == chat.IMAGE] = chat.IGNORE
+    got, count = model(ids, pos, targets, pixels, [Layout(1, 2), Layout(1, 1), Layout(2, 1)])
     x = model.model.embed_tokens(ids.clamp(min=0))
     rows = slowly(model, pixels, Layout(1, 5))
     x[0, 2:10], x[1, 0:4], x[1, 5:13] = rows[:8], rows[8:12], rows[12:]
@@ -495,15 +488,16 @@ def folder(tmp_path_factory):
     for name, one in (("model", model), ("blind", lm(vocab_size=words.size))):
         weights.copy_tokenizer(WORDS, saved(home / name, one))
     (home / "frames").mkdir()
-    av = pytest.importorskip("av")
-    with av.open(str(home / "film.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(4):
-            picture = Image.fromarray(np.random.RandomState(i).randint(0, 255, (48, 64, 3), np.uint8))
-            picture.save(home / "frames" / f"{i}.png")
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
+
+    def noise(i):
+        return Image.fromarray(np.random.RandomState(i).randint(0, 255, (48, 64, 3), np.uint8))
+
+    for i in range(4):
+        noise(i).save(home / "frames" / f"{i}.png")
+    pytest.importorskip("av")
+    from tests.test_data_video import film
+
+    film(home / "film.mp4", [i / 5 for i in range(4)], picture=noise)
     return home
 
 
