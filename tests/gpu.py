@@ -106,20 +106,17 @@ class Kit:
         if not self.dry:
             torch.cuda.synchronize()
 
-    def seconds(self, f: Callable, times: int = 1) -> float:
-        """Of one call, the mean of `times`."""
-        self.sync()
-        began = time.perf_counter()
-        for _ in range(times):
-            f()
-        self.sync()
-        return (time.perf_counter() - began) / times
-
     def timed(self, f: Callable) -> tuple[Any, float]:
         """(result, seconds) of one call."""
-        kept = []
-        seconds = self.seconds(lambda: kept.append(f()))
-        return kept[0], seconds
+        self.sync()
+        began = time.perf_counter()
+        result = f()
+        self.sync()
+        return result, time.perf_counter() - began
+
+    def seconds(self, f: Callable) -> float:
+        """Of one call."""
+        return self.timed(f)[1]
 
     def clear(self) -> None:
         """Free what the last case left, and begin to count peaks."""
