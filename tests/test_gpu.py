@@ -15,9 +15,9 @@ import ring
 from data import memory_saving
 from data.memory_saving import GradientSums
 from tests import gpu
+from tests.ranks import ALONE
 
 ROOT = Path(__file__).parents[1]
-ALONE = ring.World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", [name for name in gpu.CASES if name != "commands"])

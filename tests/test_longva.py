@@ -30,6 +30,7 @@ from clip import ClipConfig
 from data import chat, flags, memory, tokenizer, video, weights
 from data.config import to_dict
 from longva import KVCache, LMConfig, LongVA, LongVAConfig, rope
+from tests.ranks import ALONE
 from unires import Layout
 
 ROOT = Path(longva.__file__).parent
@@ -275,8 +276,8 @@ def test_watch_is_see_of_all_frames_at_once(truthful):
             assert_close(torch.cat(parts), want, atol=1e-5, rtol=1e-5)
     assert list(longva.encode_video(model, [])) == []
     # Lost frames leave a gap, so that each part stays at its place in the film; so does a part of which all is lost.
-    parts, alone = longva.encode_video(model, [grids[0], None, None, None, grids[4]], 2), ring.World(0, 1, "cpu")
-    parts = ring.gather_round_robin(parts, model.lm_head.weight[:0], 8, 4, alone)
+    parts = longva.encode_video(model, [grids[0], None, None, None, grids[4]], 2)
+    parts = ring.gather_round_robin(parts, model.lm_head.weight[:0], 8, 4, ALONE)
     assert [len(part) for part in parts] == [4, 0, 4, 0]
 
 

@@ -26,9 +26,9 @@ import ring
 from data import checkpoint, flags, text
 from data.config import LMConfig
 from tests import ranks
+from tests.ranks import ALONE
 
 ROOT = Path(ring.__file__).parent
-ALONE = ring.World(0, 1, torch.device("cpu"))
 # (tokens, query heads, key heads, head width, logits times): GQA 7:1 and 4:2, odd widths, huge logits
 CASES = [(48, 7, 1, 32, 1), (48, 4, 2, 13, 1), (24, 4, 4, 5, 1), (48, 4, 2, 16, 100), (144, 7, 1, 8, 100)]
 

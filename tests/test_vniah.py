@@ -24,11 +24,11 @@ from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from data.config import to_dict
 from tests import ranks
+from tests.ranks import ALONE
 from tests.test_data_results import Page
 
 torch.set_num_threads(1)
 EYE = clip.ClipConfig(16, 32, 2, 2, 8, synthetic.SIDE)
-ALONE = ring.World(0, 1, torch.device("cpu"))
 
 
 def lm_config(words):
