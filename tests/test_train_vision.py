@@ -385,6 +385,15 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
     assert len(lines(out / "skipped-0.jsonl")) == 4
 
 
+def test_a_run_that_continues_knows_what_was_skipped_before(tmp_path, capsys):
+    """One broken picture of 12 may be skipped; the second one ends the run, and again when it is started once more."""
+    flags = [*records(tmp_path, cut=[0, 1]), "--max-skip-fraction", 0.1, "--batch", 2, "--steps", 6]
+    for _ in range(2):
+        assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
+        assert "2 samples of 12 could not be read" in capsys.readouterr().err
+        assert sum(line["skipped"] for line in lines(tmp_path / "out/log.jsonl")) == 1
+
+
 # ---- preference ----------------------------------------------------------------------------------
 
 
