@@ -17,7 +17,9 @@ import ring
 ALONE = ring.World(0, 1, torch.device("cpu"))  # one process, no group
 
 
-def one_rank(rank: int, ranks: int, port: int, checks: list[Callable], args: tuple) -> None:
+def one_rank(
+    rank: int, ranks: int, port: int, checks: list[Callable], args: tuple, ended: multiprocessing.SimpleQueue
+) -> None:
     torch.set_num_threads(1)
     here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update(
@@ -28,6 +30,7 @@ def one_rank(rank: int, ranks: int, port: int, checks: list[Callable], args: tup
         check(world, *args)
         ring.all_reduce_sum(torch.zeros(1), world)  # a barrier
     ring.stop()
+    ended.put(rank)
 
 
 def run(ranks: int, checks: list[Callable], *args) -> None:
@@ -36,8 +39,12 @@ def run(ranks: int, checks: list[Callable], *args) -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     multiprocessing.set_forkserver_preload(["torch._dynamo", "ring", "longva"])
+    ended = multiprocessing.get_context("forkserver").SimpleQueue()
     how = {"nprocs": ranks, "start_method": "forkserver"}
-    torch.multiprocessing.start_processes(one_rank, (ranks, port, checks, args), **how)
+    torch.multiprocessing.start_processes(one_rank, (ranks, port, checks, args, ended), **how)
+    for _ in range(ranks):  # what is checked may leave the process with exit code 0, as scripts do under torchrun
+        assert not ended.empty(), "a rank ended before its last check"
+        ended.get()
 
 
 def unshard(local: torch.Tensor, world: ring.World, dim: int = 1) -> torch.Tensor:
