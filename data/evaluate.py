@@ -223,18 +223,25 @@ def perplexity_windows(
 
 
 def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer) -> Iterator[IdsTargets]:
-    """Yield sequences with a magic number hidden in held-out text (App. A); the number's tokens are the targets."""
+    """Yield sequences with a magic number hidden in held-out text (App. A); the number's tokens are the targets.
+
+    In synthetic text five other cities have numbers too: a tiny model may find numbers and confuse whose they are.
+    """
     period_ids = niah.period_ids(tokenizer.encode)
     if held_out == "synthetic":
-        haystack, digits = tokenizer.encode(synthetic.story(seed + 1, seq_len)), 3
+        haystack, digits, cities = tokenizer.encode(synthetic.story(seed + 1, seq_len)), 3, niah.DISTRACTORS[:5]
     else:
         tokens = text.open_corpus(held_out, tokenizer)[:seq_len].tolist()
-        haystack, digits = [i for i in tokens if i != tokenizer.bos_id], 7
-    for i, number in enumerate(niah.magic_numbers(np.random.RandomState(seed), count, digits)):
-        context, rng = 1, np.random.RandomState(0)  # there are no distractors, so nothing is drawn
-        for _ in range(2):  # the first pass finds the length of prefix, needle and question
-            depth = DEPTHS[i]
-            ids, answer = niah.text_probe(tokenizer.encode, haystack, context, depth, number, (), rng, period_ids)
+        haystack, digits, cities = [i for i in tokens if i != tokenizer.bos_id], 7, ()
+    numbers = niah.magic_numbers(np.random.RandomState(seed), count + len(cities), digits)
+    distractors = list(zip(cities, numbers[count:]))
+    for i, number in enumerate(numbers[:count]):
+        context = 1
+        for _ in range(2):  # the first pass finds the length of all but the haystack
+            depth, rng = DEPTHS[i], np.random.RandomState([seed, i])
+            ids, answer = niah.text_probe(
+                tokenizer.encode, haystack, context, depth, number, distractors, rng, period_ids
+            )
             context += seq_len + 1 - len(ids) - len(answer)
             if context < 1:
                 raise ValueError(f"--seq-len {seq_len} is too short to ask for a hidden number; leave out --held-out")
