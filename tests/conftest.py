@@ -7,12 +7,12 @@ from tests.shapes import watched
 
 
 @pytest.fixture
-def truthful():
+def check_shapes():
     """Compare shape suffixes with tensors in all of our files while the test runs."""
-    with watched(Path(__file__).parents[1]) as told:
+    with watched(Path(__file__).parents[1]) as found:
         yield
-    lies = [lie for lie in told if not lie.startswith("test_")]
-    assert not lies, lies
+    mismatches = [mismatch for mismatch in found if not mismatch.startswith("test_")]
+    assert not mismatches, mismatches
 
 
 def pytest_collection_modifyitems(items):

@@ -78,7 +78,7 @@ def test_bfloat16_is_no_worse_than_transformers():
     assert (got.float() - exact).norm() <= min(1.5 * theirs_off, 0.05 * exact.norm())
 
 
-def test_real_size_on_meta(truthful):
+def test_real_size_on_meta(check_shapes):
     """What the projector expects, without any memory; test_data_config.py counts the parameters."""
     with torch.device("meta"):
         model, pixels = ClipVision(ClipConfig()).bfloat16(), torch.empty(2, 3, 336, 336, dtype=torch.bfloat16)

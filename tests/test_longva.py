@@ -149,7 +149,7 @@ def test_rope_is_near_the_exact_angles_and_made_in_float32():
 @pytest.mark.parametrize("checkpointing, tile, offload", [
     ("full", 0, False), ("selective", 0, False), ("none", 3, False), ("full", 4, True), ("selective", 2, True),
 ])  # fmt: skip
-def test_saving_memory_changes_nothing(truthful, checkpointing, tile, offload):
+def test_saving_memory_changes_nothing(check_shapes, checkpointing, tile, offload):
     """Every way to keep less for backward gives the plain way's loss and gradients."""
     ids = some_ids(SIZES[WIDE], 2, 13)
     grads = []
@@ -197,7 +197,7 @@ def test_cache_in_portions_equals_one_pass(name, dtype, off, cuts):
 
 
 @torch.no_grad()
-def test_branches_share_a_beginning_and_then_differ(truthful):
+def test_branches_share_a_beginning_and_then_differ(check_shapes):
     model = lm().double()
     whole = model.embed(some_ids(model.config, 1, 9))
     trunk = KVCache(model.config, 1, 9, whole)
@@ -254,7 +254,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("scheme", LAYOUTS)
 @torch.no_grad()
-def test_see_is_each_picture_on_its_own(truthful, scheme):
+def test_see_is_each_picture_on_its_own(check_shapes, scheme):
     model, layout = longva_model(scheme), LAYOUTS[scheme]
     pixels = grids(sum(one.grids for one in layout))
     parts = pixels.split([one.grids for one in layout])
@@ -264,7 +264,7 @@ def test_see_is_each_picture_on_its_own(truthful, scheme):
 
 
 @torch.no_grad()
-def test_watch_is_see_of_all_frames_at_once(truthful):
+def test_watch_is_see_of_all_frames_at_once(check_shapes):
     model = longva_model()
     film = [Image.fromarray(np.random.RandomState(i).randint(0, 255, (30, 44, 3), np.uint8)) for i in range(5)]
     for how in ("crop", "pad"):
@@ -299,7 +299,7 @@ def test_embed_puts_each_visual_token_in_its_place():
     assert torch.equal(model.embed(ids.clamp(min=0)), table[ids.clamp(min=0)])
 
 
-def test_forward_is_the_decoder_on_what_was_read_and_seen(truthful):
+def test_forward_is_the_decoder_on_what_was_read_and_seen(check_shapes):
     """Two rows with three pictures."""
     model, pos, pixels = longva_model(), torch.arange(16), grids(5)
     ids, targets = some_ids(model.config.lm, 2, 16), some_ids(model.config.lm, 2, 16, seed=1)
@@ -460,7 +460,7 @@ def test_a_next_turn_finds_all_that_was_said(asked, most, stops):
 
 
 @torch.no_grad()
-def test_a_prompt_is_read_as_it_comes(truthful, asked, monkeypatch):
+def test_a_prompt_is_read_as_it_comes(check_shapes, asked, monkeypatch):
     """Pictures and films in parts, text between: what the cache holds then is that of one pass."""
     model, *_ = asked
     monkeypatch.setitem(memory.CHUNK, "cpu", 3)
@@ -533,7 +533,7 @@ def test_the_commands_of_the_docstring_mean_what_they_say():
         assert len(cfg.image) + bool(cfg.video) == 1 and cfg.question in words
 
 
-def test_asks_about_pictures(truthful, folder, capsys):
+def test_asks_about_pictures(check_shapes, folder, capsys):
     files = [folder / "frames" / f"{i}.png" for i in (2, 0)]
     question = "<image><image>what is\nthere?"
     asking(folder, question=question, image=tuple(files))
@@ -547,7 +547,7 @@ def test_asks_about_pictures(truthful, folder, capsys):
 
 
 @pytest.mark.parametrize("film, frames", [("frames", 3), ("film.mp4", 3), ("film.mp4", None)])
-def test_asks_about_a_film(truthful, folder, capsys, film, frames):
+def test_asks_about_a_film(check_shapes, folder, capsys, film, frames):
     """Of 3 of its 4 frames, or of a short film whole."""
     asking(folder, question="how many?", video=folder / film, frames=frames)
     assert capsys.readouterr().out == expected_of_film(folder, "how many?", film=film, count=frames or 4)

@@ -391,7 +391,7 @@ def test_eight_ranks(tmp_path):
     ranks.run(8, [check_attention, check_traffic], tmp_path)
 
 
-def test_one_process(truthful, tmp_path):
+def test_one_process(check_shapes, tmp_path):
     assert ring.start("cpu") == ALONE
     checks = check_attention, check_documents, check_packed_documents, check_cache, check_full_cache
     try:

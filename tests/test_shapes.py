@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.shapes import lies, unknown_letters, watched
+from tests.shapes import mismatches, unknown_letters, watched
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ X = torch.zeros(2, 3, 4)
     ({"x_BTD": X, "total": X.sum(), "cfg_BT": "no tensor", "n_T": 3}, 0),
 ], ids=lambda x: ", ".join(x) if isinstance(x, dict) else "")  # fmt: skip
 def test_names_and_shapes(names, count):
-    assert len(lies(names)) == count
+    assert len(mismatches(names)) == count
 
 
 def wrong_rank(x_BTD):
@@ -40,14 +40,14 @@ def inner(x_BTD):
 
 
 def test_watcher_sees_returns_of_our_files_while_it_runs(tmp_path):
-    with watched(ROOT) as told:
+    with watched(ROOT) as found:
         wrong_rank(X)
         outer(X)
     wrong_rank(X)
-    assert [*told] == ["test_shapes.py:wrong_rank: y_BD has shape (2, 3, 4)"]
-    with watched(tmp_path) as told:
+    assert [*found] == ["test_shapes.py:wrong_rank: y_BD has shape (2, 3, 4)"]
+    with watched(tmp_path) as found:
         wrong_rank(X)
-    assert not told
+    assert not found
 
 
 def test_letters_outside_the_key_are_found():

@@ -197,7 +197,7 @@ def test_letterbox_of_a_long_picture_stays_small():
     assert got.shape == (3, 32, 32) and got[:, 15:17].min() > 128
 
 
-def test_frames_and_arrays(truthful):
+def test_frames_and_arrays(check_shapes):
     images = [noise(50, 40, seed=s) for s in range(3)]
     got = unires.frames((np.array(image) for image in images), 32)
     assert got.shape == (3, 3, 32, 32)
@@ -280,7 +280,7 @@ def test_unires_order_and_pooling(rows, cols):
     (1, 2, None), (2, 1, (10, 20)), (2, 2, (50, 50)), (2, 2, (500, 400)), (2, 2, (9, 200)), (1, 3, (70, 17)),
     (3, 1, (17, 70)), (2, 2, (199, 1)),
 ])  # fmt: skip
-def test_anyres_order_newlines_and_unpad(truthful, rows, cols, unpad):
+def test_anyres_order_newlines_and_unpad(check_shapes, rows, cols, unpad):
     """Token by token: the base, then each row of the picture across grids, a newline after each row."""
     side, x = 4, coded(1 + rows * cols, 4)
     newline = torch.tensor([-1.0, -2.0, -3.0])
@@ -313,7 +313,7 @@ def test_pooled_anyres_is_anyres_of_pooled_grids(unpad):
 
 
 @pytest.mark.parametrize("rule", unires.RULES)
-def test_show_from_picture_to_tokens(truthful, rule):
+def test_show_from_picture_to_tokens(check_shapes, rule):
     for size in [(100, 70), (31, 33), (20, 300)]:
         image = noise(*size)
         pixels, layout = unires.preprocess(image, 32, rule, limit=16)
@@ -329,7 +329,7 @@ def test_show_from_picture_to_tokens(truthful, rule):
 
 
 @pytest.mark.parametrize("scheme", ["unires", "anyres"])
-def test_a_picture_shown_twice_is_encoded_once(truthful, scheme):
+def test_a_picture_shown_twice_is_encoded_once(check_shapes, scheme):
     """Token by token: each text shows its own pictures' tokens in order, whatever part of them is wanted."""
     sizes = [(2, 1), (1, 3), (1, 1)] if scheme == "unires" else [(2, 1), (1, 2), (1, 1)]
     layouts = [Layout(*size, scheme) for size in sizes]

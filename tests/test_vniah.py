@@ -210,7 +210,7 @@ def same(fast, slow):
 @pytest.mark.parametrize("engine", ["cache", "ring"])
 @pytest.mark.parametrize("own", [False, True], ids=["drawn", "own"])
 @pytest.mark.parametrize("control, distractors", [("", 0), ("", 3), ("no needle", 2), ("shuffled", 0)])
-def test_cells_equal_one_pass_per_probe(truthful, cfg, tmp_path, monkeypatch, engine, own, control, distractors):
+def test_cells_equal_one_pass_per_probe(check_shapes, cfg, tmp_path, monkeypatch, engine, own, control, distractors):
     """Places 0, 1 and 3 are shared by several lengths; questions and answers differ in length; jobs in any order."""
     if own:
         write_needles(tmp_path / "needles")
@@ -233,7 +233,7 @@ def test_cells_equal_one_pass_per_probe(truthful, cfg, tmp_path, monkeypatch, en
 
 @pytest.mark.parametrize("engine", ["cache", "ring"])
 @pytest.mark.parametrize("protocol", ["tiny", "paper"])
-def test_story_cells_equal_one_pass_per_probe(truthful, cfg, folders, monkeypatch, engine, protocol):
+def test_story_cells_equal_one_pass_per_probe(check_shapes, cfg, folders, monkeypatch, engine, protocol):
     change = {"task": "text", "protocol": protocol, "engine": engine, "weights": folders / "text", "context": (40, 90)}
     cfg = replace(cfg, **change, number_count=4, max_new_tokens=0)
     model, words = loaded(cfg.weights)
@@ -539,7 +539,7 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
 # ---- panels --------------------------------------------------------------------------------------
 
 
-def test_rope_bases_give_panels_of_one_model(truthful, undrawn, cfg, monkeypatch):
+def test_rope_bases_give_panels_of_one_model(check_shapes, undrawn, cfg, monkeypatch):
     thetas, forward = [], longva.Decoder.forward
 
     def noting(decoder, *rest):
