@@ -444,7 +444,7 @@ def column(folder: Path, key: str) -> list[float]:
 
 
 def draw_curve(folder: Path) -> Path:
-    """Draw the losses of log.jsonl over the steps, raw and smoothed, as curve.png; where sequences change, a line."""
+    """Draw the losses of log.jsonl over the steps, raw and smoothed, as curve.png; a line where texts get longer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -457,8 +457,10 @@ def draw_curve(folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps, smooth, color="tab:blue", label="smoothed")
-    for before, line in zip([{}, *lines], lines):
-        if (now := line.get("seq_len")) and now != before.get("seq_len"):
+    longest = 0
+    for line in lines:
+        if (now := line.get("seq_len", 0)) > longest:
+            longest = now
             axes.axvline(line["step"], color="0.6", linestyle=":", linewidth=0.8)
             axes.text(line["step"], 1, f" {now:,} tokens", va="top", fontsize=7, transform=axes.get_xaxis_transform())
     axes.set(xlabel="step", ylabel="loss (nats per target)", title=folder.name, yscale="log")

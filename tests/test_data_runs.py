@@ -241,6 +241,17 @@ def test_the_curve_shows_the_losses_and_their_running_mean(tmp_path, monkeypatch
     assert drawn[-2:] == [([5, 6, 7], [4.0, 2.0, 2.0]), ([5, 6, 7], pytest.approx([4.0, 3.9, 3.805]))]
 
 
+def test_the_curve_names_each_length_once_where_texts_get_longer(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    named = []
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **how: named.append((x, text)))
+    for step, tokens in enumerate((64, 256, 2048, 256, 2048)):
+        runs.log(tmp_path, {"step": step, "loss": 1.0, "seq_len": tokens})
+    runs.draw_curve(tmp_path)
+    assert named == [(0, " 64 tokens"), (1, " 256 tokens"), (2, " 2,048 tokens")]
+
+
 VERDICTS = [(0.01, 1.0, False), (0.03, 1.0, True), (0.01, 0.8, True), (math.nan, 1.0, True)]
 
 

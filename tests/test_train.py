@@ -100,6 +100,10 @@ def made(tmp_path_factory):
     return at, base, sft
 
 
+def test_what_is_made_from_our_own_parts_has_our_licence(made):
+    assert (made[0] / "sft/model/README.md").read_text().startswith("---\nlicense: mit\n")
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("one, two", [("base", "base-ranks"), ("twice", "twice-rings"), ("sft", "sft-ranks")])
 def test_ranks_agree(made, one, two):

@@ -115,6 +115,8 @@ def make_tower(out: Path, steps: int, batch: int, device: str) -> None:
         bar.set_postfix(loss=f"{loss:.4g}")
     tower = ((name, x.detach()) for name, x in model.named_parameters() if name.startswith("vision_model."))
     weights.write(out / "model", tower, {"model_type": "clip_vision_model", **asdict(TINY_CLIP)}, dtype=torch.bfloat16)
+    card = "---\nlicense: mit\n---\n# {}\n\nMade from synthetic pictures: `python -m data.tiny.make tower`.\n"
+    runs.replace_text(out / "model" / "README.md", card.format(out.name))
     runs.print_end(out, f"{runs.TORCHRUN} train_vision.py --stage align --tower {{}}")
 
 
