@@ -459,7 +459,7 @@ def draw_curve(folder: Path) -> Path:
     axes.plot(steps, smooth, color="tab:blue", label="smoothed")
     longest = 0
     for line in lines:
-        if (now := line.get("seq_len", 0)) > longest:
+        if (now := line.get("seq_len") or 0) > longest:
             longest = now
             axes.axvline(line["step"], color="0.6", linestyle=":", linewidth=0.8)
             axes.text(line["step"], 1, f" {now:,} tokens", va="top", fontsize=7, transform=axes.get_xaxis_transform())

@@ -116,7 +116,8 @@ def make_tower(out: Path, steps: int, batch: int, device: str) -> None:
     tower = ((name, x.detach()) for name, x in model.named_parameters() if name.startswith("vision_model."))
     weights.write(out / "model", tower, {"model_type": "clip_vision_model", **asdict(TINY_CLIP)}, dtype=torch.bfloat16)
     card = "---\nlicense: mit\n---\n# {}\n\nMade from synthetic pictures: `python -m data.tiny.make tower`.\n"
-    runs.replace_text(out / "model" / "README.md", card.format(out.name))
+    if not (file := out / "model" / "README.md").exists():  # what a user added to it stays
+        runs.replace_text(file, card.format(out.name))
     runs.print_end(out, f"{runs.TORCHRUN} train_vision.py --stage align --tower {{}}")
 
 
