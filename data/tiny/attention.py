@@ -1,12 +1,14 @@
 """Why a needle is missed: where the model looks when it answers, and whose number it says.
 
-What      Asks for needles in films of growing length, as vniah.py does, and sums the attention from the answer's
-          position, in the head that looks at the needle most, over the needle, frames with another number, frames
-          that show the same thing without a number, frames with another thing, and empty frames.
+What      Asks for needles in films of growing length, as vniah.py does. Of all heads and all tokens of the question, it
+          takes the pair that looks at the needle most, and sums its attention over the needle, frames with another
+          number, frames that show the same thing without a number, frames with another thing, and empty frames.
+          Where that token is not the last, a later head must carry what was found from there to the answer: it also
+          sums that head's attention over the whole film, which should be none.
 Paper     Sec. 4 reports that needles are found; this is what finding and missing look like inside.
 Run       python -m data.tiny.attention --weights data/tiny/longva --frames 128 512 1024
-Dimensions  S tokens of a probe   M tokens per frame   N frames   B batch   T tokens   H query heads   K head width
-          G key/value heads   D LM width
+Dimensions  S tokens of a probe   Q of the question   M tokens per frame   N frames   B batch   T tokens   H query heads
+          K head width   G key/value heads   D LM width
 Differs   Nothing to differ from.
 """
 
@@ -43,13 +45,14 @@ class Config:
         at_least(self, needle_count=1, seed=0)
 
 
-def recording_attend(rows: list[Tensor]) -> longva.Attend:
-    """Return causal attention that appends to `rows` each layer's attention of the last query, [H, S]."""
+def recording_attend(layers: list[Tensor], Q: int) -> longva.Attend:
+    """Return causal attention that appends to `layers` each layer's attention of the last Q tokens, [H, Q, S]."""
 
     def attend(layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         k_BTHK = k_BTGK.repeat_interleave(q_BTHK.shape[2] // k_BTGK.shape[2], dim=2)
-        logits_BHT = torch.einsum("bhk,bthk->bht", q_BTHK[:, -1], k_BTHK) * q_BTHK.shape[-1] ** -0.5
-        rows.append(logits_BHT.softmax(-1)[0])
+        logits_BHQT = torch.einsum("bqhk,bthk->bhqt", q_BTHK[:, -Q:], k_BTHK) * q_BTHK.shape[-1] ** -0.5
+        later_QT = torch.ones_like(logits_BHQT[0, 0], dtype=torch.bool).triu(k_BTHK.shape[1] - Q + 1)
+        layers.append(logits_BHQT.masked_fill(later_QT, -torch.inf).softmax(-1)[0])
         return longva.causal_attend(layer, q_BTHK, k_BTGK, v_BTGK)
 
     return attend
@@ -79,17 +82,24 @@ def look(cfg: Config, N: int, model: longva.LongVA, words: tokenizer.Tokenizer) 
             video_1TD = torch.cat([x_NMD[:before], needle_NMD[i : i + 1], x_NMD[before:]]).flatten(0, 1)[None]
             question_ids = words.encode("\n" + needle.question) + suffix_ids
             x_1SD = torch.cat([prefix_1TD, video_1TD, vniah.embed(model, question_ids)], dim=1)
-            rows: list[Tensor] = []
-            h_1SD = model.model(x_1SD, torch.arange(x_1SD.shape[1]), recording_attend(rows))
+            layers: list[Tensor] = []
+            h_1SD = model.model(x_1SD, torch.arange(x_1SD.shape[1]), recording_attend(layers, len(question_ids)))
             said = words.decode([model.logits(h_1SD[:, -1:])[0, 0].argmax().item()])
-            heads = torch.cat(rows)[:, prefix_1TD.shape[1] :][:, : len(kinds)]  # all heads of all layers, film alone
-            head = heads[heads[:, kinds == 0].sum(1).argmax()]
+            heads_HQS = torch.cat(layers)  # of all layers
+            start, end = prefix_1TD.shape[1], prefix_1TD.shape[1] + len(kinds)
+            on_needle_HQ = heads_HQS[:, :, start:end][:, :, kinds == 0].sum(-1)
+            head, token = divmod(on_needle_HQ.argmax().item(), len(question_ids))
+            film_S = heads_HQS[head, token, start:end]
+            answer_HS = heads_HQS[:, -1]
+            carrier = answer_HS[:, end + token].argmax()  # the head that carries what that token found to the answer
             lines.append({
                 "frames": N, "depth": depth, "needle": needle.name, "hit": said == needle.answer,
                 "said": "the needle's" if said == needle.answer
                 else "a distractor's" if said in [other.answer for other in distractors]
                 else "another digit" if said.isdigit() else "no digit",
-                "attention": [round(head[kinds == kind].sum().item(), 4) for kind in range(len(KINDS))],
+                "attention": [round(film_S[kinds == kind].sum().item(), 4) for kind in range(len(KINDS))],
+                "token": words.decode([question_ids[token]]),
+                "carrier": round(answer_HS[carrier, start:end].sum().item(), 4),
             })  # fmt: skip
     return lines
 
@@ -110,7 +120,7 @@ def draw(cfg: Config, lines: list[dict]) -> None:
             bottom += height
         axes.text(x, 1.02, f"n={len(chosen)}", ha="center", fontsize=8)
     axes.set_xticks(range(len(bars)), [f"{N:,}\n{'found' if hit else 'missed'}" for N, hit in bars], fontsize=8)
-    axes.set(xlabel="frames", ylabel="attention of the answer", ylim=(0, 1.12))
+    axes.set(xlabel="frames", ylabel="attention of the question", ylim=(0, 1.12))
     axes.legend(frameon=False, bbox_to_anchor=(1, 1), fontsize=8)
     figure.savefig(cfg.out / "attention.png", dpi=150)
 
@@ -119,7 +129,7 @@ def main(cfg: Config) -> None:
     """Ask, print a table, write attention.json, draw attention.png."""
     model, words = longva.load(cfg.weights), tokenizer.load_tokenizer(cfg.weights)
     lines = [line for N in tqdm(cfg.frames, "film lengths") for line in look(cfg, N, model, words)]
-    print(f"{'frames':>7} {'':7} {'n':>4}   " + "   ".join(KINDS))
+    print(f"{'frames':>7} {'':7} {'n':>4}   " + "   ".join(KINDS) + "   carrier: film")
     for N in cfg.frames:
         for hit in (True, False):
             chosen = [line for line in lines if line["frames"] == N and line["hit"] == hit]
@@ -127,7 +137,8 @@ def main(cfg: Config) -> None:
                 sum(line["attention"][kind] for line in chosen) / max(1, len(chosen)) for kind in range(len(KINDS))
             ]
             cells = "   ".join(f"{mean:>{len(kind)}.3f}" for mean, kind in zip(means, KINDS))
-            print(f"{N:>7,} {'found' if hit else 'missed':7} {len(chosen):>4}   {cells}")
+            carrier = sum(line["carrier"] for line in chosen) / max(1, len(chosen))
+            print(f"{N:>7,} {'found' if hit else 'missed':7} {len(chosen):>4}   {cells}   {carrier:>13.3f}")
         said = Counter(line["said"] for line in lines if line["frames"] == N and not line["hit"])
         print(f"{'':15}   said in place of it: " + (", ".join(f"{n} x {who}" for who, n in said.items()) or "nothing"))
     cfg.out.mkdir(parents=True, exist_ok=True)
