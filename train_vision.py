@@ -16,8 +16,7 @@ Differs   --labels clean trains what the assistant says alone, with one newline 
           released, the full-size default, also trains the frame of the user's turns, two newlines (data/chat.py).
           The loss is the mean over all targets of a step, not the mean of the ranks' means.
           align cuts pictures as sft does; the release's crops them square and leaves 576 tokens unpooled.
-          A sample that cannot be used is skipped, counted and reported (data/llava.py).
-          dpo: the reference's log-probabilities are computed once, not at every step.
+          An unusable sample is skipped and counted (data/llava.py). dpo computes reference log-probabilities once.
 """
 
 import math
@@ -165,7 +164,7 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 4. Optimizer
     fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), 1e-8, weight_decay=0.0, fused=fused)
 
     # 5. Resume
     if world.rank == 0:
@@ -403,6 +402,7 @@ class Config:
     beta: float = setting(0.1, "dpo: strength of the KL penalty that keeps the model near the reference (Sec. 5.2)")
     tower_lr: float | None = setting(None, "peak learning rate of the vision tower (release: finetune.sh)", hidden=True)
     warmup: float | None = setting(None, "part of the steps in which the rate rises (release: 0.03, 0.1)", hidden=True)
+    beta2: float = setting(0.999, "AdamW's beta2; beta1 is 0.9 (release)", hidden=True)
     grad_clip: float = setting(1.0, "largest norm of the gradient (release: zero3.json)", hidden=True)
     expected: tuple[float, ...] | None = setting(None, "held-out loss and score to reach (ours)", hidden=True)
     ring: int = setting(1, "ranks that share a sample's tokens by ring attention (release: 1)", group="Hardware")
@@ -427,10 +427,10 @@ TINY_STAGES = {
     "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (0.5, 0.9)},
 }
 TINY = {
-    "tiny": True, "resolution_curriculum": 0.75, "rule": "floor", "labels": "clean", "max_len": 256,
-    "precision": "fp32", "checkpointing": "none", "save_every": 50,
+    "tiny": True, "resolution_curriculum": 0.4, "rule": "floor", "labels": "clean", "max_len": 256,
+    "beta2": 0.95, "precision": "fp32", "checkpointing": "none", "save_every": 50,
 }  # fmt: skip
-PRESETS = {  # the three systems of the miniature Figure 4; one to four minutes a stage on two CPU cores
+PRESETS = {  # the three systems of the miniature Figure 4; a stage takes one to twelve minutes
     "tiny": {**TINY, "system": "tiny-longva"},
     "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},
     "tiny-anyres-pooled": {**TINY, "system": "tiny-anyres-pooled", "scheme": "anyres_pooled", "grids": 36},

@@ -355,7 +355,7 @@ TITLES = {
     "(i) LongVA": "(i) LongVA",
     "(ii) LongVA, AnyRes": "(ii) LongVA with AnyRes",
     "(iii) not extended": "(iii) not extended on text",
-    "(iv) llama3:16, untrained": "(iv) = (iii) with Llama-3 scaling",
+    "(iv) yarn:16, untrained": "(iv) = (iii) with YaRN",
 }
 
 
@@ -431,7 +431,7 @@ def comparison() -> Figure:
         ax.fill_between(
             x, bottom - (bottom - top) * low, bottom - (bottom - top) * high, color=colour, alpha=0.15, linewidth=0
         )
-        label = TITLES[name].replace(" with Llama", "\nwith Llama").replace(" on text", "\non text")
+        label = TITLES[name].replace(" with", "\nwith").replace(" on text", "\non text")
         write(ax, 578, places[i], label, 17, ha="left", color=colour, weight="bold")
         ax.plot((right + 4, 572), (y[-1], places[i]), color=colour, linewidth=0.8)
     return figure

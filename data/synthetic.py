@@ -13,7 +13,7 @@ Differs   The loss is taken only where the text so far determines the next token
 
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -101,11 +101,13 @@ def pair_lookup(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Nouns with a word or a digit each, round after round in a new order: " star king moon red moon red star king".
 
     From the second round on the text determines what belongs to a noun. This text teaches in-context lookup from
-    scratch: every second token is a question, and within a round no answer comes twice.
+    scratch: every second token is a question. Digits repeat within a text, so that lookup forms late from them: they
+    come once there are nine nouns. Cities are among the nouns: in magic numbers alone they are asked for too rarely
+    for the model to tell them apart.
     """
-    nouns = rng.permutation(THINGS + NOUNS[:20])[: min(most, tokens // 6)]
+    nouns = rng.permutation(THINGS + NOUNS[:13] + CITIES)[: min(most, tokens // 6)]
     words = NOUNS[20:] + OTHERS
-    digits = tokens > 64 and rng.random() < 0.5
+    digits = most > 8 and rng.random() < 0.5
     own = [str(rng.integers(10)) if digits else " " + words[rng.integers(len(words))] for _ in nouns]
     pieces: Pieces = []
     while len(pieces) <= tokens:
@@ -115,20 +117,29 @@ def pair_lookup(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
-def repeated_facts(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """The same facts stated and asked repeatedly, in every form: each time but the first, the text has the digit."""
+def repeated_facts(
+    rng: np.random.Generator, tokens: int, most: int, forms: Sequence[str] = FORMS, most_digits: int = 3
+) -> Pieces:
+    """The same facts stated and asked repeatedly, in every form: each time but the first, the text has the number."""
     facts = max(2, min(most, tokens // 16))
-    nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
+    nouns = rng.permutation(THINGS + NOUNS + CITIES)[:facts]
+    digits = int(rng.integers(1, most_digits + 1))
+    numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in nouns]
     pieces: Pieces = []
     length = 0
     while length < tokens:
         known = bool(pieces)
-        for i in rng.permutation(facts):
-            form = FORMS[rng.integers(len(FORMS))]
+        for i in rng.permutation(len(nouns)):
+            form = forms[rng.integers(len(forms))]
             before, after = form.format(thing=nouns[i], number="#").split("#")
-            pieces += [(before, False), (str(digits[i]), known), (after, False)]
-            length += 2 + len(WORD.findall(before))
+            pieces += [(before, False), *((digit, known) for digit in numbers[i]), (after, False)]
+            length += 1 + digits + len(WORD.findall(before))
     return pieces
+
+
+def near_facts(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """Facts whose digit follows its noun at once or after one word: a step between pairs and all forms of a fact."""
+    return repeated_facts(rng, tokens, most, (FORMS[3], FORMS[0]), 1)
 
 
 def captions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
@@ -150,42 +161,83 @@ def captions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     return pieces
 
 
+def stated_in_story(
+    rng: np.random.Generator, numbers: list[str], sentence: Callable[[int], str], repeats: Sequence[bool], fillers: int
+) -> Pieces:
+    """Sentences that state the numbers, among filler sentences; where `repeats`, stated again further on."""
+    order = [(i, False) for i in range(len(numbers))]
+    for i, repeat in enumerate(repeats):
+        if repeat:
+            order.insert(int(rng.integers(order.index((i, False)) + 1, len(order) + 1)), (i, True))
+    places = np.sort(rng.integers(0, max(0, fillers) + 1, len(order)))  # uniform: at both ends, too
+    gaps = np.diff([0, *places, max(0, fillers)])
+    pieces: Pieces = []
+    for gap, (i, known) in zip(gaps, order):
+        before, after = sentence(i).split("#")
+        pieces.append(("".join(filler_sentence(rng) for _ in range(gap)) + before, False))
+        pieces += [*((digit, known) for digit in numbers[i]), (after, False)]
+    return [*pieces, ("".join(filler_sentence(rng) for _ in range(gaps[-1])), False)]
+
+
 def facts_then_questions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     """Facts among filler sentences, some stated twice, then a conversation that asks for some of them, each once."""
     facts = max(1, min(most, tokens // 16, 48))
     questions = max(1, min(facts, 24, (tokens - 11 * facts) // 16))
     nouns, digits = rng.permutation(THINGS + NOUNS)[:facts], rng.integers(0, 10, facts)
-    stated: list[tuple[int, bool]] = [(i, False) for i in range(facts)]
-    for i in range(facts):
-        if rng.random() < 0.5:
-            stated.insert(int(rng.integers(stated.index((i, False)) + 1, len(stated) + 1)), (i, True))
-    sentences = max(0, tokens - 16 * questions - 8 * len(stated) - 10) // 8
-    gaps = rng.multinomial(sentences, np.ones(len(stated) + 1) / (len(stated) + 1))
-    pieces: Pieces = [("<|im_start|>user\n", False)]
-    for gap, (i, is_repeat) in zip(gaps, stated):
-        before, after = FACTS[rng.integers(len(FACTS))].format(thing=nouns[i], number="#").split("#")
-        pieces += [
-            ("".join(filler_sentence(rng) for _ in range(gap)) + before, False),
-            (str(digits[i]), is_repeat),
-            (after, False),
-        ]
-    pieces += [("".join(filler_sentence(rng) for _ in range(gaps[-1])) + "\n", False)]
-    for turn, i in enumerate(rng.permutation(facts)[:questions]):
-        ask = ASK_NUMBER.format(thing=nouns[i]) + "<|im_end|>\n<|im_start|>assistant\n"
-        pieces += [("<|im_start|>user\n" if turn else "", False), (ask, False)]
-        pieces += [(str(digits[i]), True), ("<|im_end|>", True), ("\n", False)]
+    repeats = rng.random(facts) < 0.5
+    fillers = (tokens - 16 * questions - 8 * (facts + repeats.sum()) - 10) // 8
+
+    def sentence(i: int) -> str:
+        return FACTS[rng.integers(len(FACTS))].format(thing=nouns[i], number="#")
+
+    story = stated_in_story(rng, [*map(str, digits)], sentence, repeats, fillers)
+    asked = [(ASK_NUMBER.format(thing=nouns[i]), str(digits[i])) for i in rng.permutation(facts)[:questions]]
+    return conversation_about(story, asked)
+
+
+def words_then_questions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
+    """A film in words: objects as loose words, each's in any order (long: among filler sentences), then questions.
+
+    Visual tokens have no order of words either. Without this text a model finds the digit behind a noun alone, and
+    vision training does not form lookup.
+    """
+    most = max(2, min(most, len(THINGS), tokens // 19))
+    shown = draw_objects(rng, int(rng.integers((most + 1) // 2, most + 1)))
+    words = [[" " + thing, " " + colour] + [str(number)] * (number is not None) for thing, colour, number in shown]
+    story = ["".join(some[i] for i in rng.permutation(len(some))) for some in words]
+    if tokens > 512:
+        story += [filler_sentence(rng) for _ in range((tokens - 20 * len(shown) - 10) // 8)]
+        story = [story[i] for i in rng.permutation(len(story))]
+    asked = [
+        (ASK_COLOUR.format(thing=thing), colour) if number is None else (ASK_NUMBER.format(thing=thing), str(number))
+        for thing, colour, number in (shown[i] for i in rng.permutation(len(shown)))
+    ]
+    return conversation_about([("".join(story), False)], asked)
+
+
+def conversation_about(story: Pieces, asked: list[tuple[str, str]]) -> Pieces:
+    """The story, then questions with their answers, as a conversation."""
+    pieces: Pieces = [("<|im_start|>user\n", False), *story, ("\n", False)]
+    for turn, (question, answer) in enumerate(asked):
+        user = "<|im_start|>user\n" if turn else ""
+        pieces.append((user + question + "<|im_end|>\n<|im_start|>assistant\n", False))
+        pieces += [(answer, True), ("<|im_end|>", True), ("\n", False)]
     return pieces
 
 
 def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """A story with a magic number for one to six cities, then the question of the text needle test (App. A)."""
-    digits = int(rng.integers(1, 4))
+    """A story with a magic number for one to six cities, some stated twice, then the questions of App. A."""
+    digits = 3 if rng.random() < 0.6 else int(rng.integers(1, 3))
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
     numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
-    lines = [niah.NEEDLE.format(city=c, number=n) for c, n in zip(cities, numbers)]
     asked = max(1, min(len(cities), tokens // 80))
-    story = mix(rng, lines, tokens - (14 + digits) * len(cities) - (25 + digits) * asked - 25)
-    pieces: Pieces = [(niah.PREFIX + story, False)]
+    repeats = rng.random(len(cities)) < 0.5
+    room = tokens - 25 - (14 + digits) * (len(cities) + repeats.sum()) - (25 + digits) * asked
+
+    def sentence(i: int) -> str:
+        return niah.NEEDLE.format(city=cities[i], number="#")
+
+    pieces = [(niah.PREFIX, False), *stated_in_story(rng, numbers, sentence, repeats, room // 8)]
     for turn, i in enumerate(rng.permutation(len(cities))[:asked]):
         question = niah.QUESTION.replace(niah.CITY, cities[i])
         pieces += [(question if turn == 0 else "\n" + question[question.index("Question") :], False)]
@@ -193,21 +245,27 @@ def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Piece
     return pieces
 
 
-def mix(rng: np.random.Generator, lines: list[str], tokens: int) -> str:
-    """`lines` in random places among about `tokens` tokens of sentences."""
-    story = lines + [filler_sentence(rng) for _ in range(max(0, tokens // 8))]
-    return "".join(story[i] for i in rng.permutation(len(story)))
-
-
 def curriculum(part: int, tokens: int) -> dict[Callable, float]:
     """Probabilities of the kinds of text: the shortest first, and pair_lookup alone until lookup is learned."""
     if tokens <= 64:
-        return {pair_lookup: 1.0} if part < 400 else {pair_lookup: 0.15, repeated_facts: 0.65, captions: 0.2}
-    return (
-        {repeated_facts: 0.1, captions: 0.1, facts_then_questions: 0.3, magic_number_book: 0.5}
-        if tokens <= 512
-        else {facts_then_questions: 0.5, magic_number_book: 0.5}
-    )
+        facts = near_facts if part < 700 else repeated_facts
+        if part < 500:
+            return {pair_lookup: 1.0}
+        return {pair_lookup: 0.15, facts: 0.5, captions: 0.15, words_then_questions: 0.2}
+    if tokens <= 512:
+        short = {repeated_facts: 0.1, captions: 0.1, words_then_questions: 0.15}
+        return short | {facts_then_questions: 0.2, magic_number_book: 0.45}
+    return {words_then_questions: 0.3, facts_then_questions: 0.35, magic_number_book: 0.35}
+
+
+def text_length(step: int, tokens: int, first_steps: int, short: int) -> int:
+    """Return the tokens of each text of a step: 64 in the first steps, then `tokens`, or, if given, `short` by turns.
+
+    Without short texts an extension forgets at 128 tokens what it had learned there: which digit of a number is next.
+    """
+    if step < first_steps:
+        return 64
+    return min(short, tokens) if short and step % 2 else tokens
 
 
 def tokenised(words: tokenizer.Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]:
@@ -241,7 +299,7 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
         room = tokens + 1
         while True:
             ids, labels = tokenised(words, kind(rng, room, most))
-            if kind in (pair_lookup, repeated_facts, captions) or len(ids) <= tokens + 1:
+            if kind in (pair_lookup, near_facts, repeated_facts, captions) or len(ids) <= tokens + 1:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]
@@ -321,9 +379,13 @@ def digit_mask(digit: int) -> np.ndarray:
 
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A muted background: two or three colours a grid at most, interpolated, and noise, float32[Y, X, C]."""
+    """A muted background: up to three colours a grid in each direction, interpolated, and noise, float32[Y, X, C].
+
+    Large pictures must be as finely coloured as a film's frames, each of which has two or three colours: one frame
+    whose background no picture had can take all the attention.
+    """
     rows, cols = height // SIDE, width // SIDE
-    knots = int(rng.integers(2, 2 * rows + 2)), int(rng.integers(2, 2 * cols + 2))
+    knots = int(rng.integers(2, 3 * rows + 1)), int(rng.integers(2, 3 * cols + 1))
     coarse = rng.uniform(20, 135, (*knots, 3)).astype(np.float32)
     ways = [
         np.stack([np.interp(np.linspace(0, 1, n), np.linspace(0, 1, k), np.eye(k)[i]) for i in range(k)], axis=1)
@@ -431,9 +493,9 @@ def story(seed: int, tokens: int) -> str:
 # ---- training pictures ---------------------------------------------------------------------------
 
 
-def grids_of(rng: np.random.Generator, most: int) -> tuple[int, int]:
-    """Rows and columns of a picture of up to `most` grids, of any shape."""
-    area = int(rng.integers(1, most + 1))
+def grids_of(rng: np.random.Generator, fewest: int, most: int) -> tuple[int, int]:
+    """Rows and columns of a picture of about so many grids, of any shape."""
+    area = int(rng.integers(fewest, most + 1))
     rows = int(rng.integers(1, int(area**0.5) + 1))
     cols = area // rows
     return (cols, rows) if rng.random() < 0.3 else (rows, cols)
@@ -472,14 +534,19 @@ def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], l
 
     Up to three things stand there many times, once with a number and else without, as in a film; of these only the
     number is asked for. With one copy at most, a model looks at the wrong one of the ten in a film of 1,024 frames.
+    Half of the pictures are sparse once they are large: one to four things in as many grids as allowed. Else the
+    attention that a film's empty frames take is never trained away: each takes little, but a film has hundreds.
     """
     rng = np.random.default_rng([0x5F7, seed, index])
-    rows, cols = grids_of(rng, most)
-    most_things = min(rows * cols, len(THINGS))
-    shown = draw_objects(rng, int(rng.integers((most_things + 1) // 2, most_things + 1)), bare=0.3)
-    numbered = {thing for thing, _, number in shown if number is not None}
-    free = min(rows * cols - len(shown), rows * cols // 2)
-    repeatable = [thing for thing in THINGS if thing in numbered or thing not in {t for t, *_ in shown}]
+    sparse = most > len(THINGS) and rng.random() < 0.5
+    rows, cols = grids_of(rng, most if sparse else 1, most)
+    most_things = 4 if sparse else min(rows * cols, len(THINGS))
+    fewest_things = 1 if sparse else (most_things + 1) // 2
+    shown = draw_objects(rng, int(rng.integers(fewest_things, most_things + 1)), bare=0.3)
+    numbered = [thing for thing, _, number in shown if number is not None]
+    absent = [thing for thing in THINGS if thing not in [one[0] for one in shown]]
+    repeatable = [*numbered, *rng.permutation(absent)[: len(numbered) if sparse else None]]
+    free = min(rows * cols - len(shown), rows * cols // (4 if sparse else 2))
     repeated = list(map(str, rng.permutation(repeatable)[: rng.integers(1, 4)]))
     copies = [str(rng.choice(repeated)) for _ in range(rng.integers(free + 1))] if repeated else []
     without_number = [(thing, str(rng.choice(list(COLOURS))), None) for thing in copies]

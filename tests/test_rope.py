@@ -144,7 +144,7 @@ def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, distractors,
     """Also dynamic NTK, whose keys depend on the haystack's length, so that lengths cannot share a cache."""
     for name in ("draw_heatmaps", "draw_comparison"):
         monkeypatch.setattr(results, name, lambda *a: None)
-    grid = {"frames": (8, 90, 150), "depths": (0.0, 0.5), "needle_count": 4, "distractors": distractors}
+    grid = {"frames": (8, 90, 300), "depths": (0.0, 0.5), "needle_count": 4, "distractors": distractors}
     grid |= {"max_new_tokens": 0, "controls": False, "rope_scaling": ("dynamic:1", "yarn:8")}
     found = []
     for engine in ("cache", "ring"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -283,6 +284,40 @@ def test_synthetic_targets_can_be_known():
         for t, target in enumerate(targets):
             if target != chat.IGNORE:  # the noun at t stood earlier, and the same word followed it
                 assert any(ids[s] == ids[t] and ids[s + 1] == target for s in range(t)), (t, ids)
+
+
+def test_magic_numbers_stand_anywhere_and_are_targets_where_stated_again():
+    places, again = [], 0
+    for seed in range(100):
+        pieces = synthetic.magic_number_book(np.random.default_rng(seed), 256, 6)
+        book = "".join(f"[{text}]" if learn else text for text, learn in pieces)
+        stated: dict[str, str] = {}
+        for city, number in re.findall(r"magic ([\w ]+) number is: ((?:\[?\d\]?)+)", book):
+            digits = re.sub(r"\D", "", number)
+            assert number == (re.sub(r"(\d)", r"[\1]", digits) if city in stated else digits), book
+            assert stated.setdefault(city, digits) == digits, book
+        again += book[: book.index("</book>")].count("magic") > len(stated)
+        places.append(book.index("\nThe special") / book.index("</book>"))
+    assert again > 50  # some number of most books is stated twice
+    assert min(places) < 0.15 and max(places) > 0.9
+
+
+def test_every_second_step_of_an_extension_has_short_texts():
+    lengths = [synthetic.text_length(step, 2048, first_steps=2, short=256) for step in range(6)]
+    assert lengths == [64, 64, 2048, 256, 2048, 256]
+    assert [synthetic.text_length(step, 128, 0, 256) for step in range(2)] == [128, 128]  # none is longer than asked
+    assert [synthetic.text_length(step, 256, 1, 0) for step in range(3)] == [64, 256, 256]
+
+
+def test_half_of_the_large_pictures_are_sparse_and_none_of_the_small_ones():
+    sparse = 0
+    for i in range(100):
+        (picture,), turns = synthetic.conversation(3, i, 64)
+        area = picture.width * picture.height // synthetic.SIDE**2
+        sparse += area >= 56 and len(turns) <= 2 * 4  # 1 to 4 things, each asked for once, in as many grids as allowed
+        (picture,), turns = synthetic.conversation(3, i, 8)
+        assert len(turns) // 2 >= picture.width * picture.height // synthetic.SIDE**2 / 2
+    assert 35 < sparse < 65
 
 
 def test_a_text_stage_says_whether_it_worked(tmp_path, capsys):

@@ -481,7 +481,7 @@ def test_preference_is_learned(preferring):
     folders = TINY / "longva", preferring / "model"
     before, after = (preferred(folder, cfg, llava.SYNTHETIC_PAIRS) for folder in folders)
     print(f"preferred before {before[0]:.0%} ({before[1]:.0%} of things without a number), after {after[0]:.0%}")
-    assert before[0] < 0.8 and before[1] < 0.6 and after[0] > 0.88 and after[1] > 0.8, (before, after)
+    assert after[0] > max(0.88, before[0] + 0.1) and after[1] > max(0.8, before[1] + 0.2), (before, after)
     told = lines(preferring / "log.jsonl")
     assert told[0]["margin"] == pytest.approx(0, abs=1e-4) and told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert np.mean([line["margin"] for line in told[-8:]]) > 0.3
