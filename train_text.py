@@ -248,7 +248,7 @@ class Config:
         at_least(self, weight_decay=0, grad_clip=0)
 
 
-TINY = {  # two CPU cores, one to six minutes each; data/tiny/README.md has the losses and scores to expect
+TINY = {  # two to fourteen minutes each on a CPU core; data/tiny/README.md has the losses and scores to expect
     "grad_accumulation": 1, "weight_decay": 0.01, "beta2": 0.98, "precision": "fp32",
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip

@@ -430,7 +430,7 @@ TINY = {
     "tiny": True, "resolution_curriculum": 0.4, "rule": "floor", "labels": "clean", "max_len": 256,
     "beta2": 0.95, "precision": "fp32", "checkpointing": "none", "save_every": 50,
 }  # fmt: skip
-PRESETS = {  # the three systems of the miniature Figure 4; a stage takes one to twelve minutes
+PRESETS = {  # the systems of the miniature Figure 4; a stage takes one to twelve minutes
     "tiny": {**TINY, "system": "tiny-longva"},
     "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},
     "tiny-anyres-pooled": {**TINY, "system": "tiny-anyres-pooled", "scheme": "anyres_pooled", "grids": 36},

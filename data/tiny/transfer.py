@@ -5,7 +5,7 @@ What      From one base model, extends twins to texts of 256 (the control), 512,
           longest film, and the longest text, in which at least nine of ten needles are found. Every step is one of
           the project's commands, so a killed run continues.
 Paper     Sec. 1 and Sec. 4: long context transfers from language to vision. The paper has one length, 224,000 tokens.
-Run       python -m data.tiny.transfer --seed 1          one chain, about 75 core-minutes; adds to the JSON file
+Run       python -m data.tiny.transfer --seed 1          one chain, about 100 core-minutes; adds to the JSON file
           python -m data.tiny.transfer --draw            the picture alone, from the JSON file
 Dimensions  none
 Differs   The paper trains one length; a curve needs several, which only a miniature can afford.
