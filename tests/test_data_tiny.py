@@ -43,7 +43,7 @@ def test_a_chain_is_made_of_commands_that_parse_and_its_picture_is_drawn(tmp_pat
     monkeypatch.setattr(transfer, "PICTURE", tmp_path / "transfer.png")
     transfer.main(transfer.Config(seed=3))
     chain = json.loads((tmp_path / "transfer.json").read_text())["3"]
-    assert chain["2048"] == {"film": 8192, "text": 8192} and chain["256"] == {"film": 1024, "text": 1024}
+    assert chain["2048"] == {"film": 8192, "text": 8192} and chain["256"] == {"film": 2048, "text": 2048}
     texts = [cfg for script, cfg in asked if script == "train_text.py"]
     assert [cfg.seq_len for cfg in texts] == [256, 512, 1024, 2048, 4096]
     assert {cfg.seq_len * cfg.batch * cfg.grad_accumulation for cfg in texts} == {8192}

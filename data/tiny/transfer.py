@@ -78,8 +78,8 @@ def train_and_test(cfg: Config, length: int) -> dict[str, int]:
     if not (out / "sft/model").exists():
         call("train_vision.py", "--stage", "sft", "--weights", out / "align/model", *seed, "--out", out / "sft")
     same = ["--protocol", "tiny", "--max-new-tokens", 0, "--no-controls"]
-    films = tuple(frames for frames in FRAMES if frames * TOKENS_PER_FRAME <= 4 * length)
-    texts = tuple(context for context in CONTEXTS if context <= 4 * length)
+    films = tuple(frames for frames in FRAMES if frames * TOKENS_PER_FRAME <= 8 * length)
+    texts = tuple(context for context in CONTEXTS if context <= 8 * length)
     call("vniah.py", "--weights", out / "sft/model", *same, "--frames", *films, "--out", out / "vniah")
     text = ["--context", *texts, "--distractor-counts", 5]
     call("vniah.py", "text", "--weights", out / "text/model", *same, *text, "--out", out / "vniah-text")
