@@ -281,7 +281,8 @@ def check(cfg: Config, group: ring.World, num_rings: int) -> str | None:
     if cfg.grad_accumulation % num_rings:
         micro_batches = f"--grad-accumulation {cfg.grad_accumulation} micro-batches"
         raise ValueError(f"{micro_batches} cannot be divided evenly among {num_rings} rings; change one")
-    ring.zigzag_index(cfg.seq_len, group)
+    for tokens in (cfg.seq_len, cfg.short_texts or cfg.seq_len):
+        ring.zigzag_index(tokens, group)
     return memory_saving.choose_kernel(cfg.kernel, group.device, cfg.precision, cfg.separate_documents)
 
 

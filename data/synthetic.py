@@ -105,7 +105,7 @@ def pair_lookup(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
     come once there are nine nouns. Cities are among the nouns: in magic numbers alone they are asked for too rarely
     for the model to tell them apart.
     """
-    nouns = rng.permutation(THINGS + NOUNS[:13] + CITIES)[: min(most, tokens // 6)]
+    nouns = rng.permutation(THINGS + NOUNS[:13] + CITIES)[: max(1, min(most, tokens // 6))]
     words = NOUNS[20:] + OTHERS
     digits = most > 8 and rng.random() < 0.5
     own = [str(rng.integers(10)) if digits else " " + words[rng.integers(len(words))] for _ in nouns]
@@ -196,7 +196,7 @@ def facts_then_questions(rng: np.random.Generator, tokens: int, most: int) -> Pi
 
 
 def words_then_questions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """A film in words: objects as loose words, each's in any order (long: among filler sentences), then questions.
+    """Objects as loose words, each object's in any order, in long texts among filler sentences; then questions.
 
     Visual tokens have no order of words either. Without this text a model finds the digit behind a noun alone, and
     vision training does not form lookup.
@@ -283,7 +283,7 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
     """`rows` texts of `tokens` tokens each: (ids_BT, targets_BT), int64; targets are -100 where undetermined.
 
     Nothing is cut off in front: a question whose answer is gone teaches a model to guess, and even 10 % of
-    unanswerable questions delays the emergence of in-context lookup.
+    unanswerable questions delays the emergence of in-context lookup. A text that cannot be made to fit loses its end.
     """
     rng = np.random.default_rng([0x7E7, seed, part])
     ids_BT = torch.full((rows, tokens), words.pad_id)
@@ -299,7 +299,7 @@ def text_batch(words: tokenizer.Tokenizer, seed: int, part: int, rows: int, toke
         room = tokens + 1
         while True:
             ids, labels = tokenised(words, kind(rng, room, most))
-            if kind in (pair_lookup, near_facts, repeated_facts, captions) or len(ids) <= tokens + 1:
+            if kind in (pair_lookup, near_facts, repeated_facts, captions) or len(ids) <= tokens + 1 or room < 0:
                 break
             room -= len(ids) - tokens
         ids, labels = ids[: tokens + 1], labels[: tokens + 1]

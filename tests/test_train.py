@@ -309,6 +309,13 @@ def test_every_second_step_of_an_extension_has_short_texts():
     assert [synthetic.text_length(step, 256, 1, 0) for step in range(3)] == [64, 256, 256]
 
 
+def test_texts_too_long_for_their_room_lose_their_end():
+    words = tokenizer.load_tokenizer(synthetic.TOKENIZER)
+    for tokens, part in ((1, 0), (1, 800), (20, 800), (30, 800)):
+        ids_BT, targets_BT = synthetic.text_batch(words, 1, part, 40, tokens)
+        assert ids_BT.shape == targets_BT.shape == (40, tokens)
+
+
 def test_half_of_the_large_pictures_are_sparse_and_none_of_the_small_ones():
     sparse = 0
     for i in range(100):

@@ -99,7 +99,7 @@ def look(cfg: Config, N: int, model: longva.LongVA, words: tokenizer.Tokenizer) 
                 else "another digit" if said.isdigit() else "no digit",
                 "attention": [round(film_S[kinds == kind].sum().item(), 4) for kind in range(len(KINDS))],
                 "token": words.decode([question_ids[token]]),
-                "carrier": round(answer_HS[carrier, start:end].sum().item(), 4),
+                "carrier": round(answer_HS[carrier, start:end].sum().item(), 4) if token < len(question_ids) - 1 else 0,
             })  # fmt: skip
     return lines
 
