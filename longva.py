@@ -35,7 +35,7 @@ import unires
 from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, RopeScaling, check_size, finite, read_config, sample, stop_ids
-from data.flags import print0, progress, run
+from data.flags import model_folder, print0, progress, run
 from data.memory_saving import ActivationOffload, nll, recompute
 
 FRAMES = 32  # of a video, per call of the vision tower
@@ -434,16 +434,16 @@ def generate(
 def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LM:
     """The model of a folder, ready to generate: an LM, or a LongVA where config.json describes a vision tower.
 
-    dtype: of the parameters; None takes bfloat16 on a GPU and float32 elsewhere, whatever the file holds.
-    Raises ValueError if a file is missing, or a tensor is missing, unknown or of another shape.
+    folder: or a name such as lmms-lab/LongVA-7B in the Hugging Face Hub's local cache. dtype: of the parameters; None
+    takes bfloat16 on a GPU, else float32. Raises ValueError if a file or tensor is missing, or of another shape.
     """
-    config = check_size(read_config(folder), folder)
+    config = check_size(read_config(folder := model_folder(folder)), folder)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = LM(config) if isinstance(config, LMConfig) else LongVA(config)
     model.to(dtype).to_empty(device=device).tie()
     weights.fill_from(model, weights.read(folder))
-    model.folder = Path(folder)
+    model.folder = folder
     return model.eval().requires_grad_(False)
 
 

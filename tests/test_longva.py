@@ -573,6 +573,15 @@ def test_three_lines_of_python_give_the_same_answer():
     assert longva.answer(model, "Which number is on the star?", images=[ROOT / "assets" / "star.png"]) == "7"
 
 
+def test_a_name_in_the_local_cache_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (snapshots := tmp_path / "models--lab--toy" / "snapshots").mkdir(parents=True)
+    (snapshots / "1").symlink_to(ROOT / "data" / "tiny" / "base")
+    assert longva.load("lab/toy").folder == snapshots / "1"
+    with pytest.raises(ValueError, match="there is no folder lab/other, nor such a model in"):
+        longva.load("lab/other")
+
+
 def test_logits_that_are_not_finite_end_an_answer(folder):
     """Else the argmax of NaN is token 0, and the answer "!!!!"."""
     model = longva.load(folder / "model")
