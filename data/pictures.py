@@ -5,12 +5,11 @@ Paper     Fig. 1 (pipeline), Sec. 3.1 (ring), Fig. 2 and 8 (unires), Fig. 4 (hea
 Run       python -m data.pictures [NAME ...]      all of them, or the named ones, in 10 seconds
 Dimensions  none: pictures are measured in pixels of the README, (0, 0) at the top left; files hold twice as many.
 Differs   The heatmap runs from white to dark blue instead of the paper's red to green, for the colour-blind.
-          What was measured comes from assets/miniature.json, copied from results.json of `python vniah.py`;
-          everything else is computed here. Pictures have a white background of their own, for dark pages.
+          What was measured comes from data/tiny/chains.json (data/tiny/chains.py); everything else is computed here.
+          Pictures have a white background of their own, for dark pages.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from data import memory as planner
-from data import results, synthetic
+from data import synthetic
 from data.config import LMConfig
+from data.tiny import chains
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WIDTH = 820  # pixels of the README's column
@@ -345,17 +345,12 @@ def memory() -> Figure:
 # ---- what was measured ---------------------------------------------------------------------------
 
 
-def measured() -> dict:
-    """The numbers of assets/miniature.json: frames, depths, probes a cell, and needles found by each system."""
-    return json.loads((ASSETS / "miniature.json").read_text())
-
-
 TRAINED = {"(i) LongVA": 512, "(ii) LongVA, AnyRes": 512}  # frames that the text's length amounts to; else 64
 TITLES = {
     "(i) LongVA": "(i) LongVA",
     "(ii) LongVA, AnyRes": "(ii) LongVA with AnyRes",
     "(iii) not extended": "(iii) not extended on text",
-    "(iv) yarn:16, untrained": "(iv) = (iii) with YaRN",
+    "(iv) untrained": "(iv) = (iii) with YaRN",
 }
 
 
@@ -365,22 +360,25 @@ def heatmap() -> Figure:
     from matplotlib.patches import Rectangle
 
     figure, ax = sheet(544)
-    data, colours = measured(), colormaps["Blues"]
+    data, colours = chains.load(), colormaps["Blues"]
+    shipped = next(iter(data["chains"].values()))["vision, seed 7"]
     wide, high = 54, 34
-    for i, (name, found) in enumerate(data["found"].items()):
+    found_by = {chains.plain(name): found for name, found in shipped.items()}
+    for i, (name, title) in enumerate(TITLES.items()):
+        found = found_by[name]
         left, top = 94 + i % 2 * 366, 46 + i // 2 * 216
-        rates = np.array(found) / data["of"]
-        write(ax, left, top - 18, f"{TITLES[name]}: {rates.mean():.2f}", 17, ha="left", weight="bold")
+        rates = np.array([*found.values()]).T / data["vision"]["of"]
+        write(ax, left, top - 18, f"{title}: {rates.mean():.2f}", 17, ha="left", weight="bold")
         for (y, x), rate in np.ndenumerate(rates):
             ax.add_patch(Rectangle((left + x * wide, top + y * high), wide, high, color=colours(rate), linewidth=0))
             ink = "white" if rate > 0.58 else INK
             write(ax, left + (x + 0.5) * wide, top + (y + 0.5) * high, f"{rate:.2f}", color=ink)
         ax.add_patch(Rectangle((left, top), 6 * wide, 5 * high, fill=False, edgecolor=GREY, linewidth=0.8))
-        for x, frames in enumerate(data["frames"] if i > 1 else ()):
+        for x, frames in enumerate(found if i > 1 else ()):
             write(ax, left + (x + 0.5) * wide, top + 5 * high + 15, f"{frames}", color=GREY)
-        end = left + wide * sum(n <= TRAINED.get(name, 64) for n in data["frames"])
+        end = left + wide * sum(int(n) <= TRAINED.get(name, 64) for n in found)
         ax.plot((end, end), (top - 6, top + 5 * high), color=ORANGE, linestyle=(0, (2, 1.2)), linewidth=2.6)
-        for y, depth in enumerate(data["depths"] if i % 2 == 0 else ()):
+        for y, depth in enumerate(data["vision"]["depths"] if i % 2 == 0 else ()):
             write(ax, left - 8, top + (y + 0.5) * high, f"{100 * depth:.0f}%", ha="right", color=GREY)
     write(ax, 439, 476, "frames (4 tokens each)", color=GREY)
     write(ax, 16, 238, "depth of the needle", color=GREY, rotation=90)
@@ -397,11 +395,11 @@ def heatmap() -> Figure:
 
 
 def comparison() -> Figure:
-    """The same cells as curves: share found against frames, with 95 % intervals."""
+    """The systems as curves: share found against frames, the median over chains, from the lowest to the highest."""
     figure, ax = sheet(400)
-    data = measured()
+    rates = chains.rates(chains.load(), "vision")
     left, right, top, bottom = 76, 545, 40, 340
-    frames = np.array(data["frames"])
+    frames = np.array(sorted(rates["(i) LongVA"]))
     x = left + (right - left) * np.log2(frames / 8) / np.log2(1024 / 8)
     for rate in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - (bottom - top) * rate
@@ -422,15 +420,12 @@ def comparison() -> Figure:
         write(ax, here + 60, top - 22, text, ha=side)
     places = {3: 48, 0: 104, 1: 230, 2: 284}  # y of the labels, apart from one another
     marks = (BLUE, "-", "o"), (PINK, "--", "s"), (ORANGE, "-", "^"), (GREEN, "-.", "D")
-    for i, (name, found) in enumerate(data["found"].items()):
-        hits, of = np.array(found).sum(0), data["of"] * len(data["depths"])
+    for i, name in enumerate(TITLES):
         colour, dash, mark = marks[i]
-        low, high = np.array([results.wilson(int(n), of) for n in hits]).T
-        y = bottom - (bottom - top) * hits / of
+        shares = np.array([rates[name][n] for n in frames])  # one row a length, one column a chain
+        y, low, high = (bottom - (bottom - top) * some for some in (np.median(shares, 1), shares.min(1), shares.max(1)))
         ax.plot(x, y, dash, color=colour, marker=mark, markersize=5, linewidth=2)
-        ax.fill_between(
-            x, bottom - (bottom - top) * low, bottom - (bottom - top) * high, color=colour, alpha=0.15, linewidth=0
-        )
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         label = TITLES[name].replace(" with", "\nwith").replace(" on text", "\non text")
         write(ax, 578, places[i], label, 17, ha="left", color=colour, weight="bold")
         ax.plot((right + 4, 572), (y[-1], places[i]), color=colour, linewidth=0.8)

@@ -1,4 +1,4 @@
-"""The miniature's studies: the transfer curve's commands and reading, and where a model looks."""
+"""The miniature's studies: chains of trainings, the transfer curve's commands and reading, and where a model looks."""
 
 import importlib
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 from PIL import Image
 
-from data import flags, synthetic
-from data.tiny import attention, transfer
+from data import flags, runs, synthetic
+from data.tiny import attention, chains, transfer
 
 
 def results(folder, rates):
@@ -49,6 +49,35 @@ def test_a_chain_is_made_of_commands_that_parse_and_its_picture_is_drawn(tmp_pat
     assert {cfg.seq_len * cfg.batch * cfg.grad_accumulation for cfg in texts} == {8192}
     assert {cfg.steps for cfg in texts} == {texts[0].steps} and {cfg.seed for _, cfg in asked[:3]} == {3}
     assert Image.open(tmp_path / "transfer.png").size == (780, 570)
+
+
+def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
+    monkeypatch.setattr(chains, "FILE", tmp_path / "chains.json")
+
+    def test_run(name, seed, found, way="yarn:16", of=4):
+        cells = [{"system": "(i) LongVA", "length": 8, "depth": depth, "found": n} for depth, n in enumerate(found)]
+        cells += [{"system": f"(iv) {way}, untrained", "length": 8, "depth": 0, "found": 1}]
+        cells += [
+            {"system": system, "length": 8, "depth": 0, "found": 0} for system in ("trial of x", "(ii) LongVA, AnyRes")
+        ]
+        settings = {"task": "vision", "seed": seed, "depths": [0, 1], "own": True, str(runs.TINY / "anyres"): "hash"}
+        record = {"settings": settings, "cells": [{"of": of} | cell for cell in cells]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(record))
+        return tmp_path / name
+
+    one = test_run("a", 7, (4, 4)), test_run("b", 8, (2, 4))
+    two = (test_run("c", 7, (1, 1), way="llama3:16"),)
+    chains.main(chains.Config("one", one))
+    chains.main(chains.Config("two", two))
+    rates = chains.rates(chains.load(), "vision")
+    assert rates == {"(i) LongVA": {8: [14 / 16, 2 / 8]}, "(iv) untrained": {8: [1 / 4, 1 / 4]}}
+    assert "| (i) LongVA | 2 | 0.56 (0.25 to 0.88) |" in chains.table(chains.load(), "vision")
+    with pytest.raises(ValueError, match="other depths or numbers of needles"):
+        chains.main(chains.Config("three", (test_run("d", 7, (5, 5), of=5),)))
+    assert [*chains.load()["chains"]] == ["one", "two"]
+    with pytest.raises(ValueError, match="give both or neither"):
+        chains.Config("four")
 
 
 def test_attention_is_shared_out_over_the_film(tmp_path, capsys):

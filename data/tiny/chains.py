@@ -1,0 +1,113 @@
+"""The miniature trained several times from nothing: the needles that each chain finds, and how much chains differ.
+
+What      A chain is all commands of the README, from the base model to (iv), with one seed; `add` reads what its
+          `python vniah.py --own` left, for any number of test seeds, into one JSON file. `table` prints the minimum,
+          the median and the maximum over chains; data/pictures.py draws them. The first chain is the shipped one.
+Paper     Fig. 4. The paper trains one model of each kind.
+Run       python -m data.tiny.chains
+          python -m data.tiny.chains --chain "seed 3" --results runs/vniah --results runs/v8
+Dimensions  none
+Differs   Intervals of the paper's kind, over needles of one model, hide that a second model may find others.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from data import evaluate, runs
+from data.flags import read_json, run, setting
+
+FILE = Path(__file__).with_name("chains.json")
+TRIAL = "trial of"  # the ways to read longer films among which (iv) was chosen
+Found = dict[str, dict[str, list[int]]]  # system, length: needles found at each depth
+
+
+@dataclass(frozen=True)
+class Config:
+    """Add a chain's results, if one is named, and print what all chains find."""
+
+    chain: str | None = setting(None, "name of the chain to add or replace, such as 'seed 3' (ours)")
+    results: tuple[Path, ...] = setting((), "folder of a needle test of it; once for each test and seed (ours)")
+
+    def __post_init__(self):
+        if bool(self.chain) != bool(self.results):
+            raise ValueError("--chain names the chain whose tests --results gives; give both or neither")
+
+
+def load() -> dict:
+    """Return {"vision", "text": {"depths", "of": needles a cell}, "chains": {chain: {test: Found}}}."""
+    return read_json(FILE) if FILE.exists() else {"chains": {}}
+
+
+def add(data: dict, chain: str, folders: Iterable[Path]) -> None:
+    """Put a chain's results, of one folder for each test and seed, in the place of those that it had.
+
+    A shipped model that stood in for one that was not trained is left out.
+    """
+    tests = data["chains"][chain] = {}
+    for folder in folders:
+        record = read_json(folder / "results.json")
+        settings = record["settings"]
+        models = evaluate.FIGURE[settings["task"]].items()
+        out = tuple(system for system, model in models if settings["own"] and str(runs.TINY / model) in settings)
+        cells = [cell for cell in record["cells"] if not cell["system"].startswith((TRIAL, *out))]
+        shape = {"depths": settings["depths"], "of": cells[0]["of"]}
+        if data.setdefault(settings["task"], shape) != shape:
+            raise ValueError(f"{folder} has other depths or numbers of needles than the other results: {shape}")
+        found: Found = {}
+        for cell in sorted(cells, key=lambda cell: (cell["system"], cell["length"], cell["depth"])):
+            found.setdefault(cell["system"], {}).setdefault(str(cell["length"]), []).append(cell["found"])
+        tests[f"{settings['task']}, seed {settings['seed']}"] = found
+
+
+def plain(system: str) -> str:
+    """Return a system's name without the way in which it reads longer films untrained, which chains choose apart."""
+    return re.sub(r"^(\(iv\) )?.*untrained", r"\1untrained", system)
+
+
+def rates(data: dict, task: str) -> dict[str, dict[int, list[float]]]:
+    """Return {system: {length: each chain's share, over depths and test seeds}}."""
+    shares: dict[str, dict[int, list[float]]] = {}
+    for tests in data["chains"].values():
+        hits: dict[tuple[str, int], list[int]] = {}
+        for test, found in tests.items():
+            for system, lengths in found.items() if test.startswith(task) else ():
+                for length, some in lengths.items():
+                    hits.setdefault((plain(system), int(length)), []).extend(some)
+        for (system, length), some in hits.items():
+            shares.setdefault(system, {}).setdefault(length, []).append(sum(some) / len(some) / data[task]["of"])
+    return shares
+
+
+def table(data: dict, task: str) -> str:
+    """Return lines of Markdown, one for each system: at each length the median over chains (minimum to maximum)."""
+
+    def cell(shares: list[float]) -> str:
+        middle = f"{median(shares):.2f}"
+        return middle if len(shares) == 1 else f"{middle} ({min(shares):.2f} to {max(shares):.2f})"
+
+    shares = rates(data, task)
+    lengths = sorted({length for some in shares.values() for length in some})
+    lines = [" | ".join(["", "frames" if task == "vision" else "tokens", "chains", *map(str, lengths), ""]).strip()]
+    lines += ["|---|" + "--:|" * (len(lengths) + 1)]
+    for system, by_length in sorted(shares.items()):
+        cells = [cell(some) for _, some in sorted(by_length.items())]
+        lines.append(f"| {system} | {len(by_length[lengths[0]])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> None:
+    """Add a chain, if one is named; print the tables."""
+    data = load()
+    if cfg.chain:
+        add(data, cfg.chain, cfg.results)
+        runs.replace_text(FILE, json.dumps(data) + "\n")
+    for task in sorted(data.keys() - {"chains"}, reverse=True):
+        print(table(data, task), end="\n\n")
+
+
+if __name__ == "__main__":
+    run(main, Config)
