@@ -287,7 +287,7 @@ def row() -> Figure:
         ax,
         10,
         198,
-        "The model sees all tokens; position t predicts token t + 1; the loss is a sum over targets.",
+        "The model sees all tokens; position t predicts token t + 1; the loss is a mean over targets.",
         ha="left",
         color=GREY,
     )

@@ -1,13 +1,13 @@
 """The miniature trained several times from nothing: the needles that each chain finds, and how much chains differ.
 
 What      A chain is all commands of the README, from the base model to (iv), with one seed; `add` reads what its
-          `python vniah.py --own` left, for any number of test seeds, into one JSON file. `table` prints the minimum,
-          the median and the maximum over chains; data/pictures.py draws them. The first chain is the shipped one.
+          `python vniah.py --own` left, for any number of test seeds, into one JSON file. `table` shows the median over
+          chains, the minimum and the maximum; data/pictures.py draws them. The first chain is the shipped one.
 Paper     Fig. 4. The paper trains one model of each kind.
 Run       python -m data.tiny.chains
           python -m data.tiny.chains --chain "seed 3" --results runs/vniah --results runs/v8
 Dimensions  none
-Differs   Intervals of the paper's kind, over needles of one model, hide that a second model may find others.
+Differs   Intervals over the needles of one model do not show how much models differ.
 """
 
 import json
@@ -21,7 +21,7 @@ from data import evaluate, runs
 from data.flags import read_json, run, setting
 
 FILE = Path(__file__).with_name("chains.json")
-TRIAL = "trial of"  # the ways to read longer films among which (iv) was chosen
+TRIAL = "trial of"  # how the names of candidates for (iv) begin
 Found = dict[str, dict[str, list[int]]]  # system, length: needles found at each depth
 
 
@@ -42,29 +42,43 @@ def load() -> dict:
     return read_json(FILE) if FILE.exists() else {"chains": {}}
 
 
+def own_cells(record: dict) -> list[dict]:
+    """Return the cells of a results.json without candidates, and without shipped models in place of untrained ones."""
+    settings, models = record["settings"], evaluate.FIGURE[record["settings"]["task"]]
+    shipped = tuple(name for name, model in models.items() if settings["own"] and str(runs.TINY / model) in settings)
+    *_, baseline = models
+
+    def is_own(system: str) -> bool:
+        trained = baseline if "untrained" in system else system  # (iv) is the baseline with other positions
+        return not system.startswith(TRIAL) and not trained.startswith(shipped)
+
+    return [cell for cell in record["cells"] if is_own(cell["system"])]
+
+
 def add(data: dict, chain: str, folders: Iterable[Path]) -> None:
     """Put a chain's results, of one folder for each test and seed, in the place of those that it had.
 
-    A shipped model that stood in for one that was not trained is left out.
+    Raises ValueError for two results of the same test and seed, and for other depths or numbers of needles than the
+    other results have.
     """
     tests = data["chains"][chain] = {}
     for folder in folders:
         record = read_json(folder / "results.json")
-        settings = record["settings"]
-        models = evaluate.FIGURE[settings["task"]].items()
-        out = tuple(system for system, model in models if settings["own"] and str(runs.TINY / model) in settings)
-        cells = [cell for cell in record["cells"] if not cell["system"].startswith((TRIAL, *out))]
+        settings, cells = record["settings"], own_cells(record)
         shape = {"depths": settings["depths"], "of": cells[0]["of"]}
         if data.setdefault(settings["task"], shape) != shape:
             raise ValueError(f"{folder} has other depths or numbers of needles than the other results: {shape}")
         found: Found = {}
         for cell in sorted(cells, key=lambda cell: (cell["system"], cell["length"], cell["depth"])):
             found.setdefault(cell["system"], {}).setdefault(str(cell["length"]), []).append(cell["found"])
-        tests[f"{settings['task']}, seed {settings['seed']}"] = found
+        test = f"{settings['task']}, seed {settings['seed']}"
+        if test in tests:
+            raise ValueError(f"{folder} is a second result of {test}; give each test once")
+        tests[test] = found
 
 
 def plain(system: str) -> str:
-    """Return a system's name without the way in which it reads longer films untrained, which chains choose apart."""
+    """Return a system's name, of (iv) without its RoPE base or scaling, as chains may choose different ones."""
     return re.sub(r"^(\(iv\) )?.*untrained", r"\1untrained", system)
 
 
