@@ -3,7 +3,7 @@
 What      First the paper's idea: which tokens a rank holds, attention to one block of keys, the merge of two blocks by
           their log-sum-exp, the ring forward and backward. Then processes and sums over ranks, a KV cache sharded over
           ranks, sharded parameters (FSDP2), saved state. This is the only file that knows of more than one process;
-          with one, no group is started and every function is the identity.
+          with one, only FSDP2 needs a group, and sums and gathers return what they are given.
 Paper     Sec. 3.1: ring attention (arXiv 2310.01889) in zigzag order, FlashAttention-2, parameter offload.
 Run       not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
 Dimensions  B batch   T tokens held here   S tokens of the whole sequence, or of a block of keys   R ranks
@@ -145,8 +145,9 @@ def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tens
     lse = log(exp(lse) + exp(lse')). Only differences are exponentiated, so no logit is too large. A row without keys
     has lse = -inf and any finite o; its weight is 0.
     """
+    # nan: neither saw a key; keep the old row
     gap_BHT = (new_lse_BHT - lse_BHT).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]  # nan: neither saw a key; keep the old row
+    weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]
     merged_BTHK = o_BTHK.to(weight_BTH1.dtype).lerp(new_o_BTHK.to(weight_BTH1.dtype), weight_BTH1)
     return merged_BTHK, torch.maximum(lse_BHT, new_lse_BHT) - F.logsigmoid(gap_BHT.abs())
 
@@ -369,7 +370,7 @@ def split_groups(world: World, size: int) -> RingGroup:
 
 
 def all_reduce_sum(x: Tensor, world: World) -> Tensor:
-    """Sum `x` over the ranks, for logging and for counts; carries no gradient. All ranks must call it."""
+    """Sum `x` over the ranks, without gradient. All ranks must call it."""
     x = x.detach().clone()
     if world.ranks > 1:
         dist.all_reduce(x, group=world.group)
@@ -398,7 +399,7 @@ def all_gather(x: Tensor, world: World) -> list[Tensor]:
 
 
 def gather_round_robin(parts: Iterable[Tensor], no_0D: Tensor, rows: int, times: int, world: World) -> Iterator[Tensor]:
-    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second, so many `times`.
+    """All ranks' first part x_TD in rank order, concatenated, on all ranks; then their second; `times` in all.
 
     T is 0 to `rows`; ranks may have fewer parts. `no_0D` gives width, dtype and device.
     """
@@ -413,7 +414,7 @@ def gather_round_robin(parts: Iterable[Tensor], no_0D: Tensor, rows: int, times:
 
 
 def long_timeout_group(world: World, hours: int = 30 * 24) -> World:
-    """The same ranks in a gloo group that waits longer, for a person's input or unlike work; all meet here soon."""
+    """The same ranks in a gloo group that waits longer, for input or unlike work; all must call this at one time."""
     if world.ranks == 1:
         return world
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # a rank that is lost before it comes here is noticed
@@ -476,7 +477,7 @@ class ShardedCache:
     def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
         """Split T more tokens into slices of about `chunk`, each with the indices computed on this rank (int64).
 
-        The last token is always in a replicated piece, so that every rank can tell what follows it.
+        Sets `sharded` for `attend`. The last token is in a replicated piece, so that every rank can tell what follows.
         """
         assert self.length + T <= self.S, f"a cache for {self.S} tokens cannot hold {self.length + T}"
         even = 2 * self.world.ranks
@@ -613,7 +614,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
 
-    All ranks call it once. Another number of ranks may have saved; the same one continues bit for bit. Or ValueError.
+    All ranks call it once. Another number of ranks may have saved; as many continue to the bit. Raises ValueError.
     """
     newest = checkpoint.newest(Path(folder), world.rank, partial(all_gather, world=world))
     return checkpoint.restore(newest, model, optimizer, copy_shard) if newest else 0

@@ -84,14 +84,14 @@ class NextTokenLoss:
 
 @dataclass(frozen=True)
 class DPOLoss:
-    """What dpo minimizes: -logsigmoid(beta * margin) of each pair; rows are chosen, rejected, chosen, ... (Sec. 5.2).
+    """What dpo minimizes: -logsigmoid(margin) of each pair; rows are chosen, rejected, chosen, ... (Sec. 5.2).
 
-    margin = (log p_chosen - log p_rejected) - the same of the reference, of all pairs P of the data set. Each rank of
+    margin = beta * ((log p_chosen - log p_rejected) - the same of the reference); P counts pairs. Each rank of
     the ring `group` has its own tokens' share of a row's log-probability, while the loss is a function of the whole.
     So its derivative is computed from the whole, and multiplied with the share: the gradient comes out right.
     """
 
-    reference_logps: Tensor  # [P, 2]
+    reference_logps: Tensor  # [P, 2], of all pairs of the data set
     beta: float
     group: ring.World
     metrics = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # means over pairs
@@ -113,7 +113,7 @@ class DPOLoss:
         preferred_P = (logp_P2[:, 0] > logp_P2[:, 1]).double()
         accurate_P = (margin_P > 0).double()
         metrics = -F.logsigmoid(margin_P), margin_P, preferred_P, accurate_P, *reward_P2.T
-        # all ranks of the ring count the same pairs, so each adds its share once for every rank
+        # `count` is summed over ranks, so it has each pair once for every rank of the ring; so must the loss
         return (grad_weight_B * nll_B).sum() * self.group.ranks, torch.stack([values_P.sum() for values_P in metrics])
 
 
@@ -121,12 +121,12 @@ class DPOLoss:
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float, linear: bool) -> float:
-    """Return the rate at a step: a rise from zero over `warmup` of the steps, then a cosine, or a line, to zero."""
+    """Return the rate at a step: a linear rise over `warmup` of the steps, then a cosine, or a line, towards zero."""
     warmup_steps = math.ceil(warmup * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress)))
+    fraction = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (1 - fraction if linear else 0.5 * (1 + math.cos(math.pi * fraction)))
 
 
 def train_step(
@@ -352,7 +352,7 @@ def reference_logps(
     """
     pairs = loader.dataset.size
     logp_P2 = llava.read_reference(cfg.out, first, pairs)
-    if not ring.all_gather(torch.tensor(logp_P2 is not None), world)[0]:  # as rank 0 sees it: a shared folder may lag
+    if not all(ring.all_gather(torch.tensor(logp_P2 is not None), world)):  # a shared folder may lag for some ranks
         logp_P2 = torch.zeros(pairs, 2, dtype=torch.float64, device=world.device)
         with ring.no_grad_reshard(model):
             for start in progress(range(0, pairs, cfg.batch), "reference"):
@@ -362,7 +362,7 @@ def reference_logps(
                     nll_B = ring.all_reduce_sum(model(*micro_batch.model_inputs)[0], rings.ring)
                     if micro_batch.sample_ids:
                         logp_P2[micro_batch.sample_ids] = -nll_B.double().view(-1, 2)
-        logp_P2 = torch.stack(ring.all_gather(logp_P2, world)).amin(0)  # 0 stands for a pair of another rank
+        logp_P2 = torch.stack(ring.all_gather(logp_P2, world)).amin(0)  # log p < 0; 0: another rank's pair
         if world.rank == 0:
             llava.write_reference(cfg.out, logp_P2)
     loader.dataset.unreadable.update((logp_P2 == 0).all(1).nonzero()[:, 0].tolist())

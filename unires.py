@@ -203,7 +203,7 @@ def frames(pictures: Iterable[Picture], side: int, fit: str = "crop") -> Tensor:
 class Layout:
     """How the grids of one picture or one video lie: all that is needed to turn their features into tokens.
 
-    A video of N frames is Layout(1, N) in both schemes: AnyRes, too, shows video as pooled frames.
+    A video of N frames is Layout(1, N) in all schemes: AnyRes, too, shows video as pooled frames.
     """
 
     rows: int

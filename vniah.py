@@ -109,12 +109,12 @@ def is_found(model: longva.LM, x_1SD: Tensor, answer_ids: list[int]) -> bool:
 def is_found_by_ring(model: longva.LM, x_1SD: Tensor, answer_ids: list[int], world: ring.World) -> bool:
     """`is_found` with the sequence spread over all ranks by zigzag ring attention (Sec. 3.1)."""
     x = torch.cat([x_1SD, embed(model, answer_ids)[:, :-1]], dim=1)
-    stop, multiple = x.shape[1], 2 * world.ranks if world.ranks > 1 else 1
-    x = torch.nn.functional.pad(x, (0, 0, 0, -stop % multiple))  # causal attention never looks at the padding
-    answer, padding = torch.tensor([answer_ids], device=x.device), (stop - len(answer_ids), -stop % multiple)
+    length, multiple = x.shape[1], 2 * world.ranks if world.ranks > 1 else 1
+    x = torch.nn.functional.pad(x, (0, 0, 0, -length % multiple))  # causal attention never looks at the padding
+    answer, padding = torch.tensor([answer_ids], device=x.device), (length - len(answer_ids), -length % multiple)
     targets = torch.nn.functional.pad(answer, padding, value=chat.IGNORE)
     idx_T = ring.zigzag_index(x.shape[1], world)
-    model.model.rope_len = stop  # for dynamic NTK: no rank sees the last position alone
+    model.model.rope_len = length  # for dynamic NTK: a rank's own positions do not tell the length without padding
     h_1TD = model.model(x[:, idx_T], idx_T, ring.zigzag_attend(world))
     correct, count = evaluate.count_correct(h_1TD, model.lm_head.weight, targets[:, idx_T])
     return ring.all_reduce_sum(count - correct, world).item() == 0
@@ -161,7 +161,8 @@ class NIAH:
         """Run a group's probes, each in one pass; yield result lines as soon as they are known."""
         for cell in group.cells:
             for i, (x_1SD, answer_ids) in zip(group.needle_ids, self.sequences(cell, group.needle_ids)):
-                tokens = self.model.model.rope_len = x_1SD.shape[1]  # for dynamic NTK, where a pass is not all of it
+                tokens = x_1SD.shape[1]
+                self.model.model.rope_len = tokens + len(answer_ids) - 1  # for dynamic NTK: a pass is not all of it
                 if self.cfg.engine == "ring":
                     hit = is_found_by_ring(self.model, x_1SD, answer_ids, self.world)
                     answer = self.tokenizer.decode(answer_ids)
@@ -171,11 +172,11 @@ class NIAH:
                 S = tokens + max(len(answer_ids), self.cfg.max_new_tokens)
                 yield self.score(cell, [i], x_1SD, answer, longva.KVCache(self.model.model.config, 1, S, x_1SD))
 
-    def score(self, cell: tuple, ids: list[int], question: Tensor, answer: Tensor, cache: longva.KVCache) -> list[dict]:
-        """`score_and_generate` for the needles `ids`; their result lines."""
+    def score(self, cell: tuple, ids: list[int], suffix: Tensor, answer: Tensor, cache: longva.KVCache) -> list[dict]:
+        """`score_and_generate` for the needles `ids`, whose probes end with `suffix`; their result lines."""
         new_tokens, lines, decode = self.cfg.max_new_tokens, [], self.tokenizer.decode
-        hits, generated = score_and_generate(self.model, question, answer, cache, new_tokens, self.stop_ids)
-        tokens = cache.length + question.shape[1]
+        hits, generated = score_and_generate(self.model, suffix, answer, cache, new_tokens, self.stop_ids)
+        tokens = cache.length + suffix.shape[1]
         for i, hit, new_ids, answer_ids in zip(ids, hits, generated, answer.tolist()):
             texts = decode(answer_ids), decode(new_ids) if new_tokens else None
             lines.append(results.probe_line(self.system.name, cell, self.needles[i], tokens, hit, *texts))
@@ -230,7 +231,7 @@ class VisualNIAH(NIAH):
 
     @torch.no_grad()
     def extend_cache(self, group: niah.ProbeGroup) -> int:
-        """Prefill the shared cache up to the needle, to a length of so many tokens; groups come sorted by position."""
+        """Prefill the shared cache up to the needle; return its length in tokens. Groups come sorted by position."""
         M, prefix = self.haystack_NMD.shape[1], self.prefix_1TD.shape[1]
         if self.cache is None or self.cached_haystack != group.haystack_len:
             S = prefix + (group.haystack_len or len(self.haystack_NMD)) * M
