@@ -54,13 +54,13 @@ def test_a_chain_is_made_of_commands_that_parse_and_its_picture_is_drawn(tmp_pat
 def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
     monkeypatch.setattr(chains, "FILE", tmp_path / "chains.json")
 
-    def test_run(name, seed, found, way="yarn:16", of=4, shipped=("anyres",)):
+    def test_run(name, seed, found, way="yarn:16", of=4, shipped=("anyres",), frames=(8,)):
         cells = [{"system": "(i) LongVA", "length": 8, "depth": depth, "found": n} for depth, n in enumerate(found)]
         cells += [{"system": f"(iv) {way}, untrained", "length": 8, "depth": 0, "found": 1}]
         cells += [
             {"system": system, "length": 8, "depth": 0, "found": 0} for system in ("trial of x", "(ii) LongVA, AnyRes")
         ]
-        settings = {"task": "vision", "seed": seed, "depths": [0, 1], "own": True}
+        settings = {"task": "vision", "seed": seed, "frames": frames, "depths": [0, 1], "own": True}
         settings |= {str(runs.TINY / model): "hash" for model in shipped}
         record = {"settings": settings, "cells": [{"of": of} | cell for cell in cells]}
         (tmp_path / name).mkdir()
@@ -74,8 +74,9 @@ def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
     rates = chains.rates(chains.load(), "vision")
     assert rates == {"(i) LongVA": {8: [14 / 16, 2 / 8]}, "(iv) untrained": {8: [1 / 4, 1 / 4]}}
     assert "| (i) LongVA | 2 | 0.56 (0.25 to 0.88) |" in chains.table(chains.load(), "vision")
-    with pytest.raises(ValueError, match="other depths or numbers of needles"):
-        chains.main(chains.Config("three", (test_run("d", 7, (5, 5), of=5),)))
+    for name, other in (("d", {"of": 5}), ("f", {"frames": (8, 16)})):
+        with pytest.raises(ValueError, match="other lengths, depths or needles"):
+            chains.main(chains.Config("three", (test_run(name, 7, (4, 4), **other),)))
     with pytest.raises(ValueError, match="is a second result of vision, seed 7"):
         chains.main(chains.Config("three", two + two))
     assert [*chains.load()["chains"]] == ["one", "two"]

@@ -38,7 +38,7 @@ class Config:
 
 
 def load() -> dict:
-    """Return {"vision", "text": {"depths", "of": needles a cell}, "chains": {chain: {test: Found}}}."""
+    """Return {"vision", "text": {"lengths", "depths", "of": needles a cell}, "chains": {chain: {test: Found}}}."""
     return read_json(FILE) if FILE.exists() else {"chains": {}}
 
 
@@ -58,16 +58,17 @@ def own_cells(record: dict) -> list[dict]:
 def add(data: dict, chain: str, folders: Iterable[Path]) -> None:
     """Put a chain's results, of one folder for each test and seed, in the place of those that it had.
 
-    Raises ValueError for two results of the same test and seed, and for other depths or numbers of needles than the
-    other results have.
+    Raises ValueError for two results of the same test and seed, and for other lengths, depths or numbers of needles
+    than the other results have.
     """
     tests = data["chains"][chain] = {}
     for folder in folders:
         record = read_json(folder / "results.json")
         settings, cells = record["settings"], own_cells(record)
-        shape = {"depths": settings["depths"], "of": cells[0]["of"]}
+        lengths = settings["frames" if settings["task"] == "vision" else "context"]
+        shape = {"lengths": lengths, "depths": settings["depths"], "of": cells[0]["of"]}
         if data.setdefault(settings["task"], shape) != shape:
-            raise ValueError(f"{folder} has other depths or numbers of needles than the other results: {shape}")
+            raise ValueError(f"{folder} has other lengths, depths or needles than the other results: {shape}")
         found: Found = {}
         for cell in sorted(cells, key=lambda cell: (cell["system"], cell["length"], cell["depth"])):
             found.setdefault(cell["system"], {}).setdefault(str(cell["length"]), []).append(cell["found"])
@@ -104,7 +105,7 @@ def table(data: dict, task: str) -> str:
         return middle if len(shares) == 1 else f"{middle} ({min(shares):.2f} to {max(shares):.2f})"
 
     shares = rates(data, task)
-    lengths = sorted({length for some in shares.values() for length in some})
+    lengths = data[task]["lengths"]
     lines = [" | ".join(["", "frames" if task == "vision" else "tokens", "chains", *map(str, lengths), ""]).strip()]
     lines += ["|---|" + "--:|" * (len(lengths) + 1)]
     for system, by_length in sorted(shares.items()):
