@@ -22,7 +22,7 @@ import unires
 import vniah
 from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
 from data import results as result_tables
-from data.config import to_dict
+from data.config import RopeScaling, to_dict
 from tests import ranks
 from tests.ranks import ALONE
 from tests.test_data_results import Page
@@ -207,23 +207,31 @@ def same(fast, slow):
         assert_close(fast[probe][1], logits, rtol=1e-4, atol=1e-4)
 
 
+def scale_by_length(model, dynamic):
+    """Dynamic NTK, if wanted, from 8 tokens on: then the angles depend on the length of the whole sequence."""
+    if dynamic:
+        model.model.config = replace(model.model.config, rope_scaling=RopeScaling("dynamic", 8.0, 8))
+
+
 @pytest.mark.parametrize("engine", ["cache", "ring"])
 @pytest.mark.parametrize("own", [False, True], ids=["drawn", "own"])
-@pytest.mark.parametrize("control, distractors", [("", 0), ("", 3), ("no needle", 2), ("shuffled", 0)])
+@pytest.mark.parametrize("control, distractors", [("", 0), ("", 3), ("no needle", 2), ("shuffled", 0), ("dynamic", 0)])
 def test_cells_equal_one_pass_per_probe(check_shapes, cfg, tmp_path, monkeypatch, engine, own, control, distractors):
     """Places 0, 1 and 3 are shared by several lengths; questions and answers differ in length; jobs in any order."""
+    dynamic, control = control == "dynamic", control.removeprefix("dynamic")
     if own:
         write_needles(tmp_path / "needles")
         cfg = replace(cfg, needles=tmp_path / "needles")
     cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), max_new_tokens=0)
     monkeypatch.setattr(niah, "shuffled_options", moved)
     system, (model, words) = vniah.System("x", cfg.weights, distractors, control=control), loaded(cfg.weights)
+    scale_by_length(model, dynamic)
     slow = naive(cfg, system, model, words)
     film = vniah.VisualNIAH(cfg, system, model, words, ALONE)
     assert film.stop_ids == sorted(words.stop_ids) != []  # the folder has no generation_config.json
     jobs = film.groups(all_cells(cfg))
     assert Counter((*cell, i) for job in jobs for cell in job.cells for i in job.needle_ids).most_common(1)[0][1] == 1
-    if engine == "cache" and not len(film.distractor_NMD):
+    if engine == "cache" and not dynamic and not len(film.distractor_NMD):
         assert any(len({length for length, _ in job.cells}) == 3 for job in jobs)  # shared places
     heard = listen(monkeypatch)
     same(probed(film, jobs, heard), slow)
@@ -232,11 +240,12 @@ def test_cells_equal_one_pass_per_probe(check_shapes, cfg, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("engine", ["cache", "ring"])
-@pytest.mark.parametrize("protocol", ["tiny", "paper"])
-def test_story_cells_equal_one_pass_per_probe(check_shapes, cfg, folders, monkeypatch, engine, protocol):
+@pytest.mark.parametrize("protocol, dynamic", [("tiny", False), ("tiny", True), ("paper", False)])
+def test_story_cells_equal_one_pass_per_probe(check_shapes, cfg, folders, monkeypatch, engine, protocol, dynamic):
     change = {"task": "text", "protocol": protocol, "engine": engine, "weights": folders / "text", "context": (40, 90)}
     cfg = replace(cfg, **change, number_count=4, max_new_tokens=0)
     model, words = loaded(cfg.weights)
+    scale_by_length(model, dynamic)
     story, slow = vniah.TextNIAH(cfg, vniah.System("x", cfg.weights, 3), model, words, ALONE), {}
     for context in cfg.context:
         for depth in cfg.depths:
