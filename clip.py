@@ -4,7 +4,7 @@ What      The architecture alone. Pictures become grids in unires.py; weights ar
 Paper     Sec. 3.2 (the vision encoder); CLIP, arXiv 2103.00020; LLaVA's choice of the layer before the last.
 Run       imported by longva.py
 Dimensions  N grids = frames   P patches per grid (576), in x_NPE also the class token in front of them (577)
-          E CLIP width       H heads   K head width        C colour channels   Y X pixels   1 broadcast
+          E CLIP width       H heads   K head width        C colour channels   Y X pixels   1 one token
 Differs   `forward` stops after block 23 of 24, where LLaVA reads; the release computes all and picks later.
           The last block and post_layernorm exist all the same: files have 391 tensors, and loading is strict.
 
@@ -15,9 +15,9 @@ loading needs no table of renames.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from data.config import ClipConfig
+from data.memory_saving import recompute
 
 
 class Embeddings(nn.Module):
@@ -25,10 +25,10 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: ClipConfig):
         super().__init__()
-        E, side = config.hidden_size, config.patch_size
+        E, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(E))
-        self.patch_embedding = nn.Conv2d(3, E, kernel_size=side, stride=side, bias=False)
-        self.position_embedding = nn.Embedding(config.patches**2 + 1, E)
+        self.patch_embedding = nn.Conv2d(3, E, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(config.patches**2 + 1, E)  # patches: along a side
 
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
         """The first x_NPE, in the dtype of the parameters."""
@@ -103,10 +103,7 @@ class ClipVision(nn.Module):
         assert shape[1:] == (3, side, side), f"{shape}, not [N, 3, {side}, {side}]"
         x_NPE = self.pre_layrnorm(self.embeddings(pixels_NCYX))
         for block in self.encoder.layers[:depth]:
-            if self.recompute:
-                x_NPE = checkpoint(block, x_NPE, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_NPE = block(x_NPE)
+            x_NPE = recompute(self.recompute, block, x_NPE)
         return x_NPE
 
     def forward(self, pixels_NCYX: Tensor) -> Tensor:

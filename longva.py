@@ -13,7 +13,7 @@ Dimensions  B batch            T tokens held here     S tokens of the whole sequ
           D LM width         H query heads          G key/value heads      K head width
           F MLP width        V vocabulary           L layers
           N grids = frames   P patches per grid     M tokens per grid      E CLIP width
-          C colour channels  Y X pixels             1 broadcast
+          C colour channels  Y X pixels             0 1 sizes
 Differs   bfloat16, never float16: Qwen2's activations overflow float16 (the release's "!!!!" answers).
           All 152,064 rows of the embedding are kept; the release cuts them to the tokenizer's length.
 """
@@ -36,9 +36,9 @@ from clip import ClipVision
 from data import chat, memory, runs, tokenizer, video, weights
 from data.config import LMConfig, LongVAConfig, RopeScaling, check_size, finite, read_config, sample, stop_ids
 from data.flags import model_folder, print0, progress, run
-from data.memory_saving import ActivationOffload, nll, recompute
+from data.memory_saving import ActivationOffload, best_kernel, nll, recompute
 
-FRAMES = 32  # of a video, per call of the vision tower
+BATCH = 32  # frames of a video per call of the vision tower
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_BTHK, k_BTGK, v_BTGK) -> o_BTHK
 
 # ---- the language model (Sec. 3.1) ---------------------------------------------------------------
@@ -141,8 +141,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """The residual stream x_BTD after this layer.
 
-        `selective` checkpointing saves attention's inputs and output, which are the dearest to compute; backward
-        recomputes what stands before and after attention.
+        `selective` checkpointing saves attention's inputs and output, for attention is the dearest to compute; backward
+        recomputes what stands before and after it.
         """
 
         def before_attention(x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = "none"  # "full": one hidden state per layer is saved; "selective": see Block
         self.offload_activations = False  # keep tensors saved for backward in CPU memory
-        self.rope_len = 0  # tokens that dynamic NTK scales for, where they come in pieces; 0: those of this call
+        self.rope_len = 0  # the length that dynamic NTK assumes, for a prompt in pieces; 0: that of this call
 
     def forward(self, x_BTD: Tensor, pos_T: Tensor, attend: Attend = causal_attend) -> Tensor:
         """Hidden states h_BTD; `pos_T`: each token's position in the whole sequence."""
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         full, selective = self.checkpointing == "full", self.checkpointing == "selective"
         offload = ActivationOffload(x_BTD.device) if self.offload_activations else None
         for layer in self.layers:
-            with offload.layer() if offload else nullcontext():  # positions come by closure: they are not offloaded
+            with offload.layer() if offload else nullcontext():  # cos, sin by closure: arguments would be offloaded
                 x_BTD = recompute(full, lambda x, layer=layer: layer(x, cos_T1K, sin_T1K, attend, selective), x_BTD)
         return self.norm(x_BTD)
 
@@ -233,7 +233,7 @@ class LM(nn.Module):
 def plain_nll(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Next-token loss: each row's summed negative log-likelihood and number of targets, float32 (nll_B, count_B).
 
-    Targets of -100 are ignored. Training calls memory_saving.nll: the same loss without the whole logits_BTV in memory.
+    targets_BT[b, t] is the token after t, or -100: ignored. Training calls memory_saving.nll: the same in less memory.
     """
     logits_BTV = (h_BTD @ head_VD.T).float()
     nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=chat.IGNORE, reduction="none")
@@ -263,10 +263,10 @@ class LongVA(LM):
         """The vision transformer."""
         return self.model.vision_tower["vision_tower"]["vision_model"]
 
-    def encode_images(self, pixels_NCYX: Tensor, layout: list[unires.Layout]) -> Tensor:
+    def encode_images(self, pixels_NCYX: Tensor, layouts: list[unires.Layout]) -> Tensor:
         """Encode the grids of any number of pictures and videos: visual tokens [*, D], in order.
 
-        Pixels are uint8, or floating and normalised already. `layout` gives the rows and columns of each picture's
+        Pixels are uint8, or floating and normalised already. `layouts`: the rows and columns of each picture's
         grids. The tower is called once, also for no grids: ranks that share its parameters must call it equally often.
         """
         weight = self.model.mm_projector[0].weight
@@ -276,12 +276,12 @@ class LongVA(LM):
         z_NPE = self.tower(pixels_NCYX.to(weight.dtype))
         x_NPD = self.model.mm_projector(z_NPE)
         newline_D = getattr(self.model, "image_newline", None)
-        parts = x_NPD.split([picture.grids for picture in layout])
-        tokens = [picture.arrange(part, newline_D) for picture, part in zip(layout, parts)]
-        none = [x_NPD.flatten(0, 1)[:0]]  # no picture at all gives no token
+        parts = x_NPD.split([picture.grids for picture in layouts])
+        tokens = [picture.arrange(part, newline_D) for picture, part in zip(layouts, parts)]
+        empty = [x_NPD.flatten(0, 1)[:0]]  # no picture at all gives no token
         if newline_D is not None:  # videos have no newline, yet all ranks must use the same parameters
-            none.append(newline_D[None][:0].to(x_NPD.dtype))
-        return torch.cat([*none, *tokens])
+            empty.append(newline_D[None][:0].to(x_NPD.dtype))
+        return torch.cat([*empty, *tokens])
 
     def forward(  # all in one call: sharded parameters are whole only inside the root's forward
         self,
@@ -289,7 +289,7 @@ class LongVA(LM):
         pos_T: Tensor,
         targets_BT: Tensor,
         pixels_NCYX: Tensor,
-        layout: list[unires.Layout],
+        layouts: list[unires.Layout],
         attend: Attend = causal_attend,
         visual_index: Tensor | None = None,
         positions: Tensor | None = None,
@@ -297,10 +297,10 @@ class LongVA(LM):
     ) -> tuple:
         """Training loss or score as in LM.forward, with visual tokens at the positions of chat.IMAGE.
 
-        `visual_index`: the visual token of each position, if not each once and in order (unires.UniqueGrids).
+        `visual_index`: which visual token each position takes; None: each once, in order (see unires.UniqueGrids).
         `positions`: as for `embed`.
         """
-        visual_tokens = self.encode_images(pixels_NCYX, layout)
+        visual_tokens = self.encode_images(pixels_NCYX, layouts)
         visual_tokens = visual_tokens if visual_index is None else visual_tokens[visual_index]
         h_BTD = self.model(self.embed(ids_BT, visual_tokens, positions), pos_T, attend)
         return score(h_BTD, self.lm_head.weight, targets_BT)
@@ -313,12 +313,12 @@ def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     """Attention of the last T of S positions, each to the keys up to its own; no gradient.
 
     With one query no mask is needed: the query heads that share a key head become rows, and each key is read once.
-    On a GPU FlashAttention is called by its own name, for scaled_dot_product_attention may take cuDNN's kernel, which
-    makes a plan for each new S (some 50 ms a token); its causal mask is aligned to the last key.
+    On a GPU FlashAttention, whose causal mask is aligned to the last key, is called by its own name, for
+    scaled_dot_product_attention may take cuDNN's kernel, which makes a plan for each new S (some 50 ms a token).
     """
     T, S, G = q_BTHK.shape[1], *k_BSGK.shape[1:3]
     rows = q_BTHK if T > 1 else q_BTHK.unflatten(2, (G, -1)).squeeze(1).transpose(1, 2)  # [B, H / G, G, K]
-    if q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2:  # it takes bfloat16 and float16
+    if best_kernel(q_BTHK) == "cuda":  # half precision, on a GPU that has FlashAttention
         arguments = rows, k_BSGK, v_BSGK, None, None, rows.shape[1], S, 0.0, T > 1, False
         o = torch.ops.aten._flash_attention_forward(*arguments)[0].transpose(1, 2)
     else:
@@ -332,7 +332,7 @@ class KVCache:
     """Keys and values of all tokens so far; `attend` appends to them and attends to them all.
 
     Memory for S tokens is allocated once. Setting `length` back drops the tokens after it: the next ones overwrite
-    them. ring.ShardedCache, sharded over processes, has the same interface: `length`, `pieces`, `attend`.
+    them. ring.ShardedCache, over processes, has `pieces`, `attend` and `length` too, but that `length` is read-only.
     """
 
     def __init__(self, config: LMConfig, B: int, S: int, reference: Tensor):
@@ -365,7 +365,7 @@ class KVCache:
         return attend_to_past(q_BTHK, *self.kv[:, layer, :, :stop])
 
 
-def encode_video(model: LongVA, frames: Iterable[Tensor], batch: int = FRAMES) -> Iterator[Tensor]:
+def encode_video(model: LongVA, frames: Iterable[Tensor], batch: int = BATCH) -> Iterator[Tensor]:
     """Visual tokens x_TD of a video's frames (unires.frame: pixels_CYX; None: lost), `batch` at a time, lazily."""
     frames = iter(frames)
     while group := list(islice(frames, batch)):
@@ -409,21 +409,21 @@ def generate(
     model: LM,
     x_1TD: Tensor,
     cache: KVCache,
-    stop_ids: Container[int],
+    stop: Container[int],
     max_tokens: int = 256,
-    sample: Callable[[Tensor, list[int]], int] | None = None,
+    choose: Callable[[Tensor, list[int]], int] | None = None,
 ) -> Iterator[int]:
     """Generate the ids that follow the cache and the embedded tokens x_1TD, one by one.
 
-    Ends after `max_tokens`, or before a stop id; the cache then contains everything that was generated. `sample`
-    chooses an id from the last position's logits and the ids generated so far (config.sample); None: the argmax.
+    Ends after `max_tokens`, or before a stop id; the cache then contains everything that was generated. `choose`
+    picks an id from the last position's logits and the ids generated so far (config.sample); None: the argmax.
     """
     generated = []
     while len(generated) < max_tokens:
         with torch.inference_mode():
             logits_V = model.logits(prefill(model, x_1TD, cache)[:, -1:])[0, 0]
-        token = sample(logits_V, generated) if sample else logits_V.argmax().item()
-        if token in stop_ids:
+        token = choose(logits_V, generated) if choose else logits_V.argmax().item()
+        if token in stop:
             return
         generated.append(token)
         yield token
@@ -437,7 +437,8 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
     folder: or a name such as lmms-lab/LongVA-7B in the Hugging Face Hub's local cache. dtype: of the parameters; None
     takes bfloat16 on a GPU, else float32. Raises ValueError if a file or tensor is missing, or of another shape.
     """
-    config = check_size(read_config(folder := model_folder(folder)), folder)
+    folder = model_folder(folder)
+    config = check_size(read_config(folder), folder)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = LM(config) if isinstance(config, LMConfig) else LongVA(config)
@@ -460,18 +461,18 @@ def encode_inputs(model: LongVA, pictures: list, frames: video.Frames | None, wo
         cut = [preprocess(picture, model.config) for picture in pictures]
         visual_tokens = [model.encode_images(pixels_NCYX, [layout]) for pixels_NCYX, layout in cut]
         return [[x_TD] for x_TD in visual_tokens], sum(map(len, visual_tokens))
-    N, M, together = frames.total, model.config.vision.tokens_per_grid, FRAMES * world.ranks
+    N, M, per_round = frames.total, model.config.vision.tokens_per_grid, BATCH * world.ranks
     grids = (picture and unires.frame(picture, model.config.vision.side, "crop") for _, picture in frames)
-    local = encode_video(model, video.prefetch(grids, 2 * FRAMES))
-    chunks = ring.gather_round_robin(local, model.lm_head.weight[:0], FRAMES * M, -(-N // together), world)
-    return [progress(chunks, total=-(-N // together), unit=f"{together} frames")], N * M
+    local = encode_video(model, video.prefetch(grids, 2 * BATCH))
+    chunks = ring.gather_round_robin(local, model.lm_head.weight[:0], BATCH * M, -(-N // per_round), world)
+    return [progress(chunks, total=-(-N // per_round), unit=f"{per_round} frames")], N * M
 
 
 @torch.no_grad()
 def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iterator[Iterator[str]]:
     """Encode the pictures or the video once, then answer each question: one stream of text per answer.
 
-    Loads the model of --weights unless given, after all else, so that a user's mistake shows at once.
+    Loads the model of --weights unless given, after every file is opened, so that a wrong path shows at once.
     """
     if isinstance(read_config(cfg.weights), LongVAConfig) != bool(cfg.video or cfg.image):
         blind = f"{cfg.weights} is a language model and cannot see; give a LongVA folder as --weights"
@@ -480,7 +481,7 @@ def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iter
     template = chat.default_template(words)
     pictures, frames = [video.read_picture(file) for file in cfg.image], None
     if cfg.video:  # rank r encodes every R-th group of frames
-        frames = video.frames(cfg.video, **cfg.rate, keep=lambda i: i // FRAMES % world.ranks == world.rank, gaps=True)
+        frames = video.frames(cfg.video, **cfg.rate, keep=lambda i: i // BATCH % world.ranks == world.rank, gaps=True)
     if model is None:
         model = load(cfg.weights, world.device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype))
 
@@ -529,7 +530,6 @@ def answer(
     return "".join(next(answers(cfg, ring.World(0, 1, model.device), model)))
 
 
-@torch.no_grad()
 def main(cfg: Config) -> None:
     """Print the answers, or with --plan the memory they need."""
     if cfg.plan:

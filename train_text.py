@@ -25,9 +25,9 @@ from torch import Tensor
 import longva
 import ring
 from data import chat, evaluate, memory, memory_saving, runs, synthetic, text, weights
-from data.config import check_trainable, to_dict, train_flop
+from data.config import LMConfig, check_trainable, read_config, to_dict, train_flop
 from data.flags import at_least, print0, progress, run, setting
-from data.memory_saving import GradientSums
+from data.memory_saving import GradientSums, nll
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ class MicroBatch(NamedTuple):
 
     ids: Tensor
     targets: Tensor
-    doc_starts: ring.DocumentStarts | None  # of each row, if its documents must not attend to each other
+    doc_starts: ring.DocumentStarts | None  # in each whole row, if its documents must not attend to each other
 
 
 def shard(batch: MicroBatch, idx_T: Tensor) -> MicroBatch:
@@ -51,9 +51,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Accumulate the gradient of one optimizer step.
 
-    batches: this ring's micro-batches, whole sequences. Returns (the summed loss of each of them over the tokens here,
-    the number of targets of the step over all ranks). The loss of the step is the first, summed over all ranks,
-    divided by the second; so targets are counted before any loss is computed.
+    batches: whole sequences, of this ring (`group`) alone; world: all ranks. Returns (the loss of each micro-batch,
+    summed over the tokens here; the step's targets over all ranks). Targets are counted first: the step's loss, and so
+    each micro-batch's gradient, is divided by their number.
     """
     idx_T = ring.zigzag_index(batches[0].ids.shape[1], group)  # the positions that this rank holds of every sequence
     local = [shard(batch, idx_T) for batch in batches]
@@ -71,7 +71,7 @@ def train_step(
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Return the rate at a step: up over `warmup` steps, constant, down to a tenth over the last `cooldown` of all."""
+    """Return the rate at a step: up over `warmup` steps, constant, down over the last `cooldown` of all, to a tenth."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     left = (steps - step) / max(1.0, cooldown * steps)
     return peak * rise * max(0.1, min(1.0, left))
@@ -87,14 +87,14 @@ def train(cfg: "Config") -> None:
     group, ring_rank, num_rings = ring.split_groups(world, cfg.ring or world.ranks)
     kernel = check(cfg, group, num_rings)
 
-    # 2. Model, with the larger RoPE base
+    # 2. Data: a function from the number of a micro-batch to its sequences
     tokenizer = load_tokenizer(cfg.weights or synthetic.TOKENIZER)
-    model, config = build_sharded_model(cfg, world)
-
-    # 3. Data: a function from the number of a micro-batch to its sequences
     read_batch = make_batches(cfg, tokenizer)
     at_end = "synthetic" if cfg.expected and cfg.corpus == "synthetic" and cfg.seq_len >= SHORT["seq_len"] else None
     held_out = evaluate.eval_sets(cfg.held_out or at_end, cfg.seq_len, cfg.seed, tokenizer)
+
+    # 3. Model, with the larger RoPE base
+    model, config = build_sharded_model(cfg, world)
 
     # 4. Optimizer
     fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
@@ -115,7 +115,7 @@ def train(cfg: "Config") -> None:
         batches = [read_batch(number) for number in numbers[ring_rank::num_rings]]  # each ring takes every n-th
         sums = torch.zeros(cfg.grad_accumulation, device=world.device)
         sums[ring_rank::num_rings], count = train_step(model, batches, kernel, cfg.offload, group, world)
-        loss = runs.finite(step, (ring.all_reduce_sum(sums, world) / count).tolist())
+        loss = runs.sum_finite(step, (ring.all_reduce_sum(sums, world) / count).tolist())
         norm = ring.clip_gradients(model, cfg.grad_clip)
         for params in optimizer.param_groups:
             params["lr"] = learning_rate(cfg.lr, step, cfg.steps, cfg.warmup, cfg.cooldown)
@@ -145,19 +145,19 @@ def train(cfg: "Config") -> None:
 # ---- model, data, evaluation ---------------------------------------------------------------------
 
 
-def language_model(folder: Path | None) -> longva.LMConfig:
+def model_config(folder: Path | None) -> LMConfig:
     """Return the sizes of the model to train. Raises ValueError for one that sees."""
     if folder is None:
         return replace(TINY_LM, vocab_size=load_tokenizer(synthetic.TOKENIZER).size)
-    config = longva.read_config(folder)
-    if not isinstance(config, longva.LMConfig):
+    config = read_config(folder)
+    if not isinstance(config, LMConfig):
         raise ValueError(f"{folder} sees already; long text trains a language model before it learns to see")
     return check_trainable(config)
 
 
-def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LM, longva.LMConfig]:
+def build_sharded_model(cfg: "Config", world: ring.World) -> tuple[longva.LM, LMConfig]:
     """Return the model: shapes first, then shards, then weights, so that no rank ever holds all of it."""
-    config = replace(language_model(cfg.weights), rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
+    config = replace(model_config(cfg.weights), rope_theta=cfg.rope_theta, max_position_embeddings=cfg.seq_len)
     with torch.device("meta"):
         model = longva.LM(config)
     model.model.checkpointing = cfg.checkpointing
@@ -198,7 +198,7 @@ def score_held_out(model: longva.LM, sets: evaluate.EvalSets, kernel: str | None
         return tuple(ring.all_reduce_sum(torch.stack([sum_B.sum(), count_B.sum()]).double(), group).tolist())
 
     with ring.no_grad_reshard(model):
-        return evaluate.evaluate(sets, score, longva.nll)
+        return evaluate.evaluate(sets, score, nll)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Config:
     batch: int = setting(1, "sequences per micro-batch (release: extend_qwen2.sh)", group="Optimization")
     grad_accumulation: int = setting(4, "micro-batches per optimizer step, over all rings (release: extend_qwen2.sh)")
     steps: int = setting(1000, "optimizer steps (Sec. 3.1)")
-    lr: float = setting(1e-5, "learning rate, constant (release: extend_qwen2.sh)")
+    lr: float = setting(1e-5, "learning rate between warm-up and cooldown (release: extend_qwen2.sh)")
     warmup: int = setting(0, "steps in which the rate rises from zero (release: extend_qwen2.sh)")
     cooldown: float = setting(0.0, "part of the steps, at the end, in which it falls to a tenth (ours)", hidden=True)
     beta2: float = setting(0.95, "AdamW's beta2; beta1 is 0.9 (release: extend_qwen2.sh)", hidden=True)
@@ -264,7 +264,7 @@ PRESETS = {
     "longva": {"out": Path("runs/longva-text")},  # 8 x 80 GB: 2 days on A100s (Sec. 3.1)
 }
 ALIGN = runs.TORCHRUN_8 + " train_vision.py --preset longva --stage align --tower CLIP --data LLAVA.json --weights {}"
-TINY_LM = longva.LMConfig(  # 0.8 million parameters; the vocabulary's size is the tokenizer's
+TINY_LM = LMConfig(  # 0.8 million parameters; the vocabulary's size is the tokenizer's
     hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
     rope_theta=1e4, max_position_embeddings=256,
 )  # fmt: skip
@@ -282,7 +282,7 @@ def check(cfg: Config, group: ring.World, num_rings: int) -> str | None:
         micro_batches = f"--grad-accumulation {cfg.grad_accumulation} micro-batches"
         raise ValueError(f"{micro_batches} cannot be divided evenly among {num_rings} rings; change one")
     for tokens in (cfg.seq_len, cfg.short_texts or cfg.seq_len):
-        ring.zigzag_index(tokens, group)
+        ring.zigzag_index(tokens, group)  # a ValueError unless they divide evenly
     return memory_saving.choose_kernel(cfg.kernel, group.device, cfg.precision, cfg.separate_documents)
 
 
@@ -290,7 +290,7 @@ def main(cfg: Config) -> None:
     """Train, or with --plan print the memory that it would need."""
     if cfg.plan:
         name = cfg.weights or "the tiny model, for --weights names no other"
-        memory.show_step(memory.Step.of(language_model(cfg.weights), cfg), name)
+        memory.show_step(memory.Step.of(model_config(cfg.weights), cfg), name)
     else:
         train(cfg)
         ring.stop()

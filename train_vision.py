@@ -187,7 +187,7 @@ def train(cfg: "Config", world: ring.World) -> None:
         used = sum(len(batch.sample_ids) for batch in batches) if rings.ring.rank == 0 else 0  # once for each ring
         skipped = skips.add(step, unreadable, used)
         metrics = train_step(model, batches, loss, cfg.offload, world)
-        runs.finite(step, [metrics["loss"]])
+        runs.sum_finite(step, [metrics["loss"]])
         norm = ring.clip_gradients(model, cfg.grad_clip)
         for params in optimizer.param_groups:
             params["lr"] = learning_rate(params["peak"], step, cfg.steps, cfg.warmup, cfg.stage == "dpo")

@@ -60,7 +60,7 @@ class LongVA(lmms):
 
     def encode(self, visual: Any) -> tuple[Any, int]:
         """Visual tokens of a picture or a video file, in chunks x_TD for `longva.prefill_prompt`, and their number."""
-        model, world, group = self.model, self.world, longva.FRAMES
+        model, world, group = self.model, self.world, longva.BATCH
         if not isinstance(visual, str):
             if self.torchrun:
                 stop("--together is for videos, and this task shows pictures; run it without")

@@ -392,7 +392,7 @@ class Signals:
         return self.stop
 
 
-def finite(step: int, losses: list[float]) -> float:
+def sum_finite(step: int, losses: list[float]) -> float:
     """Sum the micro-batches' shares of a step's loss; FloatingPointError, before the update, if one is not finite."""
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):

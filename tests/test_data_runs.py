@@ -265,9 +265,9 @@ def test_a_stage_says_whether_it_worked(capsys, loss, score, warns):
 
 
 def test_a_loss_that_is_no_number_names_its_step_and_micro_batch():
-    assert runs.finite(3, [1.0, 2.0]) == 3
+    assert runs.sum_finite(3, [1.0, 2.0]) == 3
     with pytest.raises(FloatingPointError, match="step 3, micro-batch 1 of 2: the loss is nan"):
-        runs.finite(3, [1.0, math.nan])
+        runs.sum_finite(3, [1.0, math.nan])
 
 
 def test_the_digest_of_a_large_file_reads_little_and_sees_its_size_and_ends(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def make_tower(out: Path, steps: int, batch: int, device: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         optimizer.step()
-        loss = runs.finite(step, [loss_N.detach().sum().item() / batch])
+        loss = runs.sum_finite(step, [loss_N.detach().sum().item() / batch])
         runs.log(out, {"step": step, "loss": loss, "norm": norm})
         bar.set_postfix(loss=f"{loss:.4g}")
     tower = ((name, x.detach()) for name, x in model.named_parameters() if name.startswith("vision_model."))
