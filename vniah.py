@@ -409,7 +409,7 @@ def main(cfg: Config) -> None:
     vision = cfg.task == "vision"
     lengths, counts = (cfg.frames, (cfg.distractors,)) if vision else (cfg.context, cfg.distractor_counts)
     untrained, candidates = (cfg.rope_theta, cfg.rope_scaling), []
-    systems = evaluate.figure_systems(cfg.task, cfg.weights, cfg.own, counts, *untrained)
+    systems = evaluate.figure_systems(cfg.task, cfg.weights, cfg.own, counts, *untrained, cfg.needles)
     needles = cfg.needles, cfg.needle_count, cfg.seed
     controls = evaluate.controls_of(systems[0], *needles) if cfg.controls and vision else []
     if not cfg.weights:

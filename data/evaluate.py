@@ -7,7 +7,7 @@ Paper     Fig. 4 compares models; Sec. 3.1 extends the context; App. A hides num
           training only.
 Run       imported by vniah.py and train_text.py
 Dimensions  B batch   T tokens held here   S tokens per sequence   D LM width   V vocabulary
-Differs   Each token of the held-out text is a target once, late in its window: windows are half a sequence apart.
+Differs   Each token read of a held-out file is a target once, late in its window: windows are half a sequence apart.
 """
 
 import math
@@ -46,7 +46,7 @@ class System:
     rope_theta: float | None = None  # replaces the base that the model was trained with
     rope_scaling: str = ""  # KIND:FACTOR, replaces the scaling that the model was trained with
     control: Literal["", "no needle", "shuffled"] = ""  # the needle left out, or options reordered
-    selection_run: bool = False  # other needles and another haystack, to choose untrained positions with
+    selection_run: bool = False  # other synthetic needles and haystack, to choose untrained positions with
 
     def change(self, trained: LMConfig) -> LMConfig:
         """Return a language model's config with the positions of this system."""
@@ -63,8 +63,9 @@ def untrained(system: System, bases: Iterable[float], scalings: Iterable[str]) -
 
 
 def figure_systems(
-    task: str, weights: Path | None, own: bool, counts: Sequence[int], bases: Sequence[float], scalings: Sequence[str]
-) -> list[System]:
+    task: str, weights: Path | None, own: bool, counts: Sequence[int], bases: Sequence[float], scalings: Sequence[str],
+    needles: Path | None = None,
+) -> list[System]:  # fmt: skip
     """Return the heatmaps to make, each with every number of distractors in `counts`.
 
     With `weights`, of that model, as it is and with each RoPE base and scaling; else of the miniature's models: the
@@ -82,7 +83,7 @@ def figure_systems(
             folders = {n: runs.trained_or_shipped(f"tiny-{f.name}{stage}", f.name) for n, f in folders.items()}
         models = [System(name, folder) for name, folder in folders.items()]
     most = len(synthetic.THINGS) - 1 if task == "vision" else len(niah.DISTRACTORS)  # other things, or cities
-    if not 0 <= min(counts) <= max(counts) <= most:
+    if not 0 <= min(counts) <= max(counts) <= most and not needles:  # of a folder, other needles are distractors
         raise ValueError(f"distractors {counts} make no sense; give 0 to {most} for --task {task}")
     if missing := [model.folder for model in models if not model.folder.is_dir()]:
         raise ValueError(f"{missing[0]} is no folder; name a model's folder as --weights")
@@ -208,7 +209,7 @@ def eval_sets(held_out: str | None, seq_len: int, seed: int, tokenizer: Tokenize
 def perplexity_windows(
     held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer
 ) -> Iterator[IdsTargets]:
-    """Yield windows half a sequence apart, whose targets are their second half; of the first window all of it."""
+    """Yield windows of a file, half a sequence apart, whose targets are their second half, of the first all of it."""
     if held_out == "synthetic":
         yield from (synthetic.text_batch(tokenizer, seed + 1, 10**6 + i, 1, seq_len) for i in range(count))
         return

@@ -63,7 +63,7 @@ Media = list[Image.Image | list[Image.Image]]  # pictures, and videos as lists o
 
 
 class Records:
-    """The usable records of a file, each read from disk when it is indexed.
+    """The usable records of a file, each read from disk when asked for.
 
     `tokens`, int64 per record: about how long its sample will be. `numbers`: its index in the file. `bad`: (index in
     the file, id, reason) of those that this rank found unusable.
@@ -116,7 +116,8 @@ def open_records(
     if not tokens:
         raise ValueError(f"{path} holds no record; expected a list of conversations")
     tokens = sum_over_ranks(torch.tensor(tokens)).numpy()
-    if (unusable := int((tokens == 0).sum())) > max_skip_fraction * len(tokens):
+    unusable = int((tokens == 0).sum())
+    if unusable > max_skip_fraction * len(tokens) or unusable == len(tokens):
         found = [(i, read_record(path, *spans[2 * i : 2 * i + 2])) for i in np.flatnonzero(tokens == 0)[:5].tolist()]
         named = "; ".join(f"record {i} (id {record_id(r)}) {measure_or_error(r, measure)}" for i, r in found)
         allowed = f", more than --max-skip-fraction {max_skip_fraction:g} allows" if max_skip_fraction else ""
@@ -377,7 +378,7 @@ def synthetic_dataset(stage: str, seed: int, batch: int, frames: int, max_grids:
     """Return samples drawn from the seed: captions (align), conversations (sft), or pairs of answers (dpo).
 
     growth_steps: over so many steps the conversations' pictures grow to `max_grids`; 0: at once. In the first quarter
-    they stay at 8 grids, until the model looks up: in pictures of 3 grids, often of one thing, it learned that late.
+    they stay at 8 grids, until the model looks for what is asked: with 3, often of one thing, it learned that late.
     """
 
     def endless(step: int) -> list[int]:
@@ -505,8 +506,8 @@ REFERENCE = "reference.safetensors"
 class SkipLog:
     """Counts the samples that a run skips, over all ranks, and names those of this rank in the run's folder.
 
-    first: the step at which the run begins, or continues: then its log says what was skipped before. All ranks must
-    call `add`, and make one of these.
+    first: the step at which the run begins, or continues: then its log says what was skipped before. Every rank
+    makes one, and calls `add` at each step.
     """
 
     def __init__(

@@ -37,7 +37,8 @@ from data.text import find_shards, shard_file, summary_file, vocabulary_digest
 from data.tokenizer import Tokenizer, load_tokenizer
 
 MAX_BAD_FRACTION = 0.001  # of the documents
-BAD_BEFORE_END = 1000  # so many bad documents, if they are too many, stop the run before its end
+BAD_BEFORE_END = 1000  # bad documents: from here on MAX_BAD_FRACTION is checked before the end, too
+NOTHING = "nothing was packed: the coin left out every document; try --keep-short 1"
 CHARACTERS_PER_TOKEN = 3.68  # to guess a document's length before it is tokenized (Fu et al.)
 SAVE_EVERY = 2000  # documents between two entries of the journal
 UNNAMED = "(no source named)"
@@ -273,9 +274,10 @@ def job_spec(cfg: Config, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
 
 
 def clean_up(shard: Path) -> None:
-    """Remove the hidden files beside a token file: draft, journal, and what a killed process left."""
-    for name in (shard.name, summary_file(shard).name):
-        runs.sweep(shard.parent, f".{name}.*", runs.DRAFT.format(f"*{name}*"))
+    """Remove the hidden files of a token file: draft, journal, and what a killed process left; no other's."""
+    journal, summary = f".{shard.name}.journal", summary_file(shard).name
+    for name in (f".{shard.name}.writing", journal, runs.DRAFT.format(journal), runs.DRAFT.format(summary)):
+        (shard.parent / name).unlink(missing_ok=True)
 
 
 def write_header(file: BinaryIO, dtype: str, count: int) -> int:
@@ -381,13 +383,15 @@ def pack(cfg: Config, tokenizer: Tokenizer) -> dict:
 
 def lock_draft(file: BinaryIO, draft: Path, shard: Path) -> None:
     """Lock an open draft until it is closed. Raises ValueError if another process writes, or has published, it."""
+    taken = f"{shard} is being written by another process; give each its own --worker"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if draft.exists() and os.path.samestat(os.fstat(file.fileno()), draft.stat()):
-            return
-    except BlockingIOError:
+    except BlockingIOError as error:
+        raise ValueError(taken) from error
+    except OSError:  # some network file systems have no locks
         pass
-    raise ValueError(f"{shard} is being written by another process; give each its own --worker")
+    if not draft.exists() or not os.path.samestat(os.fstat(file.fileno()), draft.stat()):
+        raise ValueError(taken)
 
 
 def finished(shard: Path, job: dict) -> dict:
@@ -460,14 +464,16 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.tokenizer)
     packed = pack(cfg, tokenizer)
     print(report(cfg.shard, packed))
-    if not packed["tokens"]:
-        raise ValueError("nothing was packed: the coin left out every document; try --keep-short 1")
+    if not packed["tokens"] and cfg.workers == 1:
+        raise ValueError(NOTHING)
     if cfg.shard != cfg.out:
         complete = [shard for n in range(cfg.workers) if (shard := shard_file(cfg.out, n, cfg.workers)).exists()]
         if len(complete) < cfg.workers:
             print(f"{len(complete)} of {cfg.workers} files are complete; the corpus is when all workers are done")
             return
         summary = summarize([runs.read_checked(summary_file(shard)) for shard in find_shards(cfg.out)])
+        if not summary["tokens"]:
+            raise ValueError(NOTHING)
         runs.replace_text(cfg.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         if cfg.workers > 1:
             print(report(cfg.out, summary))

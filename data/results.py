@@ -46,7 +46,7 @@ Results = dict[tuple[str, int, float], dict[str, dict]]
 def answer_in_text(text: str, answer: str) -> bool:
     """Return whether a text gives the answer, as whole words anywhere; an option's letter must come first."""
     text, answer = text.strip().lower(), answer.strip().lower()
-    if re.fullmatch("[a-e]", answer):
+    if re.fullmatch("[a-j]", answer):
         return bool(re.match(rf"\(?{answer}(?![\w' ])", text))  # "a dog" is not option A
     return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
@@ -116,9 +116,9 @@ def open_results(folder: Path, settings: dict, inputs: Iterable[str] = ()) -> No
 
     Raises ValueError if the folder holds probes of other settings, or `inputs`, settings too, have other content.
     """
-    if folder.is_dir() and not cell_files(folder):
+    if read_json(folder / "config.json").get("protocol") and not cell_files(folder):  # written by an earlier run here
         runs.lock(folder)
-        for name in ("config.json", SYSTEMS):  # of a run that ended with an error before any probe
+        for name in ("config.json", SYSTEMS):  # it ended with an error before any probe
             (folder / name).unlink(missing_ok=True)
     runs.open_run(folder, settings, inputs)
     for file in cell_files(folder):
@@ -152,10 +152,11 @@ class ProbeLog:
         """Return the groups with only the lengths and needles that are still missing."""
         pending = []
         for group in groups:
-            done = {cell: self.found.get((system, *cell), ()) for cell in group.cells}
-            pairs = [(cell, i) for cell in group.cells for i in group.needle_ids if needles[i].name not in done[cell]]
-            cells, needle_ids = (tuple(sorted(set(values))) for values in zip(*pairs)) if pairs else ((), ())
-            pending += [group._replace(cells=cells, needle_ids=needle_ids)] if pairs else []
+            missing: dict[tuple[int, ...], list[tuple]] = {}  # needles: the cells that lack exactly these
+            for cell in group.cells:
+                done = self.found.get((system, *cell), ())
+                missing.setdefault(tuple(i for i in group.needle_ids if needles[i].name not in done), []).append(cell)
+            pending += [group._replace(cells=tuple(cells), needle_ids=ids) for ids, cells in missing.items() if ids]
         return pending
 
     def append(self, lines: Iterable[dict]) -> None:

@@ -441,3 +441,15 @@ def test_command_line_of_workers(tmp_path, words, capsys):
     whole = json.loads((out / "summary.json").read_text())
     assert whole["documents"] == 300 and whole["tokens"] == len(text.open_tokens(out, words))
     assert f"{out}: 300 documents" in said and f"--corpus {out}\n" in said
+
+
+def test_a_worker_without_a_document_leaves_the_corpus_whole(tmp_path, words, capsys):
+    """One document for two workers; and what others wrote beside the token files stays."""
+    (tmp_path / "a.txt").write_text("the red star", encoding="utf-8")
+    (out := tmp_path / "out").mkdir()
+    (out / ".tmp-mine").mkdir()
+    for n in (1, 0):
+        settings = f"--tokenizer {synthetic.TOKENIZER} --out {out} --keep-short 1 --worker {n} --workers 2".split()
+        flags.run(pack.main, pack.Config, argv=[str(tmp_path / "a.txt"), *settings])
+    assert json.loads((out / "summary.json").read_text())["documents"] == 1 and (out / ".tmp-mine").is_dir()
+    assert len(text.open_tokens(out, words)) == 1 + len(words.encode("the red star"))

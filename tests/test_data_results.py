@@ -151,3 +151,26 @@ def test_script_and_style_of_the_page_are_all_it_may_use():
     assert "default-src 'none'; img-src data:" in text and text.count("@RESULTS@") == 1
     assert not [word for word in ("http:", "https:", "innerHTML", "insertAdjacent", "document.write", "eval(", "fetch",
                                   "import(", "url(") if word in text]  # fmt: skip
+
+
+def test_probes_that_are_missing_are_asked_for_once(tmp_path):
+    """Whichever probes of a group a killed run left: no group asks for one that is there."""
+    needles = [niah.Needle(f"n{i}", None, "?", "7") for i in range(3)]
+    done = {8: ("n0", "n2"), 16: ("n0",), 32: (), 64: ("n0", "n1", "n2")}
+    log = results.ProbeLog(tmp_path, 0, lambda: None)
+    log.append(
+        [results.probe_line("s", (n, 0.5), needles[int(x[1])], 9, True, "7", None) for n in done for x in done[n]]
+    )
+    log.read()
+    group = niah.ProbeGroup(0, 8, (0, 1, 2), tuple((n, 0.5) for n in done))
+    asked = [
+        (cell[0], f"n{i}") for one in log.pending("s", needles, [group]) for cell in one.cells for i in one.needle_ids
+    ]
+    assert sorted(asked) == [(n, x) for n in done for x in ("n0", "n1", "n2") if x not in done[n]]
+
+
+def test_the_settings_of_another_program_are_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        results.open_results(tmp_path, {"protocol": "tiny", "seed": 7})
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "qwen2"}'
