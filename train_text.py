@@ -253,10 +253,10 @@ TINY = {  # two to fourteen minutes each on a CPU core; data/tiny/README.md has 
     "checkpointing": "none", "offload_activations": False, "offload": False, "save_every": 50, "cooldown": 0.2,
 }  # fmt: skip
 LONG = {"seq_len": 2048, "batch": 4, "short_texts": 256, "rope_theta": 1e7, "expected": (0.05, 0.9)}
-SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "expected": (0.05, 0.9)}
+SHORT = {"seq_len": 256, "batch": 16, "rope_theta": 1e4, "expected": (0.1, 0.9)}
 BASE = runs.trained_or_shipped("tiny-base", "base")
 EXTEND = {"steps": 400, "lr": 7e-4, "warmup": 20, "cooldown": 0.6, "weights": BASE}
-SCRATCH = {"steps": 2800, "curriculum_steps": 1200, "cooldown": 0.4, "lr": 1e-3, "warmup": 100}
+SCRATCH = {"steps": 3000, "curriculum_steps": 1400, "cooldown": 0.4, "lr": 1e-3, "warmup": 100}
 PRESETS = {
     "tiny-base": {**TINY, **SHORT, **SCRATCH, "out": Path("runs/tiny-base")},
     "tiny": {**TINY, **LONG, **EXTEND, "out": Path("runs/tiny-extended")},

@@ -330,7 +330,7 @@ def print_held_out_score(
     batches = [batch for i in starts for batch in loader.micro_batches([*range(i, i + cfg.batch)])[0]]
     with ring.no_grad_reshard(model):
         if cfg.stage == "dpo":
-            no_reference_P2 = torch.zeros(llava.HELD_OUT, 2, dtype=torch.float64, device=world.device)
+            no_reference_P2 = torch.zeros(len(starts) * cfg.batch, 2, dtype=torch.float64, device=world.device)
             metrics = train_step(model, batches, DPOLoss(no_reference_P2, cfg.beta, rings.ring), False, world)
             loss, score = metrics["loss"], metrics["preferred"]
         else:
@@ -424,7 +424,7 @@ STAGES = {  # (release: pretrain.sh, finetune.sh, dpo.sh)
 TINY_STAGES = {
     "align": {"batch": 32, "steps": 1000, "lr": 3e-3, "tower_lr": 0.0, "warmup": 0.03, "expected": (0.2, 0.95)},
     "sft": {"batch": 16, "steps": 1100, "lr": 7e-4, "tower_lr": 3e-4, "warmup": 0.03, "expected": (0.03, 0.99)},
-    "dpo": {"batch": 16, "steps": 60, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (0.5, 0.9)},
+    "dpo": {"batch": 16, "steps": 120, "lr": 1e-4, "tower_lr": 1e-4, "warmup": 0.1, "expected": (0.5, 0.9)},
 }
 TINY = {
     "tiny": True, "resolution_curriculum": 0.4, "rule": "floor", "labels": "clean", "max_len": 256,
@@ -432,7 +432,7 @@ TINY = {
 }  # fmt: skip
 PRESETS = {  # the systems of the miniature Figure 4; a stage takes one to twelve minutes
     "tiny": {**TINY, "system": "tiny-longva"},
-    "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},
+    "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9, "expected": (0.1, 0.95)},
     "tiny-anyres-pooled": {**TINY, "system": "tiny-anyres-pooled", "scheme": "anyres_pooled", "grids": 36},
     "tiny-baseline": {**TINY, "system": "tiny-baseline"},
     "longva": {},  # 8 x 80 GB: 1.5 days on A100s for both stages (Sec. 3.2)

@@ -350,7 +350,7 @@ TITLES = {
     "(i) LongVA": "(i) LongVA",
     "(ii) LongVA, AnyRes": "(ii) LongVA with AnyRes",
     "(iii) not extended": "(iii) not extended on text",
-    "(iv) untrained": "(iv) = (iii) with YaRN",
+    "(iv) untrained": "(iv) = (iii), RoPE rescaled",
 }
 
 
@@ -418,7 +418,7 @@ def comparison() -> Figure:
         here = left + (right - left) * np.log2(at / 8) / np.log2(1024 / 8)
         ax.plot((here, here), (top - 8, bottom), color=INK, linestyle=":", linewidth=1.6)
         write(ax, here + 60, top - 22, text, ha=side)
-    places = {3: 48, 0: 104, 1: 230, 2: 284}  # y of the labels, apart from one another
+    places = {3: 48, 0: 112, 2: 226, 1: 288}  # y of the labels, apart from one another
     marks = (BLUE, "-", "o"), (PINK, "--", "s"), (ORANGE, "-", "^"), (GREEN, "-.", "D")
     for i, name in enumerate(TITLES):
         colour, dash, mark = marks[i]
@@ -426,7 +426,7 @@ def comparison() -> Figure:
         y, low, high = (bottom - (bottom - top) * some for some in (np.median(shares, 1), shares.min(1), shares.max(1)))
         ax.plot(x, y, dash, color=colour, marker=mark, markersize=5, linewidth=2)
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        label = TITLES[name].replace(" with", "\nwith").replace(" on text", "\non text")
+        label = TITLES[name].replace(" with", "\nwith").replace(" on text", "\non text").replace(", RoPE", ",\nRoPE")
         write(ax, 578, places[i], label, 17, ha="left", color=colour, weight="bold")
         ax.plot((right + 4, 572), (y[-1], places[i]), color=colour, linewidth=0.8)
     return figure

@@ -97,23 +97,38 @@ def filler_sentence(rng: np.random.Generator) -> str:
     return SENTENCES[rng.integers(len(SENTENCES))].format(**chosen)
 
 
+def draw_numbers(rng: np.random.Generator, count: int, digits: int) -> list[str]:
+    """Return numbers of that many digits which begin alike, by none to all but one digit; of half of the texts, those
+    of three digits are made from three digits.
+
+    Else a model learns to copy each digit from behind the digit before it, and errs where that one stands twice.
+    """
+    some = rng.permutation(10)[:3] if digits > 2 and rng.random() < 0.5 else np.arange(10)
+    alike = rng.integers(digits)
+    first, *others = some[rng.integers(len(some), size=(count, digits))].tolist()
+    return ["".join(map(str, first[:alike] + one[alike:])) for one in (first, *others)]
+
+
 def pair_lookup(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """Nouns with a word or a digit each, round after round in a new order: " star king moon red moon red star king".
+    """Nouns with a word or two digits each, round after round in a new order: " star king moon red moon red star king".
 
     From the second round on the text determines what belongs to a noun. This text teaches in-context lookup from
-    scratch: every second token is a question. Digits repeat within a text, so that lookup forms late from them: they
-    come once there are nine nouns. Cities are among the nouns: in magic numbers alone they are asked for too rarely
-    for the model to tell them apart.
+    scratch: every second token is a question. Words come first, as digits repeat within a text, so that lookup forms
+    late from them; of two digits both are looked up by their noun. Cities are among the nouns: in magic numbers alone
+    they are asked for too rarely for the model to tell them apart.
     """
     nouns = rng.permutation(THINGS + NOUNS[:13] + CITIES)[: max(1, min(most, tokens // 6))]
-    words = NOUNS[20:] + OTHERS
-    digits = most > 8 and rng.random() < 0.5
-    own = [str(rng.integers(10)) if digits else " " + words[rng.integers(len(words))] for _ in nouns]
+    if most > 8 and rng.random() < 0.5:
+        nouns = nouns[: (len(nouns) + 1) // 2]  # so that each is asked for as often
+        own = [[*number] for number in draw_numbers(rng, len(nouns), 2)]
+    else:
+        words = NOUNS[20:] + OTHERS
+        own = [[" " + words[rng.integers(len(words))]] for _ in nouns]
     pieces: Pieces = []
     while len(pieces) <= tokens:
         known = bool(pieces)
         for i in rng.permutation(len(nouns)):
-            pieces += [(" " + nouns[i], False), (own[i], known)]
+            pieces += [(" " + nouns[i], False), *((token, known) for token in own[i])]
     return pieces
 
 
@@ -124,7 +139,7 @@ def repeated_facts(
     facts = max(2, min(most, tokens // 16))
     nouns = rng.permutation(THINGS + NOUNS + CITIES)[:facts]
     digits = int(rng.integers(1, most_digits + 1))
-    numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in nouns]
+    numbers = draw_numbers(rng, len(nouns), digits)
     pieces: Pieces = []
     length = 0
     while length < tokens:
@@ -138,8 +153,8 @@ def repeated_facts(
 
 
 def near_facts(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
-    """Facts whose digit follows its noun at once or after one word: a step between pairs and all forms of a fact."""
-    return repeated_facts(rng, tokens, most, (FORMS[3], FORMS[0]), 1)
+    """Facts whose digits follow their noun at once or after one word: a step between pairs and all forms of a fact."""
+    return repeated_facts(rng, tokens, most, (FORMS[3], FORMS[0]), 2)
 
 
 def captions(rng: np.random.Generator, tokens: int, most: int) -> Pieces:
@@ -209,7 +224,9 @@ def words_then_questions(rng: np.random.Generator, tokens: int, most: int) -> Pi
         story += [filler_sentence(rng) for _ in range((tokens - 20 * len(shown) - 10) // 8)]
         story = [story[i] for i in rng.permutation(len(story))]
     asked = [
-        (ASK_COLOUR.format(thing=thing), colour) if number is None else (ASK_NUMBER.format(thing=thing), str(number))
+        (ASK_COLOUR.format(thing=thing), colour)
+        if number is None or rng.random() < 0.3
+        else (ASK_NUMBER.format(thing=thing), str(number))
         for thing, colour, number in (shown[i] for i in rng.permutation(len(shown)))
     ]
     return conversation_about([("".join(story), False)], asked)
@@ -229,7 +246,7 @@ def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Piece
     """A story with a magic number for one to six cities, some stated twice, then the questions of App. A."""
     digits = 3 if rng.random() < 0.6 else int(rng.integers(1, 3))
     cities = rng.permutation(CITIES)[: rng.integers(1, min(most, 6) + 1)]
-    numbers = ["".join(map(str, rng.integers(0, 10, digits))) for _ in cities]
+    numbers = draw_numbers(rng, len(cities), digits)
     asked = max(1, min(len(cities), tokens // 80))
     repeats = rng.random(len(cities)) < 0.5
     room = tokens - 25 - (14 + digits) * (len(cities) + repeats.sum()) - (25 + digits) * asked
@@ -248,8 +265,8 @@ def magic_number_book(rng: np.random.Generator, tokens: int, most: int) -> Piece
 def curriculum(part: int, tokens: int) -> dict[Callable, float]:
     """Probabilities of the kinds of text: the shortest first, and pair_lookup alone until lookup is learned."""
     if tokens <= 64:
-        facts = near_facts if part < 700 else repeated_facts
-        if part < 500:
+        facts = near_facts if part < 900 else repeated_facts
+        if part < 700:
             return {pair_lookup: 1.0}
         return {pair_lookup: 0.15, facts: 0.5, captions: 0.15, words_then_questions: 0.2}
     if tokens <= 512:

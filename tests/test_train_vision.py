@@ -457,7 +457,7 @@ def preferring(tmp_path_factory):
     return out
 
 
-PREFERRING = "--stage dpo --device cpu --frames 4 --steps 40 --batch 8 --lr 2e-4 --tower-lr 2e-4".split()
+PREFERRING = "--stage dpo --device cpu --frames 4 --steps 80 --batch 8 --lr 2e-4 --tower-lr 2e-4".split()
 PREFERRING += ["--weights", TINY / "longva"]
 
 

@@ -4,7 +4,7 @@ What      Asks for needles in films of growing length, as vniah.py does. Of all 
           takes the pair that looks at the needle most, and sums its attention over the needle, frames with another
           number, frames that show the same thing without a number, frames with another thing, and empty frames.
           Where that token is not the last, a later head must carry what was found from there to the answer: it also
-          sums that head's attention over the whole film, which should be none.
+          sums that head's attention over the whole film: what it takes in beside what was found.
 Paper     Sec. 4 reports that needles are found; this is what finding and missing look like inside.
 Run       python -m data.tiny.attention --weights data/tiny/longva --frames 128 512 1024
 Dimensions  S tokens of a probe   Q of the question   M tokens per frame   N frames   B batch   T tokens   H query heads

@@ -101,8 +101,8 @@ def table(data: dict, task: str) -> str:
     """Return lines of Markdown, one for each system: at each length the median over chains (minimum to maximum)."""
 
     def cell(shares: list[float]) -> str:
-        middle = f"{median(shares):.2f}"
-        return middle if len(shares) == 1 else f"{middle} ({min(shares):.2f} to {max(shares):.2f})"
+        lowest, middle, highest = (f"{share:.2f}" for share in (min(shares), median(shares), max(shares)))
+        return middle if lowest == highest else f"{middle} ({lowest} to {highest})"
 
     shares = rates(data, task)
     lengths = data[task]["lengths"]
