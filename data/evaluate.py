@@ -200,22 +200,25 @@ def eval_sets(held_out: str | None, seq_len: int, seed: int, tokenizer: Tokenize
     """Return both sets, empty ones where nothing is held out; a hidden number at each of DEPTHS."""
     if held_out is None:
         return EvalSets([], [])
+    tokens = None if held_out == "synthetic" else text.open_corpus(held_out, tokenizer)
+    if tokens is not None and len(tokens) <= seq_len:
+        raise ValueError(f"{held_out} holds {len(tokens):,} tokens, expected more than {seq_len:,}; pack more text")
     return EvalSets(
-        [*perplexity_windows(held_out, seq_len, WINDOWS, seed, tokenizer)],
-        [*needle_windows(held_out, seq_len, len(DEPTHS), seed, tokenizer)],
+        [*perplexity_windows(tokens, seq_len, WINDOWS, seed, tokenizer)],
+        [*needle_windows(tokens, seq_len, len(DEPTHS), seed, tokenizer)],
     )
 
 
 def perplexity_windows(
-    held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer
+    tokens: np.memmap | text.TokenShards | None, seq_len: int, count: int, seed: int, tokenizer: Tokenizer
 ) -> Iterator[IdsTargets]:
-    """Yield windows of a file, half a sequence apart, whose targets are their second half, of the first all of it."""
-    if held_out == "synthetic":
+    """Yield windows half a sequence apart, whose targets are their second half, of the first all of it.
+
+    tokens: of the held-out file; None yields synthetic texts.
+    """
+    if tokens is None:
         yield from (synthetic.text_batch(tokenizer, seed + 1, 10**6 + i, 1, seq_len) for i in range(count))
         return
-    tokens = text.open_corpus(held_out, tokenizer)
-    if len(tokens) <= seq_len:
-        raise ValueError(f"{held_out} holds {len(tokens):,} tokens, expected more than {seq_len:,}; pack more text")
     for start in range(0, len(tokens) - seq_len, seq_len // 2)[:count]:
         window = torch.from_numpy(tokens[start : start + seq_len + 1].astype(np.int64))[None]
         targets_1S = window[:, 1:].clone()
@@ -223,17 +226,18 @@ def perplexity_windows(
         yield window[:, :-1], targets_1S
 
 
-def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer: Tokenizer) -> Iterator[IdsTargets]:
+def needle_windows(
+    tokens: np.memmap | text.TokenShards | None, seq_len: int, count: int, seed: int, tokenizer: Tokenizer
+) -> Iterator[IdsTargets]:
     """Yield sequences with a magic number hidden in held-out text (App. A); the number's tokens are the targets.
 
     In synthetic text five other cities have numbers too: a tiny model may find numbers and confuse whose they are.
     """
     period_ids = niah.period_ids(tokenizer.encode)
-    if held_out == "synthetic":
+    if tokens is None:
         haystack, digits, cities = tokenizer.encode(synthetic.story(seed + 1, seq_len)), 3, niah.DISTRACTORS[:5]
     else:
-        tokens = text.open_corpus(held_out, tokenizer)[:seq_len].tolist()
-        haystack, digits, cities = [i for i in tokens if i != tokenizer.bos_id], 7, ()
+        haystack, digits, cities = [i for i in tokens[:seq_len].tolist() if i != tokenizer.bos_id], 7, ()
     numbers = niah.magic_numbers(np.random.RandomState(seed), count + len(cities), digits)
     distractors = list(zip(cities, numbers[count:]))
     for i, number in enumerate(numbers[:count]):
@@ -253,10 +257,10 @@ def needle_windows(held_out: str, seq_len: int, count: int, seed: int, tokenizer
 
 
 @torch.no_grad()
-def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's number of targets that are the argmax at their position, and its number of targets."""
     is_target_BT = targets_BT != chat.IGNORE
-    predicted = [finite(h @ head_VD.T).argmax(-1) for h in h_BTD[is_target_BT].split(chunk)]
+    predicted = [finite(h @ head_VD.T).argmax(-1) for h in h_BTD[is_target_BT].split(1024)]
     correct_BT = torch.zeros_like(is_target_BT)
     correct_BT[is_target_BT] = torch.cat([targets_BT[:0, 0], *predicted]) == targets_BT[is_target_BT]
     return correct_BT.sum(1).float(), is_target_BT.sum(1).float()

@@ -251,15 +251,15 @@ def period_ids(encode: Encode) -> frozenset[int]:
     return found
 
 
-def question_and_answer(encode: Encode, number: str, question: str = QUESTION) -> tuple[list[int], list[int]]:
+def question_and_answer(encode: Encode, number: str) -> tuple[list[int], list[int]]:
     """Encode question and number together, then split at the first token that depends on the number.
 
     A tokenizer may join the question's trailing space to the first digits. Encoded apart, the question would
     then end in a token that the model never saw before a digit; split here, such a space belongs to the
     answer. Where digits are tokens of their own (Qwen2), the question ends in the space token, as in the release.
     """
-    ids = encode(question + number)
-    other_ids = encode(question + str(int(number[0]) % 9 + 1) + number[1:])  # another first digit
+    ids = encode(QUESTION + number)
+    other_ids = encode(QUESTION + str(int(number[0]) % 9 + 1) + number[1:])  # another first digit
     split = next((i for i, (a, b) in enumerate(zip(ids, other_ids)) if a != b), None)
     if split is None:
         raise ValueError("this tokenizer encodes different numbers alike, so a magic number cannot be tested")

@@ -238,14 +238,14 @@ def parse_line(line: bytes, **kinds: Any) -> dict:
 LOCKS: dict[Path, TextIO] = {}  # open while this process lives; the system drops the lock when it ends
 
 
-def lock(folder: Path, patience: float = 3.0) -> None:
+def lock(folder: Path) -> None:
     """Lock a run's folder as long as this process lives, where the file system supports locks.
 
-    Waits `patience` seconds, since a run that was just killed may still be exiting; then raises ValueError.
+    Waits 3 seconds, since a run that was just killed may still be exiting; then raises ValueError.
     """
     if folder.resolve() in LOCKS:
         return
-    file, deadline = open(folder / ".lock", "w"), time.monotonic() + patience  # noqa: SIM115
+    file, deadline = open(folder / ".lock", "w"), time.monotonic() + 3  # noqa: SIM115
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

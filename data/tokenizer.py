@@ -364,10 +364,8 @@ def merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     return merged
 
 
-def write_qwen2(
-    folder: str | Path, vocab: dict[str, int], merges: list[tuple[str, str]], specials: Iterable[str] = QWEN2_SPECIALS
-) -> None:
-    """Write a vocabulary as Hugging Face's Qwen2Tokenizer reads it; `specials` get the ids after it."""
+def write_qwen2(folder: str | Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Write a vocabulary as Hugging Face's Qwen2Tokenizer reads it; QWEN2_SPECIALS get the ids after it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     added = {
@@ -375,7 +373,7 @@ def write_qwen2(
             "content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
             "single_word": False,
         }
-        for n, name in enumerate(specials)
+        for n, name in enumerate(QWEN2_SPECIALS)
     }  # fmt: skip
     config = {
         "tokenizer_class": "Qwen2Tokenizer",

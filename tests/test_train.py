@@ -170,12 +170,11 @@ def test_evaluation_finds_what_a_good_model_finds(tmp_path, name, theta, least, 
     assert line["step"] == 7 and least <= line["needles_found"] <= most
 
 
-def test_perplexity_predicts_every_token_once(tmp_path):
+def test_perplexity_predicts_every_token_once():
     """From the window in which it stands late: as a plain loop."""
     model, words, S = longva.load(TINY / "control"), tokenizer.load_tokenizer(TINY / "control"), 64
     tokens = np.random.default_rng(0).integers(5, words.size, 301).astype(np.uint16)
-    np.save(tmp_path / "t.npy", tokens)
-    pairs = list(evaluate.perplexity_windows(str(tmp_path / "t.npy"), S, 3, 2024, words))
+    pairs = list(evaluate.perplexity_windows(tokens, S, 3, 2024, words))
     found = sum(model(ids, torch.arange(S), targets)[0].sum() for ids, targets in pairs)
     assert sum((targets != chat.IGNORE).sum() for _, targets in pairs) == S + S // 2 + S // 2
     want = 0
