@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from data import flags, runs, synthetic
+from data import flags, synthetic
 from data.tiny import attention, chains, transfer
 
 
@@ -61,7 +61,7 @@ def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
             {"system": system, "length": 8, "depth": 0, "found": 0} for system in ("trial of x", "(ii) LongVA, AnyRes")
         ]
         settings = {"task": "vision", "seed": seed, "frames": frames, "depths": [0, 1], "own": True}
-        settings |= {str(runs.TINY / model): "hash" for model in shipped}
+        settings |= {f"/another/clone/data/tiny/{model}": "hash" for model in shipped}
         record = {"settings": settings, "cells": [{"of": of} | cell for cell in cells]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(record))
