@@ -295,7 +295,7 @@ def report(
     print("\n" + "\n".join(ascii_heatmap(one, lengths, depths, unit) for one in heatmaps) + "\n")
     if trials:
         rates = ", ".join(f"{name.removeprefix('trial of ')}: {rate:.2f}" for name, rate in trials.items())
-        print(f"Untrained positions tried on other needles, at the two greatest lengths: {rates}")
+        print(f"Untrained positions tried first, at the two greatest lengths: {rates}")
     draw_heatmaps(folder / "heatmap.png", heatmaps, lengths, depths, unit, tokens_per_unit)
     for i, one in enumerate(heatmaps):
         draw_heatmaps(folder / f"heatmap-{i + 1}.png", [one], lengths, depths, unit, tokens_per_unit)

@@ -579,7 +579,7 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     vniah.main(cfg)
     said, found = capsys.readouterr().out, results(cfg)
     names, page = {cell["system"] for cell in found["cells"]}, Page(cfg.out).json
-    tried = "Untrained positions tried on other needles, at the two greatest lengths: RoPE base 30000: "
+    tried = "Untrained positions tried first, at the two greatest lengths: RoPE base 30000: "
     assert tried in said and "next:" in said
     assert {"trial of RoPE base 30000", "trial of RoPE base 1e+06"} < names
     assert sum("untrained" in name for name in names) == 1
@@ -604,6 +604,9 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     ({"frames": (0, 3)}, "above 0"),
     ({"distractors": 99}, "distractors \\(99,\\) make no sense; give 0 to"),
     ({"distractor_counts": (0, 9), "task": "text"}, "distractors \\(0, 9\\) make no sense; give 0 to 6"),
+    ({"distractor_counts": (0, 9), "task": "text", "needles": "{film}"}, "make no sense; give 0 to 6"),
+    ({"distractors": -1, "needles": "{film}"}, "distractors \\(-1,\\) make no sense"),
+    ({"distractors": 70, "needles": runs.TINY.parent / "needles"}, "has 70 needles, too few for --distractors 70"),
     ({"needle_count": 0}, "--needle-count 0"),
     ({"rope_theta": (0.5,)}, "--rope-theta 0.5"),
     ({"out": "{noise}"}, "is a file"),
