@@ -600,3 +600,10 @@ def test_a_stage_ends_with_its_held_out_score(tmp_path, capsys):
     bad = capsys.readouterr().out
     assert "held-out: loss" in good and "held-out: loss" in bad
     assert "WARNING" not in good and "WARNING" in bad
+
+
+def test_held_out_pairs_of_any_batch(capsys):
+    """48 does not divide the 128 pairs: the last batch goes beyond them."""
+    cfg = settings("dpo", batch=48, expected=(9.0, 0.0), frames=4)
+    tv.print_held_out_score(cfg, longva.load(TINY / "longva"), WORDS, ring.split_groups(ALONE, 1), ALONE)
+    assert "held-out: loss" in capsys.readouterr().out
