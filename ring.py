@@ -2,15 +2,15 @@
 
 What      First the paper's idea: which tokens a rank holds, attention to one block of keys, the merge of two blocks by
           their log-sum-exp, the ring forward and backward. Then processes and sums over ranks, a KV cache sharded over
-          ranks, sharded parameters (FSDP2), saved state. This is the only file that knows of more than one process;
-          with one, only FSDP2 needs a group, and sums and gathers return what they are given.
+          ranks, sharded parameters (FSDP2), saved state. No other file imports torch.distributed; with one process
+          only FSDP2 needs a group, and nothing is communicated.
 Paper     Sec. 3.1: ring attention (arXiv 2310.01889) in zigzag order, FlashAttention-2, parameter offload.
 Run       not by itself; every script calls `start()`, alone or under `torchrun --nproc-per-node 8`.
 Dimensions  B batch   T tokens held here   S tokens of the whole sequence, or of a block of keys   R ranks
           H query heads   G key/value heads   Q query heads per key head   K head width
 Differs   K and V travel with their G heads, not repeated to H: 7 times fewer bytes for Qwen2-7B, the same result.
           dK and dV make R - 1 hops instead of R: what a rank computes for its own keys never leaves it.
-          Sums are fp32, as the release's, and fp64 for fp64: errors do not grow with R.
+          Partial results are summed in fp32, as the release's, and in fp64 for fp64: errors do not grow with R.
           The loss is divided by the count of targets on all ranks: a mean of means would weigh tokens unequally.
 """
 
@@ -40,12 +40,12 @@ from data.memory_saving import FAST_KERNELS, best_kernel
 from data.runs import pick_device
 
 DocumentStarts = list[list[int]]  # where documents begin in each row of a batch
-Partial = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys
+OLse = tuple[Tensor, Tensor]  # (o_BTHK, lse_BHT): attention to some of the keys, and its log-sum-exp
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run, or of one ring: number `rank` of `ranks`, computing on `device`."""
+    """This process in the run, or in one ring: its rank among `ranks` (the world size), computing on `device`."""
 
     rank: int
     ranks: int
@@ -53,7 +53,7 @@ class World:
     group: dist.ProcessGroup | None = None  # of a ring that is not the whole run
 
     def peer(self, rank: int) -> int:
-        """The number in the whole run of the process that is `rank` here, counted round."""
+        """The rank in the whole run of this group's `rank` (mod R), which is what send, receive and broadcast take."""
         return dist.get_global_rank(self.group, rank % self.ranks) if self.group else rank % self.ranks
 
 
@@ -64,7 +64,7 @@ def zigzag_index(S: int, world: World) -> Tensor:
     """Global positions of the tokens held here, int64[T] on world.device: of 2R chunks, numbers r and 2R - 1 - r.
 
     A causal query attends to all keys before it, so a late chunk costs more than an early one. One early and one late
-    chunk cost the same on every rank (load balancing). The positions are also the token's position ids.
+    chunk cost the same on every rank (load balancing). The positions are also the tokens' position ids.
     Raises ValueError if 2R does not divide S. One process takes any length, in order.
     """
     if world.ranks == 1:
@@ -98,7 +98,7 @@ def math_logits(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool) -> tuple[Tensor, T
     return q_BTGQK, logits_BGQTS
 
 
-def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> Partial:
+def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -> OLse:
     """Softmax attention as in the textbook, and the log of the softmax's denominator (log-sum-exp)."""
     _, logits_BGQTS = math_logits(q_BTHK, k_BSGK, causal)
     o_BTGQK = torch.einsum("bgqts,bsgk->btgqk", logits_BGQTS.softmax(-1), v_BSGK.to(logits_BGQTS.dtype))
@@ -106,14 +106,14 @@ def math_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool) -
 
 
 def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # noqa: ANN001, ANN201
-    """Gradients of math_forward; the probabilities are computed again from the log-sum-exp."""
-    G, to = k_BSGK.shape[2], accumulate_dtype(q_BTHK)
+    """Gradients of math_forward: p = exp(logits - lse), dlogits = p (dp - D), D = sum(do o): of all keys."""
+    G, dtype = k_BSGK.shape[2], accumulate_dtype(q_BTHK)
     q_BTGQK, logits_BGQTS = math_logits(q_BTHK, k_BSGK, causal)
-    do_BTGQK, o_BTGQK = do_BTHK.to(to).unflatten(2, (G, -1)), o_BTHK.to(to).unflatten(2, (G, -1))
+    do_BTGQK, o_BTGQK = do_BTHK.to(dtype).unflatten(2, (G, -1)), o_BTHK.to(dtype).unflatten(2, (G, -1))
     p_BGQTS = (logits_BGQTS - lse_BHT.unflatten(1, (G, -1))[..., None]).exp()
-    dp_BGQTS = torch.einsum("btgqk,bsgk->bgqts", do_BTGQK, v_BSGK.to(to))
+    dp_BGQTS = torch.einsum("btgqk,bsgk->bgqts", do_BTGQK, v_BSGK.to(dtype))
     dlogits_BGQTS = p_BGQTS * (dp_BGQTS - torch.einsum("btgqk,btgqk->bgqt", do_BTGQK, o_BTGQK)[..., None])
-    dq_BTGQK = torch.einsum("bgqts,bsgk->btgqk", dlogits_BGQTS, k_BSGK.to(to)) * q_BTHK.shape[-1] ** -0.5
+    dq_BTGQK = torch.einsum("bgqts,bsgk->btgqk", dlogits_BGQTS, k_BSGK.to(dtype)) * q_BTHK.shape[-1] ** -0.5
     dk_BSGK = torch.einsum("bgqts,btgqk->bsgk", dlogits_BGQTS, q_BTGQK)
     dv_BSGK = torch.einsum("bgqts,btgqk->bsgk", p_BGQTS, do_BTGQK)
     return dq_BTGQK.flatten(2, 3).to(q_BTHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGK.to(v_BSGK.dtype)
@@ -122,7 +122,7 @@ def math_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal):  # 
 KERNELS = {"math": (math_forward, math_backward), **FAST_KERNELS}  # see data/memory_saving.py
 
 
-def block_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None) -> Partial:
+def block_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, kernel: str | None = None) -> OLse:
     """Attend to one block of keys: (o_BTHK, lse_BHT), to be merged with other blocks. No gradient.
 
     `lse` is contiguous, fp32 (fp64 for fp64). `causal`: square blocks alone, for kernels disagree about others.
@@ -138,22 +138,22 @@ def block_attention_backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, c
     return backward(do_BTHK, q_BTHK, k_BSGK, v_BSGK, o_BTHK, lse_BHT, causal)
 
 
-def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> Partial:
+def merge(o_BTHK: Tensor, lse_BHT: Tensor, new_o_BTHK: Tensor, new_lse_BHT: Tensor) -> OLse:
     """Attention over two disjoint sets of keys from attention over each, as new fp32 tensors (fp64 for fp64).
 
     The online softmax: o = (1 - w) o + w o' with w = sigmoid(lse' - lse), since exp(lse) is the softmax's denominator;
     lse = log(exp(lse) + exp(lse')). Only differences are exponentiated, so no logit is too large. A row without keys
     has lse = -inf and any finite o; its weight is 0.
     """
-    # nan: neither saw a key; keep the old row
-    gap_BHT = (new_lse_BHT - lse_BHT).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # a new block without keys has weight 0, also where the old one has none (-inf minus -inf is nan)
+    gap_BHT = (new_lse_BHT - lse_BHT).masked_fill(new_lse_BHT == -torch.inf, -torch.inf)
     weight_BTH1 = gap_BHT.sigmoid().transpose(1, 2)[..., None]
     merged_BTHK = o_BTHK.to(weight_BTH1.dtype).lerp(new_o_BTHK.to(weight_BTH1.dtype), weight_BTH1)
     return merged_BTHK, torch.maximum(lse_BHT, new_lse_BHT) - F.logsigmoid(gap_BHT.abs())
 
 
 # ---- the ring: who attends to whom ---------------------------------------------------------------
-# Rank r holds chunks r and 2R - 1 - r. After `hop` sends and receives it has the keys of rank r - hop (mod R). A chunk
+# After `hop` sends and receives (a "step" of ring attention) rank r has the keys of rank r - hop (mod R). A chunk
 # attends to earlier chunks without a mask, to itself causally, and not to later ones.
 
 
@@ -169,8 +169,8 @@ class VisibleBlock(NamedTuple):
 def visible_blocks(hop: int, world: World, T: int, starts: DocumentStarts | None = None) -> Iterator[VisibleBlock]:
     """Which queries attend to which of the keys that arrived after `hop` hops; a query's own chunk comes first.
 
-    Rank r holds chunks r and 2R - 1 - r, so the lower rank's pair encloses the higher rank's. Hence two cases, each
-    half of a T x T square, and all ranks compute equally much. With `starts`, only what lies within one document.
+    Rank r holds chunks r and 2R - 1 - r, so the lower rank's pair encloses the higher rank's. Hence the cases below,
+    each half of a T x T square: all ranks compute equally much. With `starts`, only what lies within one document.
     """
     whole, half = slice(None), T // 2
     if starts is not None:
@@ -184,24 +184,24 @@ def visible_blocks(hop: int, world: World, T: int, starts: DocumentStarts | None
         yield VisibleBlock(whole, slice(half, None), whole, False)
 
 
-def document_blocks(hop: int, world: World, T: int, starts: list[int]) -> Iterator[tuple[slice, slice, bool]]:
-    """(t, s, causal) of one sequence whose documents begin at `starts` (the first at 0) and attend only to themselves.
+def document_blocks(hop: int, world: World, T: int, begins: list[int]) -> Iterator[tuple[slice, slice, bool]]:
+    """(t, s, causal) of one sequence whose documents begin at `begins` (the first at 0) and attend only to themselves.
 
-    A chunk attends to itself document by document; to an earlier chunk, only from the document that lasts from there.
+    A chunk attends causally to each of its documents, and to what an earlier chunk holds of its first document.
     """
     R, size = world.ranks, T // 2 if world.ranks > 1 else T  # size: tokens of a chunk
     ours, theirs = ([r, 2 * R - 1 - r] if R > 1 else [0] for r in (world.rank, (world.rank - hop) % R))
-    pairs = sorted(product(enumerate(ours), enumerate(theirs)), key=lambda pair: pair[0][1] != pair[1][1])
+    pairs = sorted(product(enumerate(ours), enumerate(theirs)), key=lambda pair: pair[0][1] != pair[1][1])  # own first
     for (i, our_chunk), (j, their_chunk) in pairs:
-        begin = our_chunk * size
-        first, last = bisect_right(starts, begin) - 1, bisect_left(starts, begin + size)
-        ends = [*starts[first + 1 : last], begin + size]
+        chunk_start = our_chunk * size
+        first, last = bisect_right(begins, chunk_start) - 1, bisect_left(begins, chunk_start + size)
+        ends = [*begins[first + 1 : last], chunk_start + size]
         if our_chunk == their_chunk:
-            for start, end in zip([begin, *ends], ends):
-                document = slice(start - begin + i * size, end - begin + i * size)
+            for begin, end in zip([chunk_start, *ends], ends):
+                document = slice(begin - chunk_start + i * size, end - chunk_start + i * size)
                 yield document, document, True
-        elif their_chunk < our_chunk and (doc_start := max(starts[first] - their_chunk * size, 0)) < size:
-            yield slice(i * size, i * size + ends[0] - begin), slice(j * size + doc_start, (j + 1) * size), False
+        elif their_chunk < our_chunk and (doc_start := max(begins[first] - their_chunk * size, 0)) < size:
+            yield slice(i * size, i * size + ends[0] - chunk_start), slice(j * size + doc_start, (j + 1) * size), False
 
 
 # ---- the ring: forward and backward --------------------------------------------------------------
@@ -232,7 +232,7 @@ def rotate_kv(k_BTGK: Tensor, v_BTGK: Tensor, world: World) -> Iterator[tuple[in
         kv = transfer.wait() if transfer else kv
 
 
-def ring_forward(q_BTHK, k_BTGK, v_BTGK, world, kernel=None, starts=None) -> Partial:  # noqa: ANN001
+def ring_forward(q_BTHK, k_BTGK, v_BTGK, world, kernel=None, starts=None) -> OLse:  # noqa: ANN001
     """Causal attention to the keys of all ranks: (o_BTHK, lse_BHT) in fp32, with R - 1 messages of K and V."""
     o_BTHK = torch.empty_like(q_BTHK, dtype=accumulate_dtype(q_BTHK))
     lse_BHT = o_BTHK.new_empty(*o_BTHK.shape[:3]).transpose(1, 2).contiguous()
@@ -257,14 +257,14 @@ def ring_backward(do_BTHK, q_BTHK, k_BTGK, v_BTGK, o_BTHK, lse_BHT, world, kerne
     for hop, (k_BSGK, v_BSGK) in rotate_kv(k_BTGK, v_BTGK, world):
         dkv = own_dkv if hop == 0 else torch.zeros_like(own_dkv) if hop == 1 else None  # later: what comes in
         for b, t, s, causal in visible_blocks(hop, world, q_BTHK.shape[1], starts):
-            queries = (x[b, t] for x in (do_BTHK, q_BTHK))
-            keys_and_stats = k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t]
-            part = block_attention_backward(*queries, *keys_and_stats, causal, kernel)
+            grads = block_attention_backward(
+                do_BTHK[b, t], q_BTHK[b, t], k_BSGK[b, s], v_BSGK[b, s], o_BTHK[b, t], lse_BHT[b, :, t], causal, kernel
+            )
             if dkv is None:  # the sum comes in while the first block computes
                 dkv = dkv_in_flight.wait()
-            for accumulator, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), part):
+            for accumulator, new in zip((dq_BTHK[b, t], dkv[0, b, s], dkv[1, b, s]), grads):
                 accumulator += new
-            del part, new  # not to be held while the next is computed
+            del grads, new  # not to be held while the next is computed
         if hop > 0:
             if dkv is None:  # no document reaches from these keys to our queries
                 dkv = dkv_in_flight.wait()
@@ -304,7 +304,7 @@ def zigzag_attend(world: World, kernel: str | None = None, starts: DocumentStart
     return attend
 
 
-# The paper's Sec. 3.1 ends here. What follows makes it run on many machines, fast, and restartable.
+# That was the paper's ring attention. What follows: processes, a sharded cache, FSDP2 and offload, saved state.
 # ---- processes, and sums over them ---------------------------------------------------------------
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too, for tensors offloaded to the CPU
@@ -326,7 +326,7 @@ def start(device: str = "auto") -> World:
             raise ValueError(f"{local_ranks} process(es) need one GPU each, but torch sees {found}; {fix}")
         torch.cuda.set_device(local_rank)
     if ranks > 1:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of --max-restarts; the store may be an old one
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a restart must not read the old keys of the store
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=TIMEOUT))[0])
         dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     return World(rank, ranks, torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu"))
@@ -334,14 +334,14 @@ def start(device: str = "auto") -> World:
 
 def set_cuda_defaults() -> None:
     """Settings of torch for a GPU; to be called before the first use of one."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # freed blocks of unlike sizes join
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums of a split-K matmul
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # split-K adds in fp32
     torch.backends.cudnn.allow_tf32 = False  # CLIP's convolution in float32
     torch.backends.cuda.enable_cudnn_sdp(False)  # preferred on Hopper, but it makes a plan, 40 ms, for each new shape
 
 
 def stop() -> None:
-    """Leave the process group. Ranks need not arrive together, so it may stand in a `finally`."""
+    """Leave the process group. With gloo ranks need not arrive together, so it may stand in a `finally`."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -377,16 +377,16 @@ def all_reduce_sum(x: Tensor, world: World) -> Tensor:
     return x
 
 
-def global_mean(sum: Tensor, count: Tensor, world: World) -> Tensor:
-    """This rank's share of the mean loss per target over all ranks (Sec. 3.1): sum * R / count of all ranks.
+def global_mean(loss_sum: Tensor, count: Tensor, world: World) -> Tensor:
+    """This rank's share of the mean loss per target over all ranks: loss_sum * R / count of all ranks.
 
-    `sum`: of the losses here; `count`: of their targets, 0 allowed. R, because FSDP *averages* gradients over the
-    ranks; the mean of all shares is the loss. Raises ValueError, on all ranks alike, if no rank has a target.
+    `loss_sum`: over the targets here; `count`: how many these are, 0 allowed. R, because FSDP *averages* gradients over
+    the ranks; the mean of all shares is the loss. Raises ValueError, on all ranks alike, if no rank has a target.
     """
-    everywhere = all_reduce_sum(count, world)
-    if everywhere == 0:
+    total_count = all_reduce_sum(count, world)
+    if total_count == 0:
         raise ValueError("this batch has no target on any rank, so it has no loss; check the data's masks")
-    return sum * (world.ranks / everywhere)
+    return loss_sum * (world.ranks / total_count)
 
 
 def all_gather(x: Tensor, world: World) -> list[Tensor]:
@@ -414,7 +414,7 @@ def gather_round_robin(parts: Iterable[Tensor], no_0D: Tensor, rows: int, times:
 
 
 def long_timeout_group(world: World, hours: int = 30 * 24) -> World:
-    """The same ranks in a gloo group that waits longer, for input or unlike work; all must call this at one time."""
+    """The ranks of the whole run in a gloo group that waits longer: for typed input, or ranks with unequal work."""
     if world.ranks == 1:
         return world
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # a rank that is lost before it comes here is noticed
@@ -423,7 +423,7 @@ def long_timeout_group(world: World, hours: int = 30 * 24) -> World:
 
 
 def broadcast_text(read: Callable[[], str], world: World) -> str:
-    """What `read()` returns on rank 0, the only rank that calls it, on every rank."""
+    """The text of `read()`, called on rank 0 alone, on every rank; bytes that are no UTF-8 become "?"."""
     box = [read().encode(errors="replace").decode() if world.rank == 0 else ""]
     if world.ranks > 1:
         dist.broadcast_object_list(box, world.peer(0), world.group)
@@ -442,7 +442,7 @@ def join_o_lse(o_BTHK: Tensor, lse_BHT: Tensor) -> Tensor:
     return torch.cat([o_BTHK.to(lse_BHT.dtype), lse_BHT.transpose(1, 2).unsqueeze(-1)], dim=-1)
 
 
-def attend_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+def attend_unmasked(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     """Attention to keys that are all in the past, [B, T, H, K + 1] as `join_o_lse`; without keys lse is -inf.
 
     The Q queries that share a key head become its rows, so that a decode step reads each key once, not Q times.
@@ -458,8 +458,8 @@ def attend_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
 class ShardedCache:
     """longva.KVCache with its keys and values on R ranks: the same interface, so the model knows of no rank.
 
-    A *sharded* piece is computed in zigzag order, and each rank keeps the keys that it computed. A *replicated* piece
-    is computed by all ranks, which get the same bits, and kept by the rank that has fewest. All ranks must call alike.
+    A *sharded* piece is computed in zigzag order, and each rank keeps the keys that it computed. A *replicated* one is
+    computed by all ranks, which get the same bits, and kept by the rank that has fewest. All ranks make the same calls.
     """
 
     def __init__(self, lm: LMConfig, B: int, S: int, reference: Tensor, world: World):
@@ -477,7 +477,7 @@ class ShardedCache:
     def pieces(self, T: int, chunk: int) -> Iterator[tuple[slice, Tensor]]:
         """Split T more tokens into slices of about `chunk`, each with the indices computed on this rank (int64).
 
-        Sets `sharded` for `attend`. The last token is in a replicated piece, so that every rank can tell what follows.
+        Sets `sharded` for `attend`. The last token is in a replicated piece, so that every rank has its hidden state.
         """
         assert self.length + T <= self.S, f"a cache for {self.S} tokens cannot hold {self.length + T}"
         even = 2 * self.world.ranks
@@ -494,8 +494,8 @@ class ShardedCache:
         R, n = self.world.ranks, self.lengths[self.world.rank]
         k_BSGK, v_BSGK = self.k_LBSGK[layer, :, :n], self.v_LBSGK[layer, :, :n]
         if not self.sharded or R == 1:
-            return all_gather(attend_past(q_BTHK, k_BSGK, v_BSGK), self.world)
-        parts = attend_past(torch.cat(all_gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
+            return all_gather(attend_unmasked(q_BTHK, k_BSGK, v_BSGK), self.world)
+        parts = attend_unmasked(torch.cat(all_gather(q_BTHK, self.world), dim=1), k_BSGK, v_BSGK)
         sent = parts.unflatten(1, (R, -1)).movedim(1, 0).contiguous()
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.world.group)
@@ -554,7 +554,7 @@ def no_grad_reshard(model: nn.Module) -> Iterator[None]:
     """Evaluate a model that is being trained: no gradients, and its gathered parameters are freed afterwards."""
     with torch.no_grad():
         yield
-    if isinstance(model, FSDPModule):  # its root waits, gathered, for a backward that does not come
+    if isinstance(model, FSDPModule):  # FSDP2 keeps the root gathered after forward, for a backward
         model.reshard()
 
 
@@ -612,9 +612,9 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
-    """Load the newest sound state into `model` and `optimizer`; the steps it had taken, 0 if nothing was saved.
+    """Load the newest intact state into `model` and `optimizer`; return its step, 0 if nothing was saved.
 
-    All ranks call it once. Another number of ranks may have saved; as many continue to the bit. Raises ValueError.
+    All ranks call it once. Any number of ranks may have saved it; with the same number, training goes on bit for bit.
     """
     newest = checkpoint.newest(Path(folder), world.rank, partial(all_gather, world=world))
     return checkpoint.restore(newest, model, optimizer, copy_shard) if newest else 0

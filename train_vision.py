@@ -4,16 +4,15 @@ What      --stage align   trains the projector alone, on captions (LLaVA-1.5's f
           --stage sft     trains vision tower, projector and language model, on conversations about pictures
           --stage both    align, then sft, of the miniature
           --stage dpo     trains the same on pairs of answers about a video, one preferred (LongVA-DPO)
-          The stages differ in what learns (`param_groups`) and in the loss (`NextTokenLoss`, `DPOLoss`); the loop is
-          one. The ranks divide a step's samples, or with --ring a sample's tokens. Kill it at any moment and run the
-          same command again: it continues, on a CPU to the same bits.
+          The stages differ in what learns (`param_groups`) and in the loss (`NextTokenLoss`, `DPOLoss`). Ranks divide a
+          step's samples, or with --ring a sample's tokens. A killed run, started again, goes on, on a CPU bit for bit.
 Paper     Sec. 3.2, App. C: LLaVA-1.6's data and recipe, UniRes, no video. Sec. 5.2: DPO (arXiv 2305.18290) on videos.
 Run       python train_vision.py --stage both
           torchrun --nproc-per-node 2 train_vision.py --stage align     the tiny model; then --stage sft
           torchrun --nproc-per-node 8 train_vision.py --stage sft --preset longva --weights ALIGNED --data LLAVA.json
-Dimensions  B samples (for dpo 2 rows per pair)   S tokens of the longest, T of them held by this rank   N grids
-Differs   --labels clean trains what the assistant says alone, with one newline after a picture, as in inference;
-          released, the full-size default, also trains the frame of the user's turns, two newlines (data/chat.py).
+Dimensions  B samples (for dpo 2 rows per pair, of P)   S tokens of the longest, T held by this rank   N grids
+Differs   --labels clean trains the assistant's words alone, with one newline after a picture, as in inference;
+          released, the full-size default, also the control tokens of user turns, with two newlines (data/chat.py).
           The loss is the mean over all targets of a step, not the mean of the ranks' means.
           align cuts pictures as sft does; the release's crops them square and leaves 576 tokens unpooled.
           An unusable sample is skipped and counted (data/llava.py). dpo computes reference log-probabilities once.
@@ -69,7 +68,7 @@ class MicroBatch(NamedTuple):
 
 
 class NextTokenLoss:
-    """What align and sft minimize: -log p of the targets, the labelled tokens of the answers."""
+    """What align and sft minimize: -log p of the targets, the tokens that have a label (see --labels)."""
 
     metrics = ("loss",)  # means over targets
 
@@ -94,7 +93,7 @@ class DPOLoss:
     reference_logps: Tensor  # [P, 2], of all pairs of the data set
     beta: float
     group: ring.World
-    metrics = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # means over pairs
+    metrics = ("loss", "margin", "preferred", "accuracy", "chosen", "rejected")  # means over pairs; last two: rewards
 
     def count(self, batch: MicroBatch) -> Tensor:
         """Return how many pairs the sums below are over."""
@@ -110,8 +109,8 @@ class DPOLoss:
         # d(-logsigmoid(margin)) / d(nll): plus this for the chosen row, minus this for the rejected one
         grad_weight_P = self.beta * torch.sigmoid(-margin_P)
         grad_weight_B = torch.stack([grad_weight_P, -grad_weight_P], dim=1).flatten().to(nll_B.dtype)
-        preferred_P = (logp_P2[:, 0] > logp_P2[:, 1]).double()
-        accurate_P = (margin_P > 0).double()
+        preferred_P = (logp_P2[:, 0] > logp_P2[:, 1]).double()  # by log p alone
+        accurate_P = (margin_P > 0).double()  # by reward
         metrics = -F.logsigmoid(margin_P), margin_P, preferred_P, accurate_P, *reward_P2.T
         # `count` is summed over ranks, so it has each pair once for every rank of the ring; so must the loss
         return (grad_weight_B * nll_B).sum() * self.group.ranks, torch.stack([values_P.sum() for values_P in metrics])
@@ -121,7 +120,7 @@ class DPOLoss:
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float, linear: bool) -> float:
-    """Return the rate at a step: a linear rise over `warmup` of the steps, then a cosine, or a line, towards zero."""
+    """Return the rate: a linear rise over `warmup` of the steps (the release's from 0), then a cosine or a line."""
     warmup_steps = math.ceil(warmup * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -135,7 +134,7 @@ def train_step(
     """Accumulate the gradient of one step, unless gradients are off; return the means of the metrics over all ranks."""
     count = sum(loss.count(batch) for batch in batches).to(world.device)
     metrics = torch.zeros(len(loss.metrics), dtype=torch.float64, device=world.device)
-    gradients = GradientSums(model, offload)  # where parameters are offloaded, FSDP2 does not accumulate them itself
+    gradients = GradientSums(model, offload)  # offloaded: adding in FSDP2 would stall backward at each layer
     for batch in batches:
         nll_B, _ = model(*batch.model_inputs)
         loss_sum, metric_sums = loss.sums(batch, nll_B)
@@ -187,7 +186,7 @@ def train(cfg: "Config", world: ring.World) -> None:
         used = sum(len(batch.sample_ids) for batch in batches) if rings.ring.rank == 0 else 0  # once for each ring
         skipped = skips.add(step, unreadable, used)
         metrics = train_step(model, batches, loss, cfg.offload, world)
-        runs.sum_finite(step, [metrics["loss"]])
+        runs.sum_finite(step, [metrics["loss"]])  # raises, before the update, if the loss is not finite
         norm = ring.clip_gradients(model, cfg.grad_clip)
         for params in optimizer.param_groups:
             params["lr"] = learning_rate(params["peak"], step, cfg.steps, cfg.warmup, cfg.stage == "dpo")
@@ -272,7 +271,8 @@ def make_loader(
     cfg: "Config", dataset: llava.Dataset, config: longva.LongVAConfig, tokenizer: Tokenizer, rings: ring.RingGroup
 ) -> llava.Loader:
     """Return what turns samples into this rank's micro-batches."""
-    trim = "plain" if cfg.stage == "align" else "qwen_1_5", cfg.labels == "clean", cfg.max_len
+    template, clean = "plain" if cfg.stage == "align" else "qwen_1_5", cfg.labels == "clean"
+    tokenize = partial(llava.tokenize_and_trim, tokenizer, template=template, clean=clean, max_len=cfg.max_len)
 
     def prepare(i: int, media: llava.Media, dialogues: list[llava.Turns]) -> llava.Example:
         """Cut pictures into grids and tokenize; ValueError if the sample cannot be used."""
@@ -283,9 +283,7 @@ def make_loader(
             else:
                 images.append(longva.preprocess(one, config, cfg.grids))
         lengths = [layout.tokens(config.vision.patches) for _, layout in images]
-        return llava.Example(
-            i, images, [llava.tokenize_and_trim(tokenizer, turns, lengths, *trim) for turns in dialogues]
-        )
+        return llava.Example(i, images, [tokenize(turns, lengths) for turns in dialogues])
 
     join = partial(collate, config=config, pad_id=tokenizer.pad_id, group=rings.ring)
     sum_over_ring = partial(ring.all_reduce_sum, world=rings.ring)
@@ -293,9 +291,9 @@ def make_loader(
 
 
 def collate(examples: list[llava.Example], config: longva.LongVAConfig, pad_id: int, group: ring.World) -> MicroBatch:
-    """Join samples, and keep of every text and its pictures the share of this rank of the ring.
+    """Join samples; keep this rank's share of each text, and the pictures whose tokens fall in it.
 
-    The lengths of all pictures are known, so visual tokens are put in their places at once, wherever a shard begins.
+    Every picture's number of tokens is known beforehand, so that a picture's tokens may be split between ranks.
     """
     multiple = 2 * group.ranks if group.ranks > 1 else 1
     ids_BS, targets_BS, pictures, shown = llava.join_examples(examples, pad_id, multiple)
@@ -320,7 +318,7 @@ def collate(examples: list[llava.Example], config: longva.LongVAConfig, pad_id: 
 def print_held_out_score(
     cfg: "Config", model: longva.LongVA, tokenizer: Tokenizer, rings: ring.RingGroup, world: ring.World
 ) -> None:
-    """Print the loss of HELD_OUT synthetic samples of another seed, and the share of targets that are the argmax.
+    """Print the loss of HELD_OUT or more synthetic samples of another seed, and the share of targets that are argmax.
 
     For dpo: the loss with a reference that prefers nothing, and the share of pairs whose preferred answer is likelier.
     """
@@ -397,7 +395,7 @@ class Config:
     resolution_curriculum: float = setting(0.0, "part of the steps in which pictures grow (ours)", hidden=True)
     batch: int | None = setting(None, "samples per step, over all ranks (release: 128, 32)", group="Optimization")
     micro_batch_size: int | None = setting(None, "samples per forward pass of a ring; none: all (release: 16, 4, 1)")
-    steps: int | None = setting(None, "optimizer steps (release: one epoch, dpo three)")
+    steps: int | None = setting(None, "optimizer steps; none: an epoch of the release's data, dpo three (release)")
     lr: float | None = setting(None, "peak learning rate; then a cosine, for dpo a line, to zero (release)")
     beta: float = setting(0.1, "dpo: strength of the KL penalty that keeps the model near the reference (Sec. 5.2)")
     tower_lr: float | None = setting(None, "peak learning rate of the vision tower (release: finetune.sh)", hidden=True)
@@ -405,7 +403,7 @@ class Config:
     beta2: float = setting(0.999, "AdamW's beta2; beta1 is 0.9 (release)", hidden=True)
     grad_clip: float = setting(1.0, "largest norm of the gradient (release: zero3.json)", hidden=True)
     expected: tuple[float, ...] | None = setting(None, "held-out loss and score to reach (ours)", hidden=True)
-    ring: int = setting(1, "ranks that share a sample's tokens by ring attention (release: 1)", group="Hardware")
+    ring: int = setting(1, "context-parallel size: ranks that share a sample's tokens (release: 1)", group="Hardware")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of activations; parameters stay fp32 (Sec. 3.2)")
     checkpointing: Literal["none", "full"] = setting("full", "activations to recompute in backward (release)")
     offload: bool = setting(False, "keep parameters and optimizer in CPU memory (release: zero3.json)")
@@ -432,7 +430,7 @@ TINY = {
 }  # fmt: skip
 PRESETS = {  # the systems of the miniature Figure 4; a stage takes one to twelve minutes
     "tiny": {**TINY, "system": "tiny-longva"},
-    "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9, "expected": (0.1, 0.95)},
+    "tiny-anyres": {**TINY, "system": "tiny-anyres", "scheme": "anyres", "grids": 9},
     "tiny-anyres-pooled": {**TINY, "system": "tiny-anyres-pooled", "scheme": "anyres_pooled", "grids": 36},
     "tiny-baseline": {**TINY, "system": "tiny-baseline"},
     "longva": {},  # 8 x 80 GB: 1.5 days on A100s for both stages (Sec. 3.2)
@@ -443,6 +441,8 @@ DEFAULT_RULE = {"unires": "canvas", "anyres": "anyres", "anyres_pooled": "anyres
 def resolve(cfg: Config) -> Config:
     """Fill in what was left to the stage: rates, sizes, and the folder that the stage before wrote."""
     rates = (TINY_STAGES if cfg.tiny else STAGES)[cfg.stage]
+    if cfg.tiny and cfg.stage == "sft" and cfg.scheme == "anyres":
+        rates = rates | {"expected": (0.1, 0.95)}  # learns more slowly
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
     return replace(cfg, **{**rates, **runs.vision_folders(cfg.stage, cfg.system, cfg.tiny), **given})
 
@@ -455,7 +455,7 @@ def check(cfg: Config, num_rings: int) -> None:
         folder = getattr(cfg, name)
         if folder is None or not folder.is_dir():
             before = {"sft": "; run --stage align first", "dpo": "; run --stage sft first"}.get(cfg.stage, "")
-            raise ValueError(f"--stage {cfg.stage} starts from a folder, --{name}, and {folder} is none{before}")
+            raise ValueError(f"--stage {cfg.stage} needs a folder as --{name}, but {folder} is none{before}")
     if cfg.images and not cfg.images.is_dir():
         raise ValueError(f"--images {cfg.images} is no folder; name the one in which --data's paths start")
     if cfg.data == "synthetic" and not cfg.tiny:

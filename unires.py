@@ -6,14 +6,14 @@ What      The steps around CLIP and the projector (longva.py): choose how many g
               rows, cols = choose_grids(1920, 1080, side=336)      4 rows of 6 grids
               pixels_NCYX = cut(picture, rows, cols, side=336)     24 grids of 336x336 pixels
               x_NPD = projector(tower(pixels_NCYX))                24 x 576 features (longva.py)
-              x_TD = unires(x_NPD, rows, cols)                     24 x 144 = 3456 tokens
+              x_TD = unires(x_NPD)                                 24 x 144 = 3456 tokens
 
           A video is a picture of one row: its N frames are N grids. `preprocess` takes the first two steps; a
           `Layout` keeps what the last one needs.
 Paper     Sec. 3.2 and Fig. 8 (UniRes against AnyRes); AnyRes is LLaVA-NeXT's.
 Run       imported by longva.py, train_vision.py and vniah.py
-Dimensions  N grids = frames   P patches per grid (576)   D LM width   T tokens
-          C colour channels (3)   Y X pixels (336 336)
+Dimensions  N grids = frames   P patches per grid (576)   M tokens per pooled grid (144)   D LM width
+          T tokens   C colour channels (3)   Y X pixels (336 336)
 Differs   Rule "canvas" is the release's way to choose grids, "floor" the paper's. The release has 200 canvases, all
           but the single grid, so that the smallest picture takes two; kept, because its weights expect it.
           UniRes has no base grid: the release encodes one and then drops it.
@@ -45,7 +45,7 @@ RULES = ("canvas", "floor", "anyres")  # ways to choose the number of grids
 
 
 def floor_grids(width: int, height: int, side: int, limit: int = LIMIT) -> tuple[int, int]:
-    """The paper's rule: as many whole grids as fit each way, at least one -> (rows, cols) (Sec. 3.2).
+    """The paper's rule: as many whole grids as fit each way (Sec. 3.2), at least one (ours) -> (rows, cols).
 
     Where these are more than `limit`, the picture is first scaled down, aspect kept, to the area of `limit`
     grids: then floor(sqrt(limit * width / height)) of them fit across, in integers so that 7.0 is never 6.
@@ -101,17 +101,16 @@ def pool(x_NPD: Tensor) -> Tensor:
     """Average 2x2 patches inside each grid: x_NMD. Raises ValueError for an odd number of patches along a side."""
     patches = isqrt(x_NPD.shape[1])
     assert patches**2 == x_NPD.shape[1], f"{x_NPD.shape[1]} patches make no square"
-    half = isqrt(tokens_per_grid(patches))
+    half = isqrt(tokens_per_grid(patches))  # which refuses an odd side
     return x_NPD.unflatten(1, (half, 2, half, 2)).mean(dim=(2, 4)).flatten(1, 2)  # over y and x inside each block
 
 
-def unires(x_NPD: Tensor, rows: int, cols: int) -> Tensor:
+def unires(x_NPD: Tensor) -> Tensor:
     """Average 2x2 patches inside each grid, then put grid after grid: x_TD, T = N * P / 4 (Fig. 8).
 
     Takes the projector's output, patches row by row in each grid, grids row by row. Nothing separates grids, so a
     picture of six grids and a video of six frames look alike: what the model learns from pictures holds for video.
     """
-    assert rows * cols == len(x_NPD), f"{rows} x {cols} grids are not {tuple(x_NPD.shape)}"
     return pool(x_NPD).flatten(0, 1)  # tokens in the order grid, y, x
 
 
@@ -133,9 +132,10 @@ def anyres(x_NPD: Tensor, rows: int, cols: int, newline_D: Tensor, unpad: tuple[
 
 
 def unpad_margins(height: int, width: int, unpad: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows above (and below) and columns left (and right) of a map of patches that show padding alone.
+    """Rows above (and below) and columns left (and right) to trim from a map of patches, as padding (`unpad_image`).
 
-    `unpad` is the picture's (width, height) in pixels; the rounding is the release's.
+    `unpad` is the picture's (width, height) in pixels. The rounding is the release's: a row that shows a little of the
+    picture may go, and of pictures thinner than 72:1 (36:1 of pooled grids) all rows do.
     """
     if unpad is None:
         return 0, 0
@@ -151,8 +151,8 @@ def cut(picture: Picture, rows: int, cols: int, side: int, rule: str = "canvas")
     """Lay a picture on rows x cols grids and cut them apart, row by row -> pixels_NCYX, uint8.
 
     Rules "canvas" and "anyres": the picture keeps its aspect in the middle of a black canvas (release).
-    Rule "floor": it is stretched over the canvas. The paper names no padding, and what is left over each way
-    is less than a grid: stretching keeps all of the content, and no token is spent on black.
+    Rule "floor": it is stretched over the canvas, as the paper names no padding: all content is kept, and no token is
+    spent on black. The aspect changes by up to 2:1; by more where a side is less than a grid, or the limit is reached.
     """
     image, width, height = rgb(picture), cols * side, rows * side
     if rule == "floor":
@@ -228,7 +228,7 @@ class Layout:
     def arrange(self, x_NPD: Tensor, newline_D: Tensor | None = None) -> Tensor:
         """Turn projected features into tokens x_TD by this layout's scheme; only AnyRes needs newline_D."""
         if self.scheme == "unires":
-            return unires(x_NPD, self.rows, self.cols)
+            return unires(x_NPD)
         if self.scheme == "anyres_pooled":
             x_NPD = pool(x_NPD)
         assert newline_D is not None, "anyres ends each row with the model's image_newline"
@@ -282,7 +282,7 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 
 def normalise(pixels_NCYX: Tensor) -> Tensor:
-    """uint8 pixels as CLIP was trained on them, where they are: float32, mean 0 and deviation 1 per colour."""
+    """uint8 pixels as CLIP's input, on the same device: float32, (x / 255 - MEAN) / STD for each colour."""
     mean_C11, std_C11 = (torch.tensor(x, device=pixels_NCYX.device)[:, None, None] for x in (MEAN, STD))
     return pixels_NCYX.float().div_(255).sub_(mean_C11).div_(std_C11)
 
@@ -302,29 +302,29 @@ class UniqueGrids:
         self.patches, self.scheme = patches, scheme
         self.units: list[tuple[Tensor, Layout]] = []
         self.starts = [0]  # the first token of each unit, then the number of all tokens
-        rows_of_picture = []
+        tokens_of_picture = []
         for pixels_NCYX, layout in pictures:
             first = self.starts[-1]
             unit_layout = Layout(1, 1) if layout.scheme == "unires" else layout
             for unit_NCYX in pixels_NCYX.split(unit_layout.grids):
                 self.units.append((unit_NCYX, unit_layout))
                 self.starts.append(self.starts[-1] + unit_layout.tokens(patches))
-            rows_of_picture.append(range(first, self.starts[-1]))
-        # For every visual token of the batch, in order: its row among the tokens of all units.
-        self.row = torch.tensor([row for i in shown for row in rows_of_picture[i]], dtype=torch.int64)
+            tokens_of_picture.append(range(first, self.starts[-1]))
+        # For every visual token of the batch, in order: its index among the tokens of all units.
+        self.token = torch.tensor([token for i in shown for token in tokens_of_picture[i]], dtype=torch.int64)
 
     def subset(self, wanted: Tensor, side: int) -> tuple[Tensor, list[Layout], Tensor]:
-        """Return (pixels_NCYX, layout, row) for the visual tokens numbered `wanted`, those that a rank holds.
+        """Return (pixels_NCYX, layouts, token) for the visual tokens numbered `wanted`, those that a rank holds.
 
         Where it holds none, a blank grid that no text shows keeps all ranks calling the same modules.
         """
-        starts, row = torch.tensor(self.starts), self.row[wanted]
-        unit = torch.bucketize(row, starts, right=True) - 1
+        starts, token = torch.tensor(self.starts), self.token[wanted]
+        unit = torch.bucketize(token, starts, right=True) - 1
         used, inverse = unit.unique(return_inverse=True)
-        layout = [self.units[i][1] for i in used] or [Layout(1, 1, self.scheme)]
-        pixels = [self.units[i][0] for i in used] or [torch.zeros(layout[0].grids, 3, side, side, dtype=torch.uint8)]
-        local_starts = torch.tensor([0, *(one.tokens(self.patches) for one in layout)]).cumsum(0)
-        local_row = row - starts[unit] + local_starts[inverse]
-        if all(one.scheme == "unires" for one in layout):
-            layout = [Layout(1, sum(one.grids for one in layout))]  # grid after grid, as in a video: one call, not many
-        return torch.cat(pixels), layout, local_row
+        layouts = [self.units[i][1] for i in used] or [Layout(1, 1, self.scheme)]
+        pixels = [self.units[i][0] for i in used] or [torch.zeros(layouts[0].grids, 3, side, side, dtype=torch.uint8)]
+        local_starts = torch.tensor([0, *(layout.tokens(self.patches) for layout in layouts)]).cumsum(0)
+        local_token = token - starts[unit] + local_starts[inverse]
+        if all(layout.scheme == "unires" for layout in layouts):  # grid after grid, as in a video: one call, not many
+            layouts = [Layout(1, sum(layout.grids for layout in layouts))]
+        return torch.cat(pixels), layouts, local_token

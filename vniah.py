@@ -11,9 +11,9 @@ Run       python vniah.py                                       the four systems
           python vniah.py --protocol paper --weights LongVA-7B --haystack FILM.mp4 --needles FOLDER
           torchrun --nproc-per-node 8 vniah.py ...              probes spread over ranks; or --engine ring
           A killed run continues where it stopped; a finished one only draws its tables and pictures anew.
-Dimensions  B probes in one batch   N frames   M tokens per frame   T tokens   S tokens of a whole probe   D LM width
-Differs   --engine cache reads needles inserted at the same position once for all lengths, and all of them share the
-          haystack's prefix. --engine ring is the paper's way: each probe is one pass, spread over all ranks.
+Dimensions  B probes in one batch   N frames   M tokens per frame   T tokens   S tokens before an answer   D LM width
+Differs   --engine cache reads needles inserted at the same position of a video once for all lengths, and all of them
+          share the haystack's prefix. --engine ring is the paper's way: each probe is one pass, spread over all ranks.
           The miniature's haystacks contain distractors, else the only number were the answer; the paper's have none.
           Numbers in text are drawn anew for each cell; --protocol paper uses the same five everywhere.
           Controls ask the same questions without the needle, which shows what guessing scores, and with the options
@@ -36,14 +36,14 @@ import unires
 from data import chat, evaluate, niah, results
 from data.config import stop_ids
 from data.evaluate import System
-from data.flags import at_least, model_name, print0, progress, run, setting
+from data.flags import at_least, check_range, model_name, print0, progress, run, setting
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ---- the test: one probe, one forward pass -------------------------------------------------------
 
 
 def encode_frames(model: longva.LongVA, pictures: Iterable[unires.Picture]) -> Tensor:
-    """Visual tokens of frames, x_NMD; each frame is letterboxed, as V-NIAH shows them (Sec. 4)."""
+    """Visual tokens of frames, x_NMD; each frame is letterboxed, as in V-NIAH (release)."""
     vision = model.config.vision
     grids = (unires.frame(picture, vision.side, "pad") for picture in pictures)
     return torch.cat(list(longva.encode_video(model, grids))).unflatten(0, (-1, vision.tokens_per_grid))
@@ -55,7 +55,7 @@ def embed(model: longva.LM, ids: list[int]) -> Tensor:
 
 
 def insert_needle(prefix_1TD: Tensor, x_NMD: Tensor, needle: Tensor, before: int, question: Tensor) -> Tensor:
-    """A whole probe, x_1SD: system prompt, `before` frames, the needle, the frames after it, the question."""
+    """A probe up to its answer, x_1SD: system prompt, `before` frames, the needle, the other frames, the question."""
     frames = torch.cat([x_NMD[:before], needle, x_NMD[before:]])
     return torch.cat([prefix_1TD, frames.flatten(0, 1)[None], question], dim=1)
 
@@ -68,7 +68,7 @@ def visual_probe(
     The question ends with the chat template's suffix, which opens the answer.
     """
     prefix_ids, suffix_ids = chat.template_ids(tokenizer, chat.default_template(tokenizer))
-    question_ids = tokenizer.encode("\n" + needle.question.removeprefix("\n")) + suffix_ids
+    question_ids = tokenizer.encode("\n" + needle.question.removeprefix("\n")) + suffix_ids  # the release's begin so
     x_NMD, needle_1MD = encode_frames(model, frames), encode_frames(model, [needle.picture])
     before = niah.insert_index(len(x_NMD), depth)
     x_1SD = insert_needle(embed(model, prefix_ids), x_NMD, needle_1MD, before, embed(model, question_ids))
@@ -80,7 +80,7 @@ def text_probe(
 ) -> tuple[Tensor, list[int]]:
     """A probe of the magic-number test (App. A) without distractors: (x_1SD up to the answer, ids of the answer).
 
-    The book fills `context` tokens; the sentence with the number follows the next full stop after `depth` (0..1).
+    The book fills `context` tokens; the number's sentence follows the next full stop after `depth`, or is first at 0.
     """
     encode, rng = tokenizer.encode, np.random.RandomState(0)
     periods = niah.period_ids(encode)
@@ -93,6 +93,7 @@ def answer_logits(model: longva.LM, x_1SD: Tensor, answer_ids: list[int]) -> Ten
     """Logits at the answer's positions, one row a token, from one causal pass over probe and answer."""
     x_1TD = torch.cat([x_1SD, embed(model, answer_ids)[:, :-1]], dim=1)  # the last token is predicted, never read
     pos_T = torch.arange(x_1TD.shape[1], device=x_1TD.device)
+    model.model.rope_len = 0  # dynamic NTK: the length of this call
     h_1TD = model.model(x_1TD, pos_T)
     return model.logits(h_1TD[:, -len(answer_ids) :])[0]
 
@@ -129,20 +130,20 @@ def score_and_generate(
     question: embedded, [B, tokens, D]; answer: ids, [B, tokens], which is teacher-forced in one pass. Generation then
     starts after the question and ends after `max_new_tokens` or at a stop id. Restores the cache's length.
     """
-    prefix = cache.length
+    prefix_len = cache.length
     longva.prefill(model, question[:, :-1], cache)
-    asked = cache.length
+    asked_len = cache.length
     teacher_forced = torch.cat([question[:, -1:], model.embed(answer[:, :-1])], dim=1)
     best = model.logits(longva.prefill(model, teacher_forced, cache)).argmax(-1)
     hits, generated = (best == answer).all(1).tolist(), [best[:, :1]]
-    cache.length = asked + 1  # the question's last token stays: `best` already holds what follows it
+    cache.length = asked_len + 1  # the question's last token stays: `best` already holds what follows it
     stop = torch.tensor(stops, device=answer.device)
     ended_B = torch.isin(generated[0][:, 0], stop)
     while len(generated) < max_new_tokens and not ended_B.all():
         h_B1D = longva.prefill(model, model.embed(generated[-1]), cache)
         generated.append(model.logits(h_B1D).argmax(-1))
         ended_B |= torch.isin(generated[-1][:, 0], stop)
-    cache.length = prefix
+    cache.length = prefix_len
     rows = torch.cat(generated, dim=1).tolist() if max_new_tokens else [[]] * len(hits)
     return hits, [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
@@ -162,15 +163,15 @@ class NIAH:
         for cell in group.cells:
             for i, (x_1SD, answer_ids) in zip(group.needle_ids, self.sequences(cell, group.needle_ids)):
                 tokens = x_1SD.shape[1]
-                self.model.model.rope_len = tokens + len(answer_ids) - 1  # for dynamic NTK: a pass is not all of it
                 if self.cfg.engine == "ring":
                     hit = is_found_by_ring(self.model, x_1SD, answer_ids, self.world)
                     answer = self.tokenizer.decode(answer_ids)
                     yield [results.probe_line(self.system.name, cell, self.needles[i], tokens, hit, answer)]
                     continue
+                self.model.model.rope_len = tokens + len(answer_ids) - 1  # for dynamic NTK: prefill sees pieces
                 answer = torch.tensor([answer_ids], device=self.model.device)
-                S = tokens + max(len(answer_ids), self.cfg.max_new_tokens)
-                yield self.score(cell, [i], x_1SD, answer, longva.KVCache(self.model.model.config, 1, S, x_1SD))
+                room = tokens + max(len(answer_ids), self.cfg.max_new_tokens)
+                yield self.score(cell, [i], x_1SD, answer, longva.KVCache(self.model.model.config, 1, room, x_1SD))
 
     def score(self, cell: tuple, ids: list[int], suffix: Tensor, answer: Tensor, cache: longva.KVCache) -> list[dict]:
         """`score_and_generate` for the needles `ids`, whose probes end with `suffix`; their result lines."""
@@ -184,23 +185,23 @@ class NIAH:
 
 
 class VisualNIAH(NIAH):
-    """V-NIAH: haystack and needles as the model's visual tokens (Sec. 4); `before`: an earlier test of this model."""
+    """V-NIAH: haystack and needles as the model's visual tokens (Sec. 4); `earlier`: a test of the same model."""
 
-    def __init__(self, cfg, system, model, tokenizer, world, before: "VisualNIAH | None" = None):  # noqa: ANN001
+    def __init__(self, cfg, system, model, tokenizer, world, earlier: "VisualNIAH | None" = None):  # noqa: ANN001
         super().__init__(cfg, system, model, tokenizer, world)
         needles, distractors = evaluate.pick_needles(system, cfg.needles, cfg.needle_count, cfg.seed)
         template = chat.default_template(tokenizer)
         prefix_ids, suffix_ids = chat.template_ids(tokenizer, template)
-        self.needles, described = needles, [niah.describe(needle) for needle in needles]
-        self.prompts = {"template": template, "pre": prefix_ids, "post": suffix_ids, "needles": described}
         questions = evaluate.questions_for(system, needles, cfg.seed)
+        self.needles, described = needles, [niah.describe(one) for one in questions if one]
+        self.prompts = {"template": template, "pre": prefix_ids, "post": suffix_ids, "needles": described}
         texts = [one and "\n" + one.question.removeprefix("\n") for one in questions]
         self.question_ids = [text and tokenizer.encode(text) + suffix_ids for text in texts]
         self.answer_ids = [one and tokenizer.encode(one.answer) for one in questions]
         self.prefix_1TD = embed(model, prefix_ids)
         self.cache, self.hashes, N = None, [], max(cfg.frames)
-        if before and before.system.selection_run == system.selection_run:  # thousands of frames: encoded once a model
-            self.haystack_NMD, self.hashes = before.haystack_NMD, before.hashes
+        if earlier and earlier.system.selection_run == system.selection_run:  # thousands of frames, encoded once
+            self.haystack_NMD, self.hashes = earlier.haystack_NMD, earlier.hashes
         else:
             frames = evaluate.open_haystack(system, cfg.haystack, N, cfg.seed, cfg.protocol == "paper", self.hashes)
             self.haystack_NMD = encode_frames(model, progress(frames, "haystack", N, leave=False))
@@ -213,7 +214,7 @@ class VisualNIAH(NIAH):
         return niah.group_probes(cells, sizes, self.haystack_NMD.shape[1], shared=not len(self.distractor_NMD))
 
     def haystack(self, haystack_len: int, N: int) -> Tensor:
-        """The first N frames, x_NMD, with the distractors spread evenly over `haystack_len` of them."""
+        """The first N frames, x_NMD; evenly over `haystack_len` of them, distractors take the place of frames."""
         distractors = self.distractor_NMD[:haystack_len]
         x_NMD = self.haystack_NMD[:N].clone() if len(distractors) else self.haystack_NMD[:N]
         for i, distractor_MD in enumerate(distractors):
@@ -256,12 +257,12 @@ class VisualNIAH(NIAH):
         question = self.model.embed(torch.tensor([self.question_ids[i] for i in ids], device=self.model.device))
         answer = torch.tensor([self.answer_ids[i] for i in ids], device=self.model.device)
         # 1 the frames before the needle are in the shared cache; each needle continues from a copy of it
-        prefix, new_tokens = self.extend_cache(group), max(answer.shape[1], self.cfg.max_new_tokens)
+        shared, new_tokens = self.extend_cache(group), max(answer.shape[1], self.cfg.max_new_tokens)
         room = (longest - group.insert_at + 1) * M + question.shape[1] + new_tokens
-        cache, cached = self.cache.branch(prefix, len(ids), room), group.insert_at
+        cache, cached = self.cache.branch(shared, len(ids), room), group.insert_at
         if self.system.control != "no needle":
             longva.prefill(self.model, self.needle_NMD[ids], cache)  # [B, M, D]: a needle a row
-        # 2 the frames after it, a little further for each length; the question is asked and forgotten again
+        # 2 the frames after it, a little further for each length; `score` takes its question out of the cache again
         haystack_NMD = self.haystack(group.haystack_len, longest)
         for length, depth in group.cells:
             if length > cached:
@@ -274,16 +275,16 @@ class VisualNIAH(NIAH):
 class TextNIAH(NIAH):
     """Needles in text: a book, a magic number inserted into it, other cities' numbers as distractors (App. A)."""
 
-    def __init__(self, cfg, system, model, tokenizer, world, before: "TextNIAH | None" = None):  # noqa: ANN001
+    def __init__(self, cfg, system, model, tokenizer, world, earlier: "TextNIAH | None" = None):  # noqa: ANN001
         super().__init__(cfg, system, model, tokenizer, world)
         self.period_ids, self.prompts = niah.period_ids(tokenizer.encode), niah.PROMPTS
         book = evaluate.read_book(system, cfg.haystack, max(cfg.context), cfg.seed)
         self.hashes = [hashlib.sha256(book.encode()).hexdigest()[:16]]
-        self.ids = niah.encode_repeated(tokenizer.encode, book, max(cfg.context) * (cfg.protocol == "paper"))
+        self.ids = niah.encode_repeated(tokenizer.encode, book, max(cfg.context) if cfg.protocol == "paper" else 0)
         self.needles = evaluate.asked_needles(system, cfg.task, cfg.needles, cfg.number_count, cfg.seed)
 
     def groups(self, cells: list[tuple[int, float]]) -> list[niah.ProbeGroup]:
-        """One group a cell: no two texts share a prefix."""
+        """One group a cell: a text is one pass, and a prefix that texts may share is not reused."""
         return [niah.ProbeGroup(0, 0, tuple(range(self.cfg.number_count)), (cell,)) for cell in cells]
 
     def probes(self, context: int, depth: float) -> list[tuple[list[int], list[int]]]:
@@ -346,7 +347,7 @@ class Config:
     rope_scaling: tuple[str, ...] = setting((), "position scalings to test likewise, as KIND:FACTOR: yarn:8 (ours)")
     trained_on: int | None = setting(None, "tokens, for the dotted line; none: config.json's (ours)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
-    protocol: Literal["paper", "tiny"] = setting("paper", "the paper's grid, or the miniature's (App. A)", group="Test")
+    protocol: Literal["paper", "tiny"] = setting("tiny", "the paper's grid, or the miniature's (App. A)", group="Test")
     haystack: str = setting("synthetic", "video file, folder of pictures or of .txt, or synthetic (Sec. 4)")
     needles: Path | None = setting(None, "folder with pictures and questions.json; none: synthetic (Sec. 4)")
     needle_count: int | None = setting(None, "number of synthetic needles (Sec. 4: 5)")
@@ -359,20 +360,19 @@ class Config:
     seed: int | None = setting(None, "random seed of needles and haystack, unused in training (release: 24242424)")
     controls: bool = setting(True, "also test without the needle, and with options reordered (ours)")
     max_new_tokens: int = setting(8, "tokens generated per question besides the score; 0: none (ours)")
-    engine: Literal["cache", "ring"] = setting("cache", "share prefixes, or one pass per probe (Sec. 4)")
+    engine: Literal["cache", "ring"] = setting("cache", "reuse prefixes; ring: one pass a probe, only scored (Sec. 4)")
     out: Path | None = setting(None, "results folder; none: runs/vniah-TASK-MODEL (ours)", group="Output")
 
     def __post_init__(self):
         at_least(self, rope_theta=1, trained_on=1, needle_count=1, number_count=1, seed=0, max_new_tokens=0)
-        for name in ("frames", "context"):
+        at_least(self, frames=1, context=1)
+        for name in ("frames", "context", "depths"):
             given = getattr(self, name)
-            if given is not None and list(given) != sorted({n for n in given if n > 0}):
-                raise ValueError(f"--{name} {given}: name each length once, from short to long, above 0")
-        for depth in self.depths or ():
-            niah.insert_index(1, depth)  # raises outside 0..1
+            if given is not None and list(given) != sorted(set(given)):
+                raise ValueError(f"--{name} {given}: name each value once, in rising order")
+        check_range("depths", self.depths, 0, 1)
 
 
-PRESETS = {"tiny": {"protocol": "tiny"}, "paper": {"protocol": "paper"}}
 PROTOCOLS = {  # tiny: one minute on two CPU cores, text four; paper, by estimate: 2 hours on 8 A100s, text 5 hours
     "tiny": {
         "needle_count": 10, "frames": (8, 32, 128, 256, 512, 1024),
@@ -385,10 +385,9 @@ PROTOCOLS = {  # tiny: one minute on two CPU cores, text four; paper, by estimat
         "distractors": 0, "seed": niah.SEED,
     },
 }  # fmt: skip
-PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i * 0.1 for i in range(11))}
+PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i * 0.1 for i in range(11))}  # np.arange's
 DIGITS = {"tiny": 3, "paper": 7}  # of a magic number
-CANDIDATE_BASES = (3e5,)  # RoPE bases tried on the miniature's baseline; data/tiny/README.md has all that were tried
-CANDIDATE_SCALINGS = ("yarn:16", "llama3:16")  # and position scalings
+CANDIDATES = (3e5,), ("yarn:16", "llama3:16")  # RoPE bases, scalings for (iv); data/tiny/README.md has all tried
 
 
 def resolve(cfg: Config) -> Config:
@@ -408,38 +407,39 @@ def main(cfg: Config) -> None:
     world, cfg = ring.start(cfg.device), resolve(cfg)
     vision = cfg.task == "vision"
     lengths, counts = (cfg.frames, (cfg.distractors,)) if vision else (cfg.context, cfg.distractor_counts)
-    untrained, candidates = (cfg.rope_theta, cfg.rope_scaling), []
-    systems = evaluate.figure_systems(cfg.task, cfg.weights, cfg.own, counts, *untrained, cfg.needles)
-    needles = cfg.needles, cfg.needle_count, cfg.seed
-    controls = evaluate.controls_of(systems[0], *needles) if cfg.controls and vision else []
+    positions, candidates = (cfg.rope_theta, cfg.rope_scaling), []
+    systems = evaluate.figure_systems(cfg.task, cfg.weights, cfg.own, counts, *positions, cfg.needles)
+    controls = []
+    if cfg.controls and vision:
+        controls = evaluate.controls_of(systems[0], cfg.needles, cfg.needle_count, cfg.seed)
     if not cfg.weights:
-        baseline = replace(systems[-1], distractors=max(counts), selection_run=True)
-        tried = untrained if any(untrained) else (CANDIDATE_BASES, CANDIDATE_SCALINGS)
-        candidates = evaluate.untrained(baseline, *tried)
+        baseline = replace(systems[-1], distractors=max(counts), selection_run=True)  # the last is not extended
+        candidates = evaluate.training_free(baseline, *(positions if any(positions) else CANDIDATES))
     folders = sorted({system.folder for system in systems})
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("trained_on", "device")}
     settings |= {str(folder): folder for folder in folders}
     print0("testing " + ", ".join(map(str, folders)))
     if world.rank == 0:
         results.open_results(cfg.out, settings, [*map(str, folders), "haystack", "needles"])
-    barrier = ring.long_timeout_group(world, hours=2)  # a frozen rank is noticed; started again, no probe is repeated
+    barrier = ring.long_timeout_group(world, hours=2)  # ends if a rank hangs; a restart repeats no finished probe
     log = results.ProbeLog(cfg.out, world.rank, lambda: ring.all_reduce_sum(torch.zeros(1), barrier))
 
     plan = [(system, lengths, cfg.depths) for system in systems]
-    plan += [(control, lengths, cfg.depths[len(cfg.depths) // 2 :][:1]) for control in controls]
+    plan += [(control, lengths, cfg.depths[len(cfg.depths) // 2 :][:1]) for control in controls]  # at one depth
     trials = {f"trial of {one.name}": one for one in candidates}
-    plan += [(replace(one, name=name), lengths[-2:], cfg.depths[::2]) for name, one in trials.items()]
+    plan += [(replace(one, name=name), lengths[-2:], cfg.depths[::2]) for name, one in trials.items()]  # enough
     run_missing(cfg, plan, world, log)
-    rates = {name: results.hit_rate(log.found, name) for name in trials}
+    rates = {name: results.hit_rate(log.results, name) for name in trials}
     if trials:  # system (iv): the baseline with the positions that scored best on other needles
         best = trials[max(trials, key=rates.get)]
-        name = f"(iv) {best.name}, untrained" if vision else f"{best.name}, untrained, {best.distractors} distractors"
+        name = f"{best.name}, training-free"
+        name = f"(iv) {name}" if vision else f"{name}, {best.distractors} distractors"
         systems.append(replace(best, name=name, selection_run=False))
         run_missing(cfg, [(systems[-1], lengths, cfg.depths)], world, log)
 
     if world.rank == 0:
         trained, unit = evaluate.trained_lengths([*systems, *controls], cfg.task, cfg.trained_on)
-        results.report(cfg.out, log.found, trained, len(systems), rates, lengths, cfg.depths, unit)
+        results.report(cfg.out, log.results, trained, len(systems), rates, lengths, cfg.depths, unit)
         results.write_results(cfg.out, log, trained)
         if not cfg.weights:
             print(f"next:    python {'vniah.py text' if vision else 'train_text.py --preset tiny-base'}")
@@ -447,4 +447,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, default="tiny")
+    run(main, Config)

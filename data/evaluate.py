@@ -33,7 +33,8 @@ FIGURE = {  # system: model of the miniature
     "vision": {"(i) LongVA": "longva", "(ii) LongVA, AnyRes": "anyres", "(iii) not extended": "baseline"},
     "text": {"extended": "extended", "not extended": "control"},
 }
-SELECTION_SEED = 1000  # added to the seed of runs that choose untrained positions: other needles, another haystack
+MAX_DISTRACTORS = len(synthetic.THINGS) - 1  # drawn ones: other things than the needle's
+SELECTION_SEED = 1000  # added to the seed of runs that choose training-free positions: other needles, another haystack
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class System:
     rope_theta: float | None = None  # replaces the base that the model was trained with
     rope_scaling: str = ""  # KIND:FACTOR, replaces the scaling that the model was trained with
     control: Literal["", "no needle", "shuffled"] = ""  # the needle left out, or options reordered
-    selection_run: bool = False  # other synthetic needles and haystack, to choose untrained positions with
+    selection_run: bool = False  # other synthetic needles and haystack, to choose training-free positions with
 
     def change(self, trained: LMConfig) -> LMConfig:
         """Return a language model's config with the positions of this system."""
@@ -56,7 +57,7 @@ class System:
         return replace(trained, **changes)
 
 
-def untrained(system: System, bases: Iterable[float], scalings: Iterable[str]) -> list[System]:
+def training_free(system: System, bases: Iterable[float], scalings: Iterable[str]) -> list[System]:
     """Return the ways in which a system may read longer sequences without training, named by what changes."""
     systems = [replace(system, name=f"RoPE base {theta:g}", rope_theta=theta) for theta in bases]
     return systems + [replace(system, name=scaling, rope_scaling=scaling) for scaling in scalings]
@@ -74,7 +75,7 @@ def figure_systems(
     """
     if weights:
         plain = System(flags.model_name(weights), weights)
-        changed = untrained(plain, bases, scalings)
+        changed = training_free(plain, bases, scalings)
         models = [plain, *(replace(one, name=f"{plain.name}, {one.name}") for one in changed)]
     else:
         folders = {name: runs.TINY / model for name, model in FIGURE[task].items()}
@@ -82,7 +83,7 @@ def figure_systems(
             stage = "-sft" if task == "vision" else ""
             folders = {n: runs.trained_or_shipped(f"tiny-{f.name}{stage}", f.name) for n, f in folders.items()}
         models = [System(name, folder) for name, folder in folders.items()]
-    most = len(synthetic.THINGS) - 1 if task == "vision" else len(niah.DISTRACTORS)  # other things, or cities
+    most = MAX_DISTRACTORS if task == "vision" else len(niah.DISTRACTORS)  # other things, or cities
     of_folder = needles and task == "vision"  # its other needles are distractors; niah checks that there are enough
     if min(counts) < 0 or (max(counts) > most and not of_folder):
         raise ValueError(f"distractors {counts} make no sense; give 0 to {most} for --task {task}")
@@ -132,10 +133,15 @@ def seed_of(system: System, seed: int) -> int:
 def pick_needles(
     system: System, folder: Path | None, count: int, seed: int
 ) -> tuple[list[niah.Needle], list[niah.Needle]]:
-    """Return (needles, distractors) of a folder or, where none is given, `count` needles drawn from the seed."""
+    """Return (needles, distractors) of a folder or, where none is given, `count` needles drawn from the seed.
+
+    A selection run gets drawn ones in any case: positions are chosen on other needles than they are tested on.
+    """
+    if system.selection_run:
+        return synthetic.draw_needles(seed_of(system, seed), 8, min(system.distractors, MAX_DISTRACTORS))
     if folder:
         return niah.read_needles_and_distractors(folder, system.distractors, seed)
-    return synthetic.draw_needles(seed_of(system, seed), 8 if system.selection_run else count, system.distractors)
+    return synthetic.draw_needles(seed, count, system.distractors)
 
 
 def questions_for(system: System, needles: list[niah.Needle], seed: int) -> list[niah.Needle | None]:

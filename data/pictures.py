@@ -1,11 +1,11 @@
-"""The README's eight pictures, drawn by one command.
+"""The README's pictures, drawn by one command.
 
 What      Each function below draws one picture and is named like its file: `ring` draws assets/ring.png.
 Paper     Fig. 1 (pipeline), Sec. 3.1 (ring), Fig. 2 and 8 (unires), Fig. 4 (heatmap, comparison); the rest is ours.
 Run       python -m data.pictures [NAME ...]      all of them, or the named ones, in 10 seconds
 Dimensions  none: pictures are measured in pixels of the README, (0, 0) at the top left; files hold twice as many.
 Differs   The heatmap runs from white to dark blue instead of the paper's red to green, for the colour-blind.
-          What was measured comes from data/tiny/chains.json (data/tiny/chains.py); everything else is computed here.
+          What was measured comes from chains.json and transfer.json in data/tiny/; everything else is computed here.
           Pictures have a white background of their own, for dark pages.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from data import memory as planner
 from data import synthetic
 from data.config import LMConfig
 from data.tiny import chains
+from data.tiny import transfer as study
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WIDTH = 820  # pixels of the README's column
@@ -350,7 +352,7 @@ TITLES = {
     "(i) LongVA": "(i) LongVA",
     "(ii) LongVA, AnyRes": "(ii) LongVA with AnyRes",
     "(iii) not extended": "(iii) not extended on text",
-    "(iv) untrained": "(iv) = (iii), RoPE rescaled",
+    "(iv) training-free": "(iv) = (iii), RoPE rescaled",
 }
 
 
@@ -429,6 +431,46 @@ def comparison() -> Figure:
         label = TITLES[name].replace(" with", "\nwith").replace(" on text", "\non text").replace(", RoPE", ",\nRoPE")
         write(ax, 578, places[i], label, 17, ha="left", color=colour, weight="bold")
         ax.plot((right + 4, 572), (y[-1], places[i]), color=colour, linewidth=0.8)
+    return figure
+
+
+def transfer() -> Figure:
+    """The longest film and text in which needles are found, against the length of the texts trained on; log scales."""
+    figure, ax = sheet(430)
+    measured = study.load()
+    lengths = np.array(study.LENGTHS)
+    left, right, top, bottom = 110, 780, 24, 356
+    ticks = [*study.LENGTHS, max(study.CONTEXTS)]
+    x = np.linspace(left + 40, right - 40, len(lengths))
+
+    def height(tokens: int | np.ndarray) -> np.ndarray:
+        return bottom - (bottom - top) * np.log2(np.maximum(tokens, 128) / 128) / np.log2(ticks[-1] / 128)
+
+    for tokens in ticks:
+        ax.plot((left, right), (height(tokens),) * 2, color="#DDDDDD", linewidth=0.8)
+        write(ax, left - 10, height(tokens), f"{tokens:,}", ha="right", color=GREY)
+    for at, tokens in zip(x, lengths):
+        write(ax, at, bottom + 18, f"{tokens:,}", color=GREY)
+    write(ax, (left + right) / 2, bottom + 48, "tokens of the texts trained on", color=GREY)
+    write(ax, 24, (top + bottom) / 2, "tokens of the longest found", color=GREY, rotation=90)
+    ax.plot(x, height(lengths), ":", color=GREY, linewidth=1.6)
+    ax.plot(x, height(np.minimum(study.BEYOND * lengths, ticks[-1])), "--", color=GREY, linewidth=1.6)
+    for kind, colour, dash, mark, aside in (("film", BLUE, "-", "o", -6), ("text", ORANGE, "-.", "s", 6)):
+        reached = [study.reached(measured, length, kind) for length in study.LENGTHS]
+        ax.plot(x + aside, height(np.array([median_low(some) for some in reached])), dash, color=colour, linewidth=2)
+        for at, some in zip(x + aside, reached):
+            ax.plot((at, at), height(np.array([min(some), max(some)])), color=colour, linewidth=1.4)
+            ax.plot(at, height(median_low(some)), mark, color=colour, markersize=8)
+    keys = (
+        ("film", BLUE, "-"),
+        ("text", ORANGE, "-."),
+        ("as long as the texts", GREY, ":"),
+        ("longest test", GREY, "--"),
+    )
+    for i, (name, colour, dash) in enumerate(keys):
+        y = bottom - 92 + 24 * i
+        ax.plot((560, 600), (y, y), dash, color=colour, linewidth=2)
+        write(ax, 610, y, name, ha="left", color=colour)
     return figure
 
 

@@ -140,13 +140,13 @@ class ProbeLog:
     def read(self) -> None:
         """Read what all ranks wrote."""
         self.barrier()
-        self.found = read_results(self.folder)
+        self.results = read_results(self.folder)
         self.barrier()
 
     def is_done(self, system: str, cells: Iterable[tuple[int, float]]) -> bool:
         """Return whether every cell has a probe of each needle that is asked about."""
         names = {needle.name for needle in self.asked[system]}
-        return all(names <= set(self.found.get((system, *cell), ())) for cell in cells)
+        return all(names <= set(self.results.get((system, *cell), ())) for cell in cells)
 
     def pending(self, system: str, needles: list[Needle], groups: Iterable[ProbeGroup]) -> list[ProbeGroup]:
         """Return the groups with only the lengths and needles that are still missing."""
@@ -154,7 +154,7 @@ class ProbeLog:
         for group in groups:
             missing: dict[tuple[int, ...], list[tuple]] = {}  # needles: the cells that lack exactly these
             for cell in group.cells:
-                done = self.found.get((system, *cell), ())
+                done = self.results.get((system, *cell), ())
                 missing.setdefault(tuple(i for i in group.needle_ids if needles[i].name not in done), []).append(cell)
             pending += [group._replace(cells=tuple(cells), needle_ids=ids) for ids, cells in missing.items() if ids]
         return pending
@@ -190,7 +190,7 @@ def write_results(folder: Path, log: ProbeLog, trained: dict[str, float]) -> Non
     trained: system -> the length it was trained at, in the unit of lengths.
     """
     file, cells = folder / "results.json", []
-    for (system, length, depth), probes in sorted(log.found.items()):
+    for (system, length, depth), probes in sorted(log.results.items()):
         hits = [bool(probe["hit"]) for probe in probes.values()]
         low, high = wilson(sum(hits), len(hits))
         cell = {"system": system, "length": length, "depth": depth, "found": sum(hits), "of": len(hits)}
@@ -281,7 +281,7 @@ def report(
     """Print the tables of a run and draw its pictures.
 
     trained: system -> the length it was trained at; the first `drawn` get a heatmap, and the others are controls.
-    trials: hit rates of the untrained positions among which one was chosen.
+    trials: hit rates of the training-free positions among which one was chosen.
     """
     unit = "tokens" if tokens_per_unit == 1 else "frames"
     compared = [heatmap_of(results, name, length) for name, length in trained.items()]
@@ -295,7 +295,7 @@ def report(
     print("\n" + "\n".join(ascii_heatmap(one, lengths, depths, unit) for one in heatmaps) + "\n")
     if trials:
         rates = ", ".join(f"{name.removeprefix('trial of ')}: {rate:.2f}" for name, rate in trials.items())
-        print(f"Untrained positions tried first, at the two greatest lengths: {rates}")
+        print(f"Training-free positions tried first, at the two greatest lengths: {rates}")
     draw_heatmaps(folder / "heatmap.png", heatmaps, lengths, depths, unit, tokens_per_unit)
     for i, one in enumerate(heatmaps):
         draw_heatmaps(folder / f"heatmap-{i + 1}.png", [one], lengths, depths, unit, tokens_per_unit)

@@ -4,9 +4,8 @@ import importlib
 import json
 
 import pytest
-from PIL import Image
 
-from data import flags, synthetic
+from data import flags, runs, synthetic
 from data.tiny import attention, chains, transfer
 
 
@@ -19,19 +18,24 @@ def results(folder, rates):
 
 
 @pytest.mark.parametrize("rates, longest", [
-    ({8: 10, 16: 9, 32: 8}, 16), ({8: 8, 16: 10, 32: 10}, 0), ({8: 9, 16: 8, 32: 10}, 8), ({8: 10, 16: 10, 32: 10}, 32),
+    ({8: 10, 16: 9, 128: 8}, 16), ({8: 8, 16: 10, 128: 10}, 0), ({8: 9, 16: 8, 128: 10}, 8), ({8: 10, 16: 10, 128: 10}, 128),
 ])  # fmt: skip
 def test_the_longest_length_is_the_last_before_the_first_miss(tmp_path, rates, longest):
-    results(tmp_path, rates)
-    assert transfer.longest(tmp_path, (8, 16, 32)) == longest
+    results(tmp_path, dict(reversed(rates.items())))
+    shares = transfer.shares_found(tmp_path, tokens=4)
+    assert shares == {str(4 * length): tenths / 10 for length, tenths in rates.items()}
+    assert transfer.longest(shares) == 4 * longest
 
 
-def test_a_chain_is_made_of_commands_that_parse_and_its_picture_is_drawn(tmp_path, monkeypatch):
+def test_a_curve_s_chains_are_made_of_commands_that_parse(tmp_path, monkeypatch, capsys):
     asked = []
 
     def call(script, *words):
+        if script == "-m":
+            asked.append((script, words))
+            return
         module = importlib.import_module(script.removesuffix(".py"))
-        cfg = flags.parse(module.Config, module.PRESETS, "tiny", [str(word) for word in words])
+        cfg = flags.parse(module.Config, getattr(module, "PRESETS", None), "tiny", [str(word) for word in words])
         asked.append((script, cfg))
         if script == "vniah.py":
             lengths = cfg.frames if cfg.task == "vision" else cfg.context
@@ -40,15 +44,25 @@ def test_a_chain_is_made_of_commands_that_parse_and_its_picture_is_drawn(tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transfer, "call", call)
     monkeypatch.setattr(transfer, "FILE", tmp_path / "transfer.json")
-    monkeypatch.setattr(transfer, "PICTURE", tmp_path / "transfer.png")
     transfer.main(transfer.Config(seed=3))
-    chain = json.loads((tmp_path / "transfer.json").read_text())["3"]
-    assert chain["2048"] == {"film": 8192, "text": 8192} and chain["256"] == {"film": 2048, "text": 2048}
+    chain = transfer.load()["seed 3"]
+    assert [*map(int, chain)] == [256, 512, 1024, 2048, 4096]
+    assert [transfer.longest(chain[n]["film"]) for n in ("256", "2048")] == [2048, 8192]
+    assert chain["256"]["text"].keys() < chain["2048"]["text"].keys() and max(map(int, chain["2048"]["text"])) == 8192
     texts = [cfg for script, cfg in asked if script == "train_text.py"]
     assert [cfg.seq_len for cfg in texts] == [256, 512, 1024, 2048, 4096]
     assert {cfg.seq_len * cfg.batch * cfg.grad_accumulation for cfg in texts} == {8192}
     assert {cfg.steps for cfg in texts} == {texts[0].steps} and {cfg.seed for _, cfg in asked[:3]} == {3}
-    assert Image.open(tmp_path / "transfer.png").size == (780, 570)
+    assert asked[-1] == ("-m", ("data.pictures", "transfer"))
+    assert "| 256 | 1 | 2,048 | 2,048 |" in capsys.readouterr().out
+
+    asked.clear()
+    transfer.main(transfer.Config())
+    texts = [cfg.seq_len for script, cfg in asked if script == "train_text.py"]
+    assert texts == [256, 512, 1024, 4096]
+    tested = [cfg.weights for script, cfg in asked if script == "vniah.py"]
+    assert runs.TINY / "longva" in tested and runs.TINY / "extended" in tested
+    assert [*transfer.load()] == ["seed 3", "presets' seeds"]
 
 
 def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
@@ -56,7 +70,7 @@ def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
 
     def test_run(name, seed, found, way="yarn:16", of=4, shipped=("anyres",), frames=(8,)):
         cells = [{"system": "(i) LongVA", "length": 8, "depth": depth, "found": n} for depth, n in enumerate(found)]
-        cells += [{"system": f"(iv) {way}, untrained", "length": 8, "depth": 0, "found": 1}]
+        cells += [{"system": f"(iv) {way}, training-free", "length": 8, "depth": 0, "found": 1}]
         cells += [
             {"system": system, "length": 8, "depth": 0, "found": 0} for system in ("trial of x", "(ii) LongVA, AnyRes")
         ]
@@ -72,7 +86,7 @@ def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
     chains.main(chains.Config("one", one))
     chains.main(chains.Config("two", two))
     rates = chains.rates(chains.load(), "vision")
-    assert rates == {"(i) LongVA": {8: [14 / 16, 2 / 8]}, "(iv) untrained": {8: [1 / 4, 1 / 4]}}
+    assert rates == {"(i) LongVA": {8: [14 / 16, 2 / 8]}, "(iv) training-free": {8: [1 / 4, 1 / 4]}}
     assert "| (i) LongVA | 2 | 0.56 (0.25 to 0.88) |" in chains.table(chains.load(), "vision")
     for name, other in (("d", {"of": 5}), ("f", {"frames": (8, 16)})):
         with pytest.raises(ValueError, match="other lengths, depths or needles"):
@@ -82,7 +96,7 @@ def test_chains_are_compared_by_all_their_probes(tmp_path, monkeypatch):
     assert [*chains.load()["chains"]] == ["one", "two"]
     chains.main(chains.Config("two", (test_run("e", 7, (4, 4), shipped=("anyres", "baseline")),)))
     rates = chains.rates(chains.load(), "vision")
-    assert rates == {"(i) LongVA": {8: [14 / 16, 1.0]}, "(iv) untrained": {8: [1 / 4]}}  # no baseline, no (iv)
+    assert rates == {"(i) LongVA": {8: [14 / 16, 1.0]}, "(iv) training-free": {8: [1 / 4]}}  # no baseline, no (iv)
     with pytest.raises(ValueError, match="give both or neither"):
         chains.Config("four")
 
@@ -100,9 +114,8 @@ def test_attention_is_shared_out_over_the_film(tmp_path, capsys):
     assert "found" in capsys.readouterr().out and (tmp_path / "attention.png").exists()
 
 
-def test_both_studies_refuse_what_makes_no_sense(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "FILE", tmp_path / "none.json")
-    with pytest.raises(ValueError, match="is not there yet"):
-        transfer.main(transfer.Config(draw=True))
+def test_both_studies_refuse_what_makes_no_sense():
+    with pytest.raises(ValueError, match="--seed -1"):
+        transfer.Config(seed=-1)
     with pytest.raises(ValueError, match="--needle-count 0"):
         attention.Config(needle_count=0)

@@ -164,7 +164,7 @@ def go_on_with_vniah(folder: Path) -> None:
     runs.LOCKS.clear()
     results.open_results(folder, SETTINGS)
     log = results.ProbeLog(folder, 0, lambda: None)
-    results.table([results.heatmap_of(log.found, "s", 8.0)], [8], "frames")
+    results.table([results.heatmap_of(log.results, "s", 8.0)], [8], "frames")
     results.write_results(folder, log, {"s": 8.0})
 
 

@@ -482,7 +482,7 @@ def test_cuda_kernel_signatures(monkeypatch, kernel):
         grads = ring.block_attention_backward(o, q, k, k, o, lse, False, kernel)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         monkeypatch.setattr(ring, "best_kernel", lambda q_BTHK: "cuda")
-        part = ring.attend_past(q.narrow(1, 0, 1), k.narrow(1, 0, 9), k.narrow(1, 0, 9))  # a decode step
+        part = ring.attend_unmasked(q.narrow(1, 0, 1), k.narrow(1, 0, 9), k.narrow(1, 0, 9))  # a decode step
         assert (part.shape, part.dtype) == ((2, 1, 4, 33), torch.float32)
 
 

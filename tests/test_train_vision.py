@@ -447,6 +447,12 @@ def test_rates_over_the_steps():
     assert (dpo.lr, dpo.tower_lr, dpo.beta, dpo.warmup) == (5e-7, 5e-7, 0.1, 0.1)
 
 
+def test_each_stage_of_anyres_expects_its_own_score():
+    stages = [tv.resolve(tv.Config(**tv.PRESETS["tiny-anyres"] | {"stage": stage})) for stage in tv.TINY_STAGES]
+    expected = {stage: values["expected"] for stage, values in tv.TINY_STAGES.items()} | {"sft": (0.1, 0.95)}
+    assert {cfg.stage: cfg.expected for cfg in stages} == expected
+
+
 @pytest.fixture(scope="module")
 def preferring(tmp_path_factory):
     """The shipped model, taught to say what colour a thing has where it has no number."""

@@ -252,12 +252,12 @@ def test_other_errors():
     with pytest.raises(ValueError, match="without frames"):
         unires.frames([], 32)
     with pytest.raises(ValueError, match="3x3 patches cannot be pooled"):
-        unires.unires(torch.zeros(2, 9, 4), 1, 2)
+        unires.unires(torch.zeros(2, 9, 4))
     with pytest.raises(ValueError, match="3x3 patches cannot be pooled"):
         Layout(1, 2).tokens(3)
-    for wrong in (torch.zeros(3, 16, 4), torch.zeros(4, 12, 4)):
-        with pytest.raises(AssertionError):
-            unires.unires(wrong, 2, 2)
+    with pytest.raises(AssertionError, match="12 patches make no square"):
+        unires.unires(torch.zeros(4, 12, 4))
+    for wrong in (torch.zeros(4, 16, 4), torch.zeros(5, 12, 4)):
         with pytest.raises(AssertionError):
             unires.anyres(wrong, 2, 2, torch.zeros(4))
 
@@ -272,7 +272,7 @@ def test_unires_order_and_pooling(rows, cols):
     blocks = product(range(rows * cols), range(0, side, 2), range(0, side, 2))
     want = [[grid, y + 0.5, c + 0.5] for grid, y, c in blocks]
     layout = Layout(rows, cols)
-    assert unires.unires(x, rows, cols).tolist() == layout.arrange(x).tolist() == want
+    assert unires.unires(x).tolist() == layout.arrange(x).tolist() == want
     assert len(want) == layout.tokens(side) and layout.grids == rows * cols
 
 
@@ -344,7 +344,7 @@ def test_a_picture_shown_twice_is_encoded_once(check_shapes, scheme):
     shown = [0, 1, 0, 1, 2]  # the two answers of a pair, then another sample
     want = torch.cat([tokens[i] for i in shown])
     unique = unires.UniqueGrids(pictures, shown, patches, scheme)
-    assert len(unique.row) == len(want)
+    assert len(unique.token) == len(want)
     for wanted in (torch.arange(len(want)), torch.arange(3, 9), torch.tensor([len(want) - 1, 0])):
         pixels, arranged, row = unique.subset(wanted, side)
         numbers = pixels[:, 0, 0, 0].tolist()

@@ -52,7 +52,8 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def cfg(tmp_path, folders):
     grid = {"frames": (3, 6), "depths": (0.0, 0.5, 1.0), "needle_count": 5, "distractors": 0, "max_new_tokens": 2}
-    return vniah.resolve(vniah.Config(weights=folders / "sees", out=tmp_path / "out", device="cpu", seed=7, **grid))
+    given = {"protocol": "paper", "weights": folders / "sees", "out": tmp_path / "out", "device": "cpu", "seed": 7}
+    return vniah.resolve(vniah.Config(**given, **grid))
 
 
 @pytest.fixture
@@ -258,6 +259,9 @@ def test_story_cells_equal_one_pass_per_probe(check_shapes, cfg, folders, monkey
     jobs = story.groups([(n, d) for n in cfg.context for d in cfg.depths])
     heard = listen(monkeypatch)
     same(probed(story, jobs[::-1], heard), slow)
+    ids, answer = story.probes(40, 0.5)[0]  # the one pass is as before, whatever length was probed last
+    again = vniah.answer_logits(model, model.embed(torch.tensor([ids])), answer)
+    assert torch.equal(again, slow[40, 0.5, "number-0"][1])
     assert story.probes(90, 0.5) != story.probes(90, 0.0) and story.probes(90, 0.5) == story.probes(90, 0.5)
 
 
@@ -367,6 +371,8 @@ def test_a_killed_run_goes_on_and_repeats_nothing(undrawn, cfg, folders, tmp_pat
         cells = found_by(whole)
         assert {name for name, *_ in cells} == {"sees", "sees, no needle", "sees, options moved"}
         assert set(cells["sees, options moved", 3, 0.5]) == {"n0", "n2", "n3"}
+        asked = want["systems"]["sees, options moved"]["prompts"]["needles"]
+        assert [one["name"] for one in asked] == ["n0", "n2", "n3"] and asked[0]["question"][-1].isdigit()
     for kill in sorted({1, 2, 5, 8, writes - 1} & {*range(writes)}):
         at = replace(cfg, out=tmp_path / f"killed-{kill}")
         before, file = run_killed(at, kill), at.out / "cells-0.jsonl"
@@ -520,7 +526,7 @@ def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, 
 
 
 @pytest.mark.parametrize("protocol", ["paper", "tiny"])
-def test_a_trial_has_other_needles(cfg, folders, protocol):
+def test_a_trial_has_other_needles(cfg, folders, tmp_path, protocol):
     cfg = replace(cfg, protocol=protocol, context=(40,), number_count=4)
     systems = [vniah.System("x", folders / "text", selection_run=trial) for trial in (False, True)]
     words = tokenizer.load_tokenizer(folders / "text")
@@ -530,6 +536,10 @@ def test_a_trial_has_other_needles(cfg, folders, protocol):
     pictures = [{niah.picture_hash(n.picture) for n in pick_needles(cfg, system)[0]} for system in systems]
     for first, other in (numbers, pictures):
         assert len(first) >= 4 and not first & other
+    write_needles(tmp_path / "needles")  # those of a folder are for the test alone
+    cfg = replace(cfg, needles=tmp_path / "needles")
+    assert {niah.picture_hash(needle.picture) for needle in pick_needles(cfg, systems[1])[0]} == pictures[1]
+    assert len(pick_needles(cfg, replace(systems[1], distractors=70))[0]) == 8  # a folder may have more than there are
 
 
 def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
@@ -582,10 +592,10 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     vniah.main(cfg)
     said, found = capsys.readouterr().out, results(cfg)
     names, page = {cell["system"] for cell in found["cells"]}, Page(cfg.out).json
-    tried = "Untrained positions tried first, at the two greatest lengths: RoPE base 30000: "
+    tried = "Training-free positions tried first, at the two greatest lengths: RoPE base 30000: "
     assert tried in said and "next:" in said
     assert {"trial of RoPE base 30000", "trial of RoPE base 1e+06"} < names
-    assert sum("untrained" in name for name in names) == 1
+    assert sum("training-free" in name for name in names) == 1
     assert page["cells"] == found["cells"] and {*page["needles"]} == names
     assert bool(page["pictures"]) == (task == "vision")
     vniah.main(cfg)  # draws again
@@ -603,8 +613,9 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     ({"haystack": "{noise}"}, "noise.mp4: not a video"),
     ({"haystack": "nowhere.txt", "task": "text", "weights": "{text}"}, "nowhere.txt"),
     ({"needles": "{film}"}, "questions.json"),
-    ({"frames": (6, 3)}, "name each length once, from short to long"),
-    ({"frames": (0, 3)}, "above 0"),
+    ({"frames": (6, 3)}, "name each value once, in rising order"),
+    ({"depths": (0.0, 0.5, 0.5)}, "name each value once, in rising order"),
+    ({"frames": (0, 3)}, "--frames 0 makes no sense"),
     ({"distractors": 99}, "distractors \\(99,\\) make no sense; give 0 to"),
     ({"distractor_counts": (0, 9), "task": "text"}, "distractors \\(0, 9\\) make no sense; give 0 to 6"),
     ({"distractor_counts": (0, 9), "task": "text", "needles": "{film}"}, "make no sense; give 0 to 6"),

@@ -43,14 +43,14 @@ def load() -> dict:
 
 
 def own_cells(record: dict) -> list[dict]:
-    """Return the cells of a results.json without candidates, and without shipped models in place of untrained ones."""
+    """Return the cells of a results.json without candidates, and without shipped models where a chain has none."""
     settings, models = record["settings"], evaluate.FIGURE[record["settings"]["task"]]
     folders = [Path(name).parts[-3:] for name in settings]  # wherever the project stood
     shipped = tuple(name for name, model in models.items() if settings["own"] and ("data", "tiny", model) in folders)
     *_, baseline = models
 
     def is_own(system: str) -> bool:
-        trained = baseline if "untrained" in system else system  # (iv) is the baseline with other positions
+        trained = baseline if "training-free" in system else system  # (iv) is the baseline with other positions
         return not system.startswith(TRIAL) and not trained.startswith(shipped)
 
     return [cell for cell in record["cells"] if is_own(cell["system"])]
@@ -81,7 +81,7 @@ def add(data: dict, chain: str, folders: Iterable[Path]) -> None:
 
 def plain(system: str) -> str:
     """Return a system's name, of (iv) without its RoPE base or scaling, as chains may choose different ones."""
-    return re.sub(r"^(\(iv\) )?.*untrained", r"\1untrained", system)
+    return re.sub(r"^(\(iv\) )?.*training-free", r"\1training-free", system)
 
 
 def rates(data: dict, task: str) -> dict[str, dict[int, list[float]]]:
