@@ -1,11 +1,12 @@
 """The paper's title as a curve: how long a film is understood, against how long the text was that was trained on.
 
-What      From one base model, extends twins to texts of 256 (RoPE base kept), 512, 1,024, 2,048 and 4,096 tokens with
-          equal steps of equally many tokens; aligns each alike on pictures of at most 256 tokens; then finds the
-          longest film, and the longest text, up to which at least nine of ten needles are found. Every step is one of
-          the project's commands, so a killed run continues. data/pictures.py draws it.
+What      From one base model, extends twins to texts of 512, 1,024, 2,048 and 4,096 tokens with equally many steps of
+          8,192 tokens; the twin of 256 is the control, `--preset tiny-control`, with as many steps. Aligns each alike
+          on pictures of at most 256 tokens; then finds the longest film, and the longest text, up to which at least
+          nine of ten needles are found. Every step is one of the project's commands, so a killed run continues.
+          data/pictures.py draws it.
 Paper     Sec. 1 and Sec. 4: long context transfers from language to vision. The paper has one length, 224,000 tokens.
-Run       python -m data.tiny.transfer                       the chain that is shipped, about 90 core-minutes
+Run       python -m data.tiny.transfer                       the shipped chain, about 70 core-minutes
           python -m data.tiny.transfer --seed 1 --base MODEL    another chain
 Dimensions  none
 Differs   The paper trains one length; a curve needs several, which only a miniature can afford.
@@ -24,10 +25,14 @@ from data.flags import at_least, read_json, run, setting
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("transfer.json")
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of the texts trained on
-STEP_TOKENS = 8192  # tokens per step of the extension, at every length
+STEP_TOKENS = 8192  # tokens per step of an extension; the control's steps have half as many
 FRAMES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of the films tested
 CONTEXTS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of the texts tested
 TOKENS_PER_FRAME = 4
+MADE = {  # what the README's own commands make, with the presets' seeds: runs and shipped models
+    256: (("tiny-control", "control"), ("tiny-baseline-sft", "baseline")),
+    2048: (("tiny-extended", "extended"), ("tiny-longva-sft", "longva")),
+}
 BEYOND = 8  # times the trained length: the longest test
 FOUND = 0.9  # share of needles that counts as understood
 Shares = dict[str, float]  # tokens of a film or text: share of its needles that are found
@@ -76,12 +81,11 @@ def train_and_test(cfg: Config, length: int) -> dict[str, Shares]:
     out = Path(f"runs/transfer-{'presets' if cfg.seed is None else cfg.seed}/{length}").absolute()
     seed = [] if cfg.seed is None else ["--seed", cfg.seed]
     language_model, longva = out / "text/model", out / "sft/model"
-    if cfg.seed is None and length == 2048:  # the README's own commands make these
-        language_model = runs.trained_or_shipped("tiny-extended", "extended").absolute()
-        longva = runs.trained_or_shipped("tiny-longva-sft", "longva").absolute()
+    if cfg.seed is None and length in MADE:
+        language_model, longva = (runs.trained_or_shipped(*names).absolute() for names in MADE[length])
     if not language_model.exists():
-        preset = "tiny-control" if length == min(LENGTHS) else "tiny"  # the control keeps its RoPE base
-        shape = ["--seq-len", length, "--batch", STEP_TOKENS // length]
+        preset = "tiny-control" if length == min(LENGTHS) else "tiny"
+        shape = [] if length == min(LENGTHS) else ["--seq-len", length, "--batch", STEP_TOKENS // length]
         call(
             "train_text.py", "--preset", preset, "--weights", cfg.base.absolute(), *shape, *seed, "--out", out / "text"
         )
