@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data import memory as planner
-from data import synthetic
+from data import niah, synthetic
 from data.config import LMConfig
 from data.tiny import chains
 from data.tiny import transfer as study
@@ -87,18 +87,22 @@ def show(ax: Axes, picture: Image.Image, x: float, y: float, width: float, heigh
 # ---- what LongVA does ----------------------------------------------------------------------------
 
 
+def filmstrip_probe() -> tuple[list[Image.Image], niah.Needle]:
+    """The film's 511 frames, and the needle that is inserted at frame 256."""
+    return [*islice(synthetic.film(7), 511)], synthetic.draw_needles(7, 20, distractors=3)[0][7]
+
+
 def filmstrip() -> Figure:
-    """Eight of 512 frames, one of them the needle; the question, and what `python vniah.py` had for an answer."""
+    """Eight of 512 frames, one of them the needle; the question, and the answer that tests/test_vniah.py hears."""
     from matplotlib.patches import Rectangle
 
     figure, ax = sheet(246)
     ax.add_patch(Rectangle((0, 40), WIDTH, 122, color="#2B2B2B"))
-    frames = list(islice(synthetic.film(7), 512))
-    needle = synthetic.draw_needles(7, 20, distractors=3)[0][7]
+    frames, needle = filmstrip_probe()
     side, at = 92, (4, 49, 92, 180, 256, 310, 404, 511)
     for i, number in enumerate(at):
         x, hidden = 11 + i * 101, number == 256
-        show(ax, needle.picture if hidden else frames[number], x, 55, side, side)
+        show(ax, needle.picture if hidden else frames[number - (number > 256)], x, 55, side, side)
         edge = {"edgecolor": YELLOW, "linewidth": 4} if hidden else {"edgecolor": "white", "linewidth": 0.8}
         ax.add_patch(Rectangle((x, 55), side, side, fill=False, zorder=2, **edge))
         write(
@@ -115,14 +119,8 @@ def pipeline() -> Figure:
     figure, ax = sheet(280)
     stages = [
         (GREEN, "1  long text", "train the language\nmodel on long texts", "224,000 tokens", "2,048 tokens"),
-        (
-            BLUE,
-            "2  short pictures",
-            "teach it to see: CLIP,\nprojector, then all",
-            "up to 7,056 tokens",
-            "up to 256 tokens",
-        ),
-        (ORANGE, "3  long video", "no training: a video is\na row of picture grids", "432,000 tokens", "2,048 tokens"),
+        (BLUE, "2  short pictures", "train the projector,\nthen all weights", "up to 7,056 tokens", "up to 256 tokens"),
+        (ORANGE, "3  long video", "no training: a video is\na row of picture grids", "432,000 tokens", "4,096 tokens"),
     ]
     for i, (colour, title, text, paper, ours) in enumerate(stages):
         x, wide = 125 + i * 235, 205
@@ -139,7 +137,7 @@ def pipeline() -> Figure:
         ax,
         8,
         262,
-        "One frame is one grid: 144 tokens in the paper (3,000 frames), 4 in the miniature (512 frames).",
+        "One frame is one grid: 144 tokens in the paper (3,000 frames), 4 in the miniature (1,024 frames).",
         ha="left",
         color=GREY,
     )
@@ -254,7 +252,7 @@ def unires() -> Figure:
         ax,
         12,
         452,
-        "N frames: N \N{MULTIPLICATION SIGN} 144 tokens. Neither stage of training sees a video.",
+        "Full size. N frames: N \N{MULTIPLICATION SIGN} 144 tokens. Neither align nor sft sees a video.",
         ha="left",
         color=GREY,
     )
@@ -306,7 +304,7 @@ def training_memory() -> dict[str, dict[str, float]]:
         "loss in chunks": replace(given, checkpointing="none", offload_activations=False, offload=False),
         "+ checkpointing": replace(given, offload_activations=False, offload=False),
         "+ hidden states to CPU": replace(given, offload=False),
-        "+ parameters to CPU": given,
+        "+ AdamW on the CPU": given,
     }
     groups = {
         "parameters, gradients, AdamW": ("shards", "gradients", "AdamW"),
@@ -318,7 +316,7 @@ def training_memory() -> dict[str, dict[str, float]]:
         sizes = planner.step_terms(step)
         rows[row] = {group: sum(sizes[name] for name in names) / 1e9 for group, names in groups.items()}
     logits = 8 * given.T * given.lm.vocab_size / 1e9  # bf16; fp32; their gradient in bf16
-    return {"nothing": rows["loss in chunks"] | {"logits": logits}} | rows
+    return {"no savings": rows["loss in chunks"] | {"logits": logits}} | rows
 
 
 def memory() -> Figure:
@@ -327,7 +325,7 @@ def memory() -> Figure:
 
     figure, ax = sheet(318)
     rows, left, scale = training_memory(), 205, 2.2  # pixels a GB
-    colours = dict(zip(rows["nothing"], (BLUE, SKY, YELLOW, ORANGE)))
+    colours = dict(zip(rows["no savings"], (BLUE, SKY, YELLOW, ORANGE)))
     for x, (term, colour) in zip((10, 310, 516, 664), colours.items()):
         ax.add_patch(Rectangle((x, 14), 18, 18, color=colour))
         write(ax, x + 26, 24, term, ha="left")
@@ -413,10 +411,7 @@ def comparison() -> Figure:
     write(ax, 16, (top + bottom) / 2, "needles found", color=GREY, rotation=90)
     ax.plot((left, right), (bottom - 0.1 * (bottom - top),) * 2, color=GREY, linestyle="--", linewidth=1)
     write(ax, left + 6, bottom - 0.1 * (bottom - top) - 12, "chance", ha="left", color=GREY)
-    for at, text, side in (
-        (64, "(iii), (iv) trained up to 64 frames", "right"),
-        (512, "(i), (ii): 512 frames", "right"),
-    ):
+    for at, text, side in ((64, "(iii), (iv): text of 256 tokens", "right"), (512, "(i), (ii): 2,048", "right")):
         here = left + (right - left) * np.log2(at / 8) / np.log2(1024 / 8)
         ax.plot((here, here), (top - 8, bottom), color=INK, linestyle=":", linewidth=1.6)
         write(ax, here + 60, top - 22, text, ha=side)

@@ -52,7 +52,7 @@ def test_hops_are_those_of_the_ring(ranks):
 
 def test_memory_is_the_planner_s():
     rows = pictures.training_memory()
-    assert rows["nothing"]["logits"] == pytest.approx(28_000 * 152_064 * 8 / 1e9)
+    assert rows["no savings"]["logits"] == pytest.approx(28_000 * 152_064 * 8 / 1e9)
     assert rows["loss in chunks"]["parameters, gradients, AdamW"] == pytest.approx(16 * 7.6156e9 / 8 / 1e9, rel=1e-3)
     totals = [sum(terms.values()) for terms in rows.values()]
     assert totals == sorted(totals, reverse=True)

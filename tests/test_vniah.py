@@ -20,7 +20,7 @@ import longva
 import ring
 import unires
 import vniah
-from data import chat, evaluate, niah, runs, synthetic, tokenizer, weights
+from data import chat, evaluate, niah, pictures, runs, synthetic, tokenizer, weights
 from data import results as result_tables
 from data.config import RopeScaling, to_dict
 from tests import ranks
@@ -172,6 +172,12 @@ def test_the_slow_test_against_a_sequence_written_out(cfg, folders):
     assert words.decode(answer).strip() == "42"
     want = in_one_pass(model, ids, None, answer)
     assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_film_strip_of_the_readme_shows_what_the_model_answers():
+    (frames, needle), (model, words) = pictures.filmstrip_probe(), loaded(runs.TINY / "longva")
+    x_1SD, answer = vniah.visual_probe(model, words, frames, needle, 256 / 511)
+    assert needle.answer == "4" and vniah.is_found(model, x_1SD, answer)
 
 
 def listen(monkeypatch):
