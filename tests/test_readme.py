@@ -20,8 +20,12 @@ def links(file):
 
 @pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_lead_somewhere_and_named_functions_exist(file):
-    for text, target in links(file):
+    for text, link in links(file):
+        target, _, anchor = str(link).partition("#")
+        target = Path(target)
         assert target.exists(), f"{file}: {target}"
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings]
         name = re.fullmatch(r"`(\w+)`", text)
         if name and target.suffix == ".py":
             assert re.search(rf"^ *(def|class) {name[1]}\b", target.read_text(), re.MULTILINE), f"{target}: {name[1]}"
