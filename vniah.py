@@ -319,7 +319,7 @@ def run_missing(cfg: "Config", plan: list[tuple], world: ring.World, log: result
             model = test = None  # free the old model before the next is loaded
             model, folder = longva.load(system.folder, world.device), system.folder
             trained = model.model.config
-        model.model.config = system.change(trained)
+        model.model.config = system.change(trained, cfg.trained_on)
         test = kind(cfg, system, model, load_tokenizer(folder), world, test)
         log.note_system(system.name, {"prompts": test.prompts, "haystack": test.hashes})
         mine = slice(world.rank, None, world.ranks) if cfg.engine == "cache" else slice(None)  # ring: all work on each
@@ -345,7 +345,7 @@ class Config:
     own: bool = setting(False, "test the models of your own training runs in runs/ (ours)")
     rope_theta: tuple[float, ...] = setting((), "RoPE bases to test without training (Fig. 4)")
     rope_scaling: tuple[str, ...] = setting((), "position scalings to test likewise, as KIND:FACTOR: yarn:8 (ours)")
-    trained_on: int | None = setting(None, "tokens, for the dotted line; none: config.json's (ours)")
+    trained_on: int | None = setting(None, "tokens, for the dotted line and --rope-scaling; none: config.json's (ours)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
     protocol: Literal["paper", "tiny"] = setting("tiny", "the paper's grid, or the miniature's (App. A)", group="Test")
     haystack: str = setting("synthetic", "video file, folder of pictures or of .txt, or synthetic (Sec. 4)")
@@ -409,14 +409,14 @@ def main(cfg: Config) -> None:
     lengths, counts = (cfg.frames, (cfg.distractors,)) if vision else (cfg.context, cfg.distractor_counts)
     positions, candidates = (cfg.rope_theta, cfg.rope_scaling), []
     systems = evaluate.figure_systems(cfg.task, cfg.weights, cfg.own, counts, *positions, cfg.needles)
-    controls = []
-    if cfg.controls and vision:
-        controls = evaluate.controls_of(systems[0], cfg.needles, cfg.needle_count, cfg.seed)
+    drawn = cfg.needles, cfg.needle_count, cfg.seed
+    controls = evaluate.controls_of(systems[0], *drawn) if cfg.controls and vision else []
     if not cfg.weights:
         baseline = replace(systems[-1], distractors=max(counts), selection_run=True)  # the last is not extended
         candidates = evaluate.training_free(baseline, *(positions if any(positions) else CANDIDATES))
     folders = sorted({system.folder for system in systems})
-    settings = {name: value for name, value in asdict(cfg).items() if name not in ("trained_on", "device")}
+    free = ("device", "" if cfg.rope_scaling else "trained_on")  # what may change when a run continues
+    settings = {name: value for name, value in asdict(cfg).items() if name not in free}
     settings |= {str(folder): folder for folder in folders}
     print0("testing " + ", ".join(map(str, folders)))
     if world.rank == 0:

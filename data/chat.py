@@ -76,7 +76,7 @@ CONTROL = re.compile(r"<\|\w+\|>|</?s>")  # control tokens as the templates writ
 def default_template(tokenizer: Tokenizer) -> str:
     """Choose the template by the tokenizer's control tokens, so that a folder needs no flag.
 
-    Vicuna and Mistral have the same ones: both get "vicuna"; pass template="mistral" for Mistral.
+    Mistral has Vicuna's control tokens, so it gets Vicuna's template; `template="mistral"` is for callers from Python.
     Raises ValueError for a tokenizer with the control tokens of no template.
     """
     for control, template in FAMILY.items():
@@ -170,7 +170,10 @@ def pad(examples: Sequence[tuple[list[int], list[int]]], pad_id: int, multiple: 
 
 
 def clean_chat(tokenizer: Tokenizer, turns: Sequence, image_tokens: Iterator[int]) -> tuple[list[int], list[int]]:
-    """Ids as a prompt has them; labels on the assistant's words and its <|im_end|> with the newline."""
+    """Ids as a prompt has them, but one picture inside a text moves to its front; labels on the assistant's words.
+
+    Its <|im_end|> and the newline after it have labels, too.
+    """
     ids = tokenizer.encode(SYSTEM, special=True)
     labels = [IGNORE] * len(ids)
     end = tokenizer.encode("<|im_end|>\n", special=True)

@@ -7,7 +7,7 @@ Paper     Fig. 4 compares models; Sec. 3.1 extends the context; App. A hides num
           training only.
 Run       imported by vniah.py and train_text.py
 Dimensions  B batch   T tokens held here   S tokens per sequence   D LM width   V vocabulary
-Differs   Each token read of a held-out file is a target once, late in its window: windows are half a sequence apart.
+Differs   Each token read of a held-out file is a target once; after the first window, late in its window.
 """
 
 import math
@@ -34,6 +34,7 @@ FIGURE = {  # system: model of the miniature
     "text": {"extended": "extended", "not extended": "control"},
 }
 MAX_DISTRACTORS = len(synthetic.THINGS) - 1  # drawn ones: other things than the needle's
+SELECTION_NEEDLES = 8
 SELECTION_SEED = 1000  # added to the seed of runs that choose training-free positions: other needles, another haystack
 
 
@@ -49,11 +50,13 @@ class System:
     control: Literal["", "no needle", "shuffled"] = ""  # the needle left out, or options reordered
     selection_run: bool = False  # other synthetic needles and haystack, to choose training-free positions with
 
-    def change(self, trained: LMConfig) -> LMConfig:
-        """Return a language model's config with the positions of this system."""
+    def change(self, trained: LMConfig, trained_on: int | None = None) -> LMConfig:
+        """Return a language model's config with this system's positions; trained_on: tokens, if not config.json's."""
         changes = {"rope_theta": self.rope_theta} if self.rope_theta else {}
         if self.rope_scaling:
-            changes["rope_scaling"] = RopeScaling.parse(self.rope_scaling, trained.max_position_embeddings)
+            changes["rope_scaling"] = RopeScaling.parse(
+                self.rope_scaling, trained_on or trained.max_position_embeddings
+            )
         return replace(trained, **changes)
 
 
@@ -73,6 +76,8 @@ def figure_systems(
     shipped ones, or with `own` those that the training commands left in runs/. Raises ValueError
     if one is missing or cannot see.
     """
+    if own and weights:
+        raise ValueError("--own tests what you trained, in place of --weights; give one of them")
     if weights:
         plain = System(flags.model_name(weights), weights)
         changed = training_free(plain, bases, scalings)
@@ -138,7 +143,8 @@ def pick_needles(
     A selection run gets drawn ones in any case: positions are chosen on other needles than they are tested on.
     """
     if system.selection_run:
-        return synthetic.draw_needles(seed_of(system, seed), 8, min(system.distractors, MAX_DISTRACTORS))
+        most = min(system.distractors, MAX_DISTRACTORS)
+        return synthetic.draw_needles(seed_of(system, seed), SELECTION_NEEDLES, most)
     if folder:
         return niah.read_needles_and_distractors(folder, system.distractors, seed)
     return synthetic.draw_needles(seed, count, system.distractors)
@@ -219,7 +225,7 @@ def eval_sets(held_out: str | None, seq_len: int, seed: int, tokenizer: Tokenize
 def perplexity_windows(
     tokens: np.memmap | text.TokenShards | None, seq_len: int, count: int, seed: int, tokenizer: Tokenizer
 ) -> Iterator[IdsTargets]:
-    """Yield windows half a sequence apart, whose targets are their second half, of the first all of it.
+    """Yield windows half a sequence apart. Targets are a window's second half, in the first window all of it.
 
     tokens: of the held-out file; None yields synthetic texts.
     """
@@ -245,6 +251,7 @@ def needle_windows(
         haystack, digits, cities = tokenizer.encode(synthetic.story(seed + 1, seq_len)), 3, niah.DISTRACTORS[:5]
     else:
         haystack, digits, cities = [i for i in tokens[:seq_len].tolist() if i != tokenizer.bos_id], 7, ()
+    seed %= 2**32  # RandomState takes no more
     numbers = niah.magic_numbers(np.random.RandomState(seed), count + len(cities), digits)
     distractors = list(zip(cities, numbers[count:]))
     for i, number in enumerate(numbers[:count]):
@@ -269,7 +276,7 @@ def count_correct(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[T
     is_target_BT = targets_BT != chat.IGNORE
     predicted = [finite(h @ head_VD.T).argmax(-1) for h in h_BTD[is_target_BT].split(1024)]
     correct_BT = torch.zeros_like(is_target_BT)
-    correct_BT[is_target_BT] = torch.cat([targets_BT[:0, 0], *predicted]) == targets_BT[is_target_BT]
+    correct_BT[is_target_BT] = torch.cat(predicted) == targets_BT[is_target_BT]
     return correct_BT.sum(1).float(), is_target_BT.sum(1).float()
 
 
@@ -282,7 +289,7 @@ def evaluate(
     are `nll`, -log p, and `count_correct`: a number is found when all its tokens are correct.
     """
     losses = [score(*window, nll) for window in sets.windows]
-    loss = sum(nll for nll, _ in losses) / sum(count for _, count in losses)
+    loss = sum(total for total, _ in losses) / sum(count for _, count in losses)
     answers = [score(*needle, count_correct) for needle in sets.needles]
     found = sum(correct == count for correct, count in answers) / len(answers)
     perplexity = math.exp(min(loss, 700))  # float64 overflows at exp(710)

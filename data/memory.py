@@ -26,7 +26,7 @@ LOSS_CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once:
 FRAMES = (8, 32, 128, 384, 1000, 3000)  # the paper's, from Table 4 to Fig. 4
 CARDS = (24, 48, 80, 141)  # GB of usual GPUs
 GPU_MARGIN = 2 * GB  # CUDA context, buffers of NCCL and cuBLAS, fragments: an allowance, not a measured figure
-CHANGES = {"checkpointing": ("none", "full", "selective"), "mlp_tile": (1024,), "offload": (False,)}
+CHANGES = [("checkpointing", how) for how in ("none", "full", "selective")] + [("mlp_tile", 1024), ("offload", False)]
 Model = LMConfig | LongVAConfig
 
 # ---- an answer -----------------------------------------------------------------------------------
@@ -98,9 +98,9 @@ class Step:
     offload: bool = True
     device: str = "cuda"
 
-    circle = property(lambda self: self.ring or self.ranks)  # ranks of a ring
-    micro_batches = property(lambda self: self.grad_accumulation * self.circle // self.ranks)
-    T = property(lambda self: self.batch * -(-self.seq_len // self.circle))
+    ring_size = property(lambda self: self.ring or self.ranks)  # ranks of a ring
+    micro_batches = property(lambda self: self.grad_accumulation * self.ring_size // self.ranks)
+    T = property(lambda self: self.batch * -(-self.seq_len // self.ring_size))
     b = property(lambda self: 2 if self.precision == "bf16" else 4)
     tiled = property(lambda self: 0 < self.mlp_tile < self.T // self.batch)
     sharded = property(lambda self: self.ranks > 1 or self.offload or self.b == 2)  # by FSDP2, see ring.py
@@ -115,7 +115,7 @@ class Step:
 
 def layer_bytes(step: Step) -> tuple[int, int, int]:
     """Bytes of a layer's T tokens: kept on the device until its backward, alive in it, and gradients beside these."""
-    lm, b, T, R = step.lm, step.b, step.T, step.circle
+    lm, b, T, R = step.lm, step.b, step.T, step.ring_size
     D, F, H = lm.hidden_size, lm.intermediate_size, lm.num_attention_heads
     HK, GK = H * lm.head_width, lm.num_key_value_heads * lm.head_width
     norm = 8 * D + 4  # normalised and scaled; bf16: and the input in fp32
@@ -212,9 +212,9 @@ def show_step(step: Step, of: object = "model") -> None:
     print0(f"{of}: {num_parameters(step.lm) / 1e6:,.1f} M parameters, {step.precision}, {step.device}; GB = 10^9 bytes")
     for R in [R for R in sorted({step.ranks, 8}) if R % (step.ring or R) == 0] or [step.ring]:
         ways = {"as given": replace(step, ranks=R)}
-        ways |= {f"{name} {new}": replace(step, ranks=R, **{name: new}) for name in CHANGES for new in CHANGES[name]}
+        ways |= {f"{key} {x}": replace(step, ranks=R, **{key: x}) for key, x in CHANGES if x != getattr(step, key)}
         show(R, {name: step_terms(way) for name, way in ways.items()})
         for name, way in ways.items():
             terms = partial(lambda way, S: step_terms(replace(way, seq_len=S)), way)
-            longest = fit(2 * way.circle, step.device, R, terms)  # zigzag_index makes two chunks a rank
-            print0(f"{name:24} {host_bytes(way) / GB:8.1f} GB more in CPU memory; longest sequence: {longest}")
+            longest = fit(2 * way.ring_size, step.device, R, terms)  # zigzag_index makes two chunks a rank
+            print0(f"{name:24} {host_bytes(way) / GB:8.1f} GB a rank in CPU memory; longest sequence: {longest}")

@@ -1,4 +1,4 @@
-"""The same in less memory: recomputed and offloaded activations, attention and loss without all their logits.
+"""The same in less memory: recomputed and offloaded activations, attention and loss computed in chunks.
 
 What      `recompute`: activation checkpointing. `nll`: head and cross-entropy over a chunk of positions at a time.
           `FAST_KERNELS`: FlashAttention forward and backward, on a CPU, a GPU, by cuDNN and by the package flash-attn.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -92,11 +93,12 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_T):  # noqa: ANN001
         """Forward's gradients, scaled, where all positions have equal weight; else computed again."""
-        weight, inputs = grad_T[:1].sum(), ctx.saved_tensors
+        weight, inputs = grad_T[:1].sum(), ctx.saved_tensors  # a sum, since there may be no target
         grads, ctx.grads = ctx.grads, None  # a second backward must not scale them twice
         if grads and (grad_T == weight).all():
             dh_TD, dhead_VD = (x if x is None else x.mul_(weight) for x in grads)
         else:
+            grads = None  # free them before the next are allocated
             _, dh_TD, dhead_VD = ChunkedNLL.forward_and_grads(*inputs, grad_T, *ctx.args)
         return dh_TD, None if dhead_VD is None else dhead_VD.to(inputs[1].dtype), None, None, None
 
@@ -199,7 +201,7 @@ FAST_KERNELS = {
 
 
 def best_kernel(q_BTHK: Tensor) -> str:
-    """The kernel, by its name in ring.KERNELS, that takes these queries, whatever their number."""
+    """The fastest kernel of ring.KERNELS that supports these queries' device, dtype and head width."""
     if q_BTHK.device.type != "cuda":
         return "cpu" if q_BTHK.device.type == "cpu" else "math"
     K, half = q_BTHK.shape[-1], q_BTHK.dtype in (torch.bfloat16, torch.float16)
@@ -208,7 +210,7 @@ def best_kernel(q_BTHK: Tensor) -> str:
 
 
 def fastest_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    """For many blocks of few shapes, as in training on sequences of one length; None: `best_kernel` of each block.
+    """The kernel for training on sequences of one length; None: `best_kernel` of each block.
 
     On an H100 cuDNN takes 0.6 of FlashAttention-2's time forward and 0.8 backward, but makes a plan for each shape.
     """
@@ -234,6 +236,10 @@ def choose_kernel(kernel: str, device: torch.device, precision: str, separate_do
         raise ValueError("--kernel cudnn would make a plan for each document's length; leave --kernel at auto")
     if precision == "fp32":
         raise ValueError(f"--kernel {kernel} takes no fp32; leave --precision at bf16, or --kernel at auto")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"--kernel {kernel} needs a GPU of compute capability 8.0 or more; leave it at auto")
+    if kernel == "flash_attn" and not find_spec("flash_attn"):
+        raise ValueError("--kernel flash_attn needs the package flash-attn; install it, or leave --kernel at auto")
     return kernel
 
 
@@ -252,7 +258,7 @@ class Saved:
 
     host: Tensor
     layer: int
-    back: Tensor | None = None
+    on_device: Tensor | None = None
 
 
 class ActivationOffload:
@@ -262,8 +268,8 @@ class ActivationOffload:
         self.device = device
         self.stream = copy_stream(device)
         self.layers: list[dict[tuple, Saved]] = []  # what each layer saved
-        self.leaving: list[Tensor] = []  # tensors that the newest layer saved: alive until they are copied
-        self.back: dict[int, torch.cuda.Event | None] = {}  # layers whose tensors are on the device or being copied
+        self.copying: list[Tensor] = []  # tensors that the newest layer saved: alive until they are copied
+        self.fetched: dict[int, torch.cuda.Event | None] = {}  # layers whose tensors are on the device or being copied
 
     @contextmanager
     def layer(self) -> Iterator[None]:
@@ -277,51 +283,51 @@ class ActivationOffload:
         """Start to copy a tensor to CPU memory; a tensor that is there already, or empty, is returned unchanged."""
         if x.device.type != self.device.type or not x.numel():
             return x
-        saved, key = self.layers[-1], (x.data_ptr(), x.shape, x.stride())
+        saved, key = self.layers[-1], (x.data_ptr(), x._version, x.dtype, x.shape, x.stride())
         if key not in saved:  # one tensor may be saved by several operations of a layer
             host = torch.empty_like(x, device="cpu", pin_memory=self.stream is not None)
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream(self.device))  # x is computed by then
             with torch.cuda.stream(self.stream) if self.stream else nullcontext():
                 host.copy_(x, non_blocking=True)
-            self.leaving.append(x)
+            self.copying.append(x)
             saved[key] = Saved(host, len(self.layers) - 1)
         return saved[key]
 
     def release(self) -> None:
         """Free what the layer before saved, once it is copied: the stream that computes waits until then."""
-        if self.stream and self.leaving:
+        if self.stream and self.copying:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.leaving.clear()
+        self.copying.clear()
 
     def fetch(self, layer: int) -> None:
         """Start to copy to the device what a layer saved, unless it is there or being copied."""
-        if layer < 0 or layer in self.back:
+        if layer < 0 or layer in self.fetched:
             return
         saved = self.layers[layer].values()
         for one in saved:
-            one.back = torch.empty_like(one.host, device=self.device)
+            one.on_device = torch.empty_like(one.host, device=self.device)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # earlier uses of this memory are done
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for one in saved:
-                one.back.copy_(one.host, non_blocking=True)
-        self.back[layer] = self.stream.record_event() if self.stream else None
+                one.on_device.copy_(one.host, non_blocking=True)
+        self.fetched[layer] = self.stream.record_event() if self.stream else None
 
     def unpack(self, saved: Tensor | Saved) -> Tensor:
-        """Return a tensor on the device, and prefetch the previous layer's, needed by the next layer's backward."""
+        """Return a tensor on the device, and prefetch those of the layer below, whose backward runs next."""
         if isinstance(saved, Tensor):
             return saved
         self.release()
-        for layer in [n for n in self.back if n > saved.layer]:
-            del self.back[layer]
+        for layer in [n for n in self.fetched if n > saved.layer]:
+            del self.fetched[layer]
             for one in self.layers[layer].values():
-                one.back = None
+                one.on_device = None
         self.fetch(saved.layer)
         self.fetch(saved.layer - 1)
         if self.stream:
-            torch.cuda.current_stream(self.device).wait_event(self.back[saved.layer])
-        return saved.back
+            torch.cuda.current_stream(self.device).wait_event(self.fetched[saved.layer])
+        return saved.on_device
 
 
 class GradientSums:

@@ -58,7 +58,7 @@ def _load_records(folder: Path) -> tuple[Path, list]:
         raise ValueError(f"{folder}: no questions.json or questions.jsonl in this folder of needles")
     try:
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":  # one array out of many lines, so that errors name the line
+        if file.suffix == ".jsonl":  # one array; an error counts the lines that are not blank
             text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -97,12 +97,12 @@ def read_needles(folder: str | Path) -> list[Needle]:
         image = record.image
         if not (image.strip() and record.question.strip() and record.answer.strip()):
             raise ValueError(f"{where} has an empty image, question or answer; each must be text")
-        if "\0" in image or not (folder / image).resolve().is_relative_to(folder.resolve()):
+        if "\0" in image or folder.resolve() not in (folder / image).resolve().parents:
             raise ValueError(f"{where}: the picture {short(image)} lies outside the folder; move it inside")
         name = Path(image).with_suffix("").as_posix()
         if name in taken:
             raise ValueError(
-                f"{where}: the needle {short(name)} is record {taken[name]} already; give each its own picture"
+                f"{where}: the needle {short(name)} is record {taken[name]} already; name pictures apart, suffix aside"
             )
         taken[name] = i
         try:

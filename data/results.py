@@ -26,7 +26,7 @@ from data import runs
 from data.flags import read_json
 from data.niah import Needle, ProbeGroup, describe, picture_hash
 
-SHADES = " \u2591\u2592\u2593\u2588"  # none found to all found
+SHADES = " \u2591\u2592\u2593\u2588"  # none found; up to a third, two thirds, less than all; all
 CELLS = "cells-{}.jsonl"  # of each rank: one line a probe
 SYSTEMS = "systems.jsonl"  # one line a system: its prompts, the hashes of its haystack
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
@@ -46,13 +46,13 @@ Results = dict[tuple[str, int, float], dict[str, dict]]
 def answer_in_text(text: str, answer: str) -> bool:
     """Return whether a text gives the answer, as whole words anywhere; an option's letter must come first."""
     text, answer = text.strip().lower(), answer.strip().lower()
-    if re.fullmatch("[a-j]", answer):
-        return bool(re.match(rf"\(?{answer}(?![\w' ])", text))  # "a dog" is not option A
+    if re.fullmatch("[a-j]", answer):  # "a dog", "I think" name no option
+        return bool(re.match(rf"\W*{answer}(?![\w'{' ' if answer in 'ai' else ''}])", text))
     return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
 
 def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a hit rate, 95 % at z = 1.96; it stays honest at 0 and 1."""
+    """Return Wilson's score interval of a hit rate, 95 % at z = 1.96; not of width 0 at rates of 0 and 1."""
     assert 0 <= hits <= trials and trials > 0, (hits, trials)
     rate, shrink = hits / trials, 1 + z * z / trials
     middle = (rate + z * z / (2 * trials)) / shrink
@@ -68,9 +68,9 @@ class Heatmap:
     grid: dict[tuple[int, float], list[bool]]  # (length, depth) -> was each needle found?
     trained_length: float
 
-    def rate(self, length: int | None = None, depth: float | None = None) -> tuple[int, int]:
-        """Return (hits, trials) over the cells that match."""
-        cells = [hits for (n, d), hits in self.grid.items() if length in (None, n) and depth in (None, d)]
+    def rate(self, length: int | None = None) -> tuple[int, int]:
+        """Return (hits, trials) over the cells of a length, or over all."""
+        cells = [hits for (n, _), hits in self.grid.items() if length in (None, n)]
         return sum(map(sum, cells)), sum(map(len, cells))
 
     def array(self, lengths: Sequence[int], depths: Sequence[float]) -> np.ndarray:
@@ -127,7 +127,7 @@ def open_results(folder: Path, settings: dict, inputs: Iterable[str] = ()) -> No
 
 
 class ProbeLog:
-    """The finished probes of a run: `found`, those of all ranks; this rank appends its own to its file.
+    """The finished probes of a run: `results`, those of all ranks; this rank appends its own to its file.
 
     `barrier`: waits for all ranks. They must agree on what is pending, so `read` calls it before and after.
     """
@@ -260,11 +260,12 @@ def table_by_kind(results: Results, systems: Sequence[str]) -> str:
 
 
 def ascii_heatmap(heatmap: Heatmap, lengths: Sequence[int], depths: Sequence[float], unit: str) -> str:
-    """Return a heatmap for a terminal: the darker, the more were found; | where training ended."""
+    """Return a heatmap for a terminal: the fuller, the more were found; | where the trained length ends."""
     inside, rows = sum(length <= heatmap.trained_length for length in lengths), []
     for depth, row in zip(depths, heatmap.array(lengths, depths)):
-        shades = ["  ?" if np.isnan(x) else SHADES[round(x * (len(SHADES) - 1))] * 3 for x in row]
-        rows.append(f"{100 * depth:3.0f}% {''.join(shades[:inside])}|{''.join(shades[inside:])}")
+        shades = ["  ?" if np.isnan(x) else SHADES[(x > 0) + int(3 * x)] * 3 for x in row]
+        beyond = "|" * (inside < len(lengths)) + "".join(shades[inside:])
+        rows.append(f"{100 * depth:3.0f}% {''.join(shades[:inside])}{beyond}")
     return "\n".join([f"{heatmap.name}, {unit} {lengths[0]} to {lengths[-1]}, depth down", *rows])
 
 
@@ -331,7 +332,8 @@ def draw_heatmap(ax, heatmap, lengths, depths, unit, tokens_per_unit):  # noqa: 
         above.set_xticks(range(len(lengths)), tokens, rotation=rotation, fontsize=6)
         above.set_xlabel("tokens", fontsize=7)
     inside = sum(length <= heatmap.trained_length for length in lengths)  # cells left of the line
-    for colour, style, width in (("w", "-", 3), ("k", ":", 1.8)):  # visible on light and dark cells
+    lines = (("w", "-", 3), ("k", ":", 1.8)) if inside < len(lengths) else ()  # visible on light and dark cells
+    for colour, style, width in lines:
         ax.axvline(inside - 0.5, color=colour, linestyle=style, linewidth=width, clip_on=False)
     return picture
 
@@ -351,7 +353,7 @@ def draw_heatmaps(
     from matplotlib import pyplot as plt
 
     narrow = len(lengths) <= 8
-    cols = (1 if len(heatmaps) < 4 else 2) if not narrow else 2 if len(heatmaps) == 4 else min(3, len(heatmaps))
+    cols = min(3, len(heatmaps)) if narrow and len(heatmaps) != 4 else 1 + (len(heatmaps) > 3)
     rows = -(-len(heatmaps) // cols)
     wide, high = (4.6, 2.5) if narrow else (7.0, 3.2)
     size = (wide * cols + 0.6, (high + 0.35 * (tokens_per_unit > 1)) * rows + 0.3)

@@ -1,6 +1,7 @@
 """The loss in chunks is the plain one; tensors that wait for backward in CPU memory come back, bit for bit, in time."""
 
 import gc
+import math
 import weakref
 from pathlib import Path
 
@@ -118,10 +119,10 @@ class Watched(memory_saving.ActivationOffload):
         self.there = {}
 
     def unpack(self, saved):
-        late = isinstance(saved, memory_saving.Saved) and saved.layer not in self.back
+        late = isinstance(saved, memory_saving.Saved) and saved.layer not in self.fetched
         x = super().unpack(saved)
         if isinstance(saved, memory_saving.Saved):
-            self.there.setdefault(saved.layer, (late, sorted(self.back)))
+            self.there.setdefault(saved.layer, (late, sorted(self.fetched)))
         return x
 
 
@@ -134,6 +135,17 @@ def chain(x, hooks, layers=6):
         with hooks.layer():
             x = layer(x)
     return x
+
+
+def test_a_tensor_that_changes_in_place_is_saved_again():
+    x = torch.tensor([0.5], requires_grad=True)
+    with memory_saving.ActivationOffload(torch.device("cpu")).layer():
+        y = x * 1
+        z = y.sin()
+        y.add_(1)
+        z = z + y.cos()
+    z.backward()
+    assert x.grad.item() == pytest.approx(math.cos(0.5) - math.sin(1.5))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -149,7 +161,7 @@ def test_gradients_are_the_same_and_copies_come_ahead(device):
     y = chain(away, hooks)
     assert [len(saved) for saved in hooks.layers] == [2] * 6
     assert all(saved.host.device.type == "cpu" for kept in hooks.layers for saved in kept.values())
-    assert len(hooks.leaving) == 2  # of the last layer; those before it are free
+    assert len(hooks.copying) == 2  # of the last layer; those before it are free
     y.sum().backward(retain_graph=True)
     assert torch.equal(away.grad, plain.grad)
     # the last layer's are fetched when they are asked for, all others while the layer above computes

@@ -67,6 +67,7 @@ GOOD = {"image": "cat.png", "question": "q", "answer": "a"}
     ([GOOD | {"image": "text.png"}], "record 1: .*text.png: cannot be read as a picture"),
     ([GOOD | {"image": "../cat.png"}], "record 1: the picture '../cat.png' lies outside the folder"),
     ([GOOD | {"image": "/etc/passwd"}], "record 1: the picture '/etc/passwd' lies outside the folder"),
+    ([GOOD | {"image": "."}], "record 1: the picture '.' lies outside the folder"),
     ([GOOD | {"image": "link.png"}], "record 1: the picture 'link.png' lies outside the folder"),
     ([GOOD | {"image": "a\0b"}], "record 1: the picture .* lies outside the folder"),
 ])  # fmt: skip

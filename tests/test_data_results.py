@@ -24,7 +24,7 @@ def some(lengths, depths, name="a model", trained=16, gaps=False, seed=0):
 
 def test_table():
     one = results.Heatmap("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
-    assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(depth=0.0) == (1, 4) and one.rate(99) == (0, 0)
+    assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(99) == (0, 0)
     np.testing.assert_array_equal(one.array(LENGTHS, (0.0, 1.0)), [[0.5, 0, np.nan], [1, np.nan, np.nan]])
     none = results.Heatmap("nothing known", {}, 8)
     head, row, empty = results.table([one, none], LENGTHS, "frames").splitlines()
@@ -40,7 +40,9 @@ def test_ascii_heatmap():
     text = results.ascii_heatmap(results.Heatmap("p", grid, 16), LENGTHS, DEPTHS, "frames").splitlines()
     assert text[0].startswith("p, frames 8 to 32")
     assert text[1:] == ["  0% ███▒▒▒|   ", " 50% ░░░  ?|  ?", "100%   ?  ?|  ?"]
-    assert "|" in results.ascii_heatmap(results.Heatmap("p", {}, 999), LENGTHS, DEPTHS, "frames")
+    grid = {(8, 0.0): [True] + [False] * 9, (16, 0.0): [True] * 9 + [False]}  # no line: all lengths were trained on
+    text = results.ascii_heatmap(results.Heatmap("p", grid, 999), LENGTHS, DEPTHS, "frames")
+    assert text.splitlines()[1] == "  0% ░░░▓▓▓  ?"
 
 
 @pytest.mark.parametrize("lengths, depths, count, gaps", [
@@ -76,6 +78,8 @@ def test_wilson_is_where_the_score_test_is_z():
     ("Bird", "B", False), ("The answer is B", "B", False), ("A dog", "A", False), ("A: a dog", "A", True),
     ("A's", "A", False), ("", "7", False), ("200 mg", "200", True), ("a+b", "a+b", True), ("aab", "a+b", False),
     ("the number is 2965478.", "2965478", True), ("29654780", "2965478", False), ("E", "E", True), ("e\n", "E", True),
+    ("B is the answer", "B", True), ("**B**", "B", True), ("[B] a house", "B", True), ("B - a house", "B", True),
+    ("I think B", "I", False), ("Because", "B", False), ("A: a dog", "A", True),
 ])  # fmt: skip
 def test_answer_in_text(text, answer, right):
     assert results.answer_in_text(text, answer) == right

@@ -163,6 +163,7 @@ def test_evaluation_finds_what_a_good_model_finds(tmp_path, name, theta, least, 
     """The shipped extended model finds all numbers in 1024 tokens, among those of five other cities; its control few."""
     model, words = longva.load(TINY / name), tokenizer.load_tokenizer(TINY / name)
     sets = evaluate.eval_sets("synthetic", 1024, 2024, words)
+    assert len(evaluate.eval_sets("synthetic", 1024, 2**40, words).needles) == 10  # any seed that the flags allow
     assert all(words.decode(ids[0].tolist()).count("The special magic") == 6 + 1 for ids, _ in sets.needles)
     scores = train_text.score_held_out(model, sets, None, ALONE)
     evaluate.log_scores(tmp_path, 7, scores, ())
@@ -255,8 +256,12 @@ def test_mistakes_get_one_sentence(made, tmp_path, capsys, command, complaint):
     ("cpu", "cuda", "bf16", "needs tensors on the CPU"),
     ("cudnn", "cuda", "fp32", "takes no fp32"), ("cudnn", "cpu", "bf16", "needs a CUDA GPU"),
     ("cudnn", "cuda", "bf16", None), ("math", "cuda", "fp32", None), ("cpu", "cpu", "fp32", None),
+    ("flash_attn", "cuda", "bf16", "needs the package flash-attn"), ("cuda", "cuda:75", "bf16", "capability 8.0"),
 ])  # fmt: skip
-def test_kernels_that_cannot_run_are_refused(kernel, device, precision, complaint):
+def test_kernels_that_cannot_run_are_refused(monkeypatch, kernel, device, precision, complaint):
+    """A device "cuda:75" stands for a card of capability 7.5."""
+    monkeypatch.setattr(memory_saving, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(device.index or 90, 10))
     with pytest.raises(ValueError, match=complaint) if complaint else nullcontext():
         assert memory_saving.choose_kernel(kernel, torch.device(device), precision, False) == kernel
 

@@ -567,7 +567,7 @@ def test_a_film_is_sampled_as_the_release_does(cfg, tmp_path):
 # ---- panels --------------------------------------------------------------------------------------
 
 
-def test_rope_bases_give_panels_of_one_model(check_shapes, undrawn, cfg, monkeypatch):
+def test_rope_bases_give_panels_of_one_model(check_shapes, undrawn, cfg, folders, monkeypatch):
     thetas, forward = [], longva.Decoder.forward
 
     def noting(decoder, *rest):
@@ -588,6 +588,9 @@ def test_rope_bases_give_panels_of_one_model(check_shapes, undrawn, cfg, monkeyp
     systems = evaluate.figure_systems("text", cfg.weights, False, (0, 3), (1e5, 1e7), ())
     fourth = vniah.System("sees, RoPE base 100000, 3 distractors", cfg.weights, 3, 1e5)
     assert len(systems) == 6 and systems[3] == fourth
+    scaled, trained = vniah.System("x", cfg.weights, rope_scaling="yarn:4"), longva.read_config(folders / "text")
+    lengths = [scaled.change(trained, tokens).rope_scaling for tokens in (None, 512)]
+    assert lengths == [RopeScaling("yarn", 4.0, n) for n in (trained.max_position_embeddings, 512)]
 
 
 @pytest.mark.parametrize("task", ["vision", "text"])
@@ -628,6 +631,7 @@ def test_the_miniature_figure(tmp_path, capsys, task):
     ({"distractors": -1, "needles": "{film}"}, "distractors \\(-1,\\) make no sense"),
     ({"distractors": 70, "needles": runs.TINY.parent / "needles"}, "has 70 needles, too few for --distractors 70"),
     ({"needle_count": 0}, "--needle-count 0"),
+    ({"own": True}, "--own tests what you trained, in place of --weights"),
     ({"rope_theta": (0.5,)}, "--rope-theta 0.5"),
     ({"out": "{noise}"}, "is a file"),
 ])  # fmt: skip
