@@ -447,7 +447,7 @@ def transfer() -> Figure:
     for at, tokens in zip(x, lengths):
         write(ax, at, bottom + 18, f"{tokens:,}", color=GREY)
     write(ax, (left + right) / 2, bottom + 48, "tokens of the texts trained on", color=GREY)
-    write(ax, 24, (top + bottom) / 2, "tokens of the longest found", color=GREY, rotation=90)
+    write(ax, 24, (top + bottom) / 2, "tokens, 90 % of needles found", color=GREY, rotation=90)
     ax.plot(x, height(lengths), ":", color=GREY, linewidth=1.6)
     ax.plot(x, height(np.minimum(study.BEYOND * lengths, ticks[-1])), "--", color=GREY, linewidth=1.6)
     for kind, colour, dash, mark, aside in (("film", BLUE, "-", "o", -6), ("text", ORANGE, "-.", "s", 6)):
@@ -470,7 +470,7 @@ def transfer() -> Figure:
 
 
 DRAWN: dict[str, Callable[[], Figure]] = {
-    draw.__name__: draw for draw in (filmstrip, pipeline, ring, unires, row, memory, heatmap, comparison)
+    draw.__name__: draw for draw in (filmstrip, pipeline, ring, unires, row, memory, heatmap, comparison, transfer)
 }
 
 

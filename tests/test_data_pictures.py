@@ -9,7 +9,7 @@ from PIL import Image
 import ring
 from data import memory, pictures
 from data.config import LMConfig
-from data.tiny import chains
+from data.tiny import chains, transfer
 
 
 @pytest.mark.parametrize("name", pictures.DRAWN)
@@ -64,3 +64,4 @@ def test_measured_numbers_are_the_tables():
     page = (pictures.ASSETS.parent / "data/tiny/README.md").read_text()
     for task in ("vision", "text"):
         assert chains.table(chains.load(), task) in page
+    assert transfer.table(transfer.load()) in page

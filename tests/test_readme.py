@@ -34,7 +34,7 @@ def test_links_lead_somewhere_and_named_functions_exist(file):
 def test_the_course_is_short_and_shows_every_picture():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
-    assert len(pictures.DRAWN) == 8 and all(f"](assets/{name}.png)" in text for name in pictures.DRAWN)
+    assert len(pictures.DRAWN) == 9 and all(f"](assets/{name}.png)" in text for name in pictures.DRAWN)
     lessons = re.split(r"^### \d\. ", text.split("## Train it yourself")[0], flags=re.MULTILINE)[1:]
     assert len(lessons) == 7
     for lesson in lessons:
