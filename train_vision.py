@@ -153,45 +153,44 @@ def train(cfg: "Config", world: ring.World) -> None:
     rings = ring.split_groups(world, cfg.ring)
     check(cfg, rings.count)
 
-    # 2. Model
+    # 2. Model and data
     tokenizer = load_tokenizer(cfg.weights)
     model, groups = build_sharded_model(cfg, world)
-
-    # 3. Data
     dataset = open_dataset(cfg, model.config, world)
     loader = make_loader(cfg, dataset, model.config, tokenizer, rings)
 
-    # 4. Optimizer
+    # 3. Optimizer
     fused = (world.device.type == "cuda") or None  # one kernel, where foreach holds a third copy of all parameters
     optimizer = torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), 1e-8, weight_decay=0.0, fused=fused)
 
-    # 5. Resume
+    # 4. Resume
     if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg), ("weights", "tower", "data"))
+        runs.open_run(cfg.out, asdict(cfg) | {"usable": dataset.usable}, ("weights", "tower", "data"))
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     runs.resume_log(cfg.out, first, world.rank)
     sum_over_ranks = partial(ring.all_reduce_sum, world=world)
     skips = llava.SkipLog(cfg.out, world.rank, first, dataset, cfg.batch, cfg.max_skip_fraction, sum_over_ranks)
 
-    # 6. Loss
+    # 5. Loss
     loss = NextTokenLoss()
     if cfg.stage == "dpo":
         loss = DPOLoss(reference_logps(cfg, first, model, loader, rings, world), cfg.beta, rings.ring)
 
-    # 7. The loop
+    # 6. The loop
     bar = progress(range(first, cfg.steps), cfg.out.name, cfg.steps, initial=first)
     signals = runs.Signals(sum_over_ranks)
     started = time.perf_counter()
     for step, (batches, unreadable) in zip(signals.steps(bar), loader.batches(range(first, cfg.steps))):
         used = sum(len(batch.sample_ids) for batch in batches) if rings.ring.rank == 0 else 0  # once for each ring
-        skipped = skips.add(step, unreadable, used)
-        metrics = train_step(model, batches, loss, cfg.offload, world)
-        runs.sum_finite(step, [metrics["loss"]])  # raises, before the update, if the loss is not finite
-        norm = ring.clip_gradients(model, cfg.grad_clip)
+        skipped, metrics, norm = skips.add(step, unreadable, used), dict.fromkeys(loss.metrics, 0.0), 0.0
         for params in optimizer.param_groups:
             params["lr"] = learning_rate(params["peak"], step, cfg.steps, cfg.warmup, cfg.stage == "dpo")
-        optimizer.step()
-        optimizer.zero_grad()
+        if skipped < cfg.batch:  # else no sample of this step can be used, and the parameters stay
+            metrics = train_step(model, batches, loss, cfg.offload, world)
+            runs.sum_finite(step, [metrics["loss"]])  # raises, before the update, if the loss is not finite
+            norm = ring.clip_gradients(model, cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
         if world.rank == 0:
             seconds, started = time.perf_counter() - started, time.perf_counter()
             line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
@@ -200,7 +199,7 @@ def train(cfg: "Config", world: ring.World) -> None:
         if signals.came() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             ring.save_state(cfg.out / "state", model, optimizer, step + 1, world)
 
-    # 8. Export, in Hugging Face's layout, beside the tokenizer
+    # 7. Export, in Hugging Face's layout, beside the tokenizer
     if cfg.tiny and cfg.expected:
         print_held_out_score(cfg, model, tokenizer, rings, world)
     stream = ring.gather_parameters(model, world)

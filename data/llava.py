@@ -19,6 +19,7 @@ Differs   A record that cannot be used is skipped, counted and reported, and too
 """
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -145,12 +146,14 @@ def measure_or_error(record: object, measure: Callable[[dict], int]) -> int | st
 
 def iter_records(file: BinaryIO) -> Iterator[tuple[int, int, object]]:
     """Yield (first byte, byte after the last, content) of each record; a line that is not JSON stays bytes."""
+    if file.read(3) != codecs.BOM_UTF8:
+        file.seek(0)
     while (head := file.read(1)).isspace():
         pass
     if head == b"[":
         yield from iter_json_list(file, file.tell())
         return
-    file.seek(0)
+    file.seek(0)  # json.loads passes over a BOM itself
     for start, line in runs.json_lines(file):
         yield start, start + len(line), parse(line)
 
@@ -200,7 +203,7 @@ def validate(record: object) -> tuple[list[tuple[str, str]], list[Turns]]:
     """
     if not isinstance(record, dict):
         raise ValueError("is no JSON object")
-    if "chosen" in record or "rejected" in record:
+    if record.get("chosen") is not None or record.get("rejected") is not None:  # tables fill up with null
         return validate_pair(record)
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -318,7 +321,7 @@ def read_sample(record: dict, folder: str | Path | None, frames: int = 10) -> tu
 
 
 def read_video(file: str, count: int) -> list[Image.Image]:
-    """Read `count` frames of a video, evenly spread; a shorter video repeats frames, as in the release."""
+    """Read `count` frames of a video, evenly spread, fewer where some are damaged; a shorter video repeats frames."""
     return [picture for _, picture in video.frames(file, count=count, shorter="repeat")]
 
 
@@ -359,6 +362,7 @@ class Dataset:
     batch_indices: Callable[[int], list[int]]  # step -> the indices of its samples, over all ranks
     get: Callable[[int], tuple[Media, list[Turns]]]  # index -> (media, dialogues); ValueError if it cannot be used
     describe: Callable[[int], dict] = lambda i: {"sample": i}  # index -> how reports name the sample
+    usable: str = ""  # which records of a file can be used: how many, and a checksum
     rejected: list[dict] = field(default_factory=list)  # records that this rank found unusable at the start
     unreadable: set[int] = field(default_factory=set)  # samples that failed once and must not be used later
 
@@ -370,6 +374,7 @@ def json_dataset(records: Records, folder: Path | None, frames: int, seed: int, 
         lambda step: batch_indices(records.tokens, seed, step, batch),
         lambda i: read_sample(records[i], folder, frames),
         lambda i: {"record": records.numbers[i].item(), "id": records[i].get("id")},
+        f"{len(records)} of {records.count}, {hashlib.sha256(records.tokens.tobytes()).hexdigest()[:16]}",
         [{"record": i, "id": name, "why": why} for i, name, why in records.bad],
     )
 
@@ -524,7 +529,7 @@ class SkipLog:
         self.skipped = sum_over_ranks(torch.tensor(logged)).item()
 
     def add(self, step: int, unreadable: list[dict], used: int) -> int:
-        """Log what this rank could not read, and return how many samples of a step all of them skipped.
+        """Log what this rank could not use, and return how many samples of a step all of them skipped.
 
         used: this rank's share of the samples that were used. Raises ValueError when more were skipped in all than
         --max-skip-fraction allows.
@@ -535,7 +540,7 @@ class SkipLog:
         read = max((step + 1) * self.batch, self.size)
         if self.skipped > self.max_skip_fraction * read:
             raise ValueError(
-                f"{self.skipped:,} samples of {read:,} could not be read, more than --max-skip-fraction "
+                f"{self.skipped:,} samples of {read:,} could not be used, more than --max-skip-fraction "
                 f"{self.max_skip_fraction:g} allows; {self.folder / SKIPPED.format('*')} says which and why: mend "
                 "them, or allow more"
             )

@@ -88,7 +88,7 @@ def keep_probability(long: bool, keep_short: float, long_tokens: int, short_toke
 
     A long document is 1 / keep_short times likelier to stay than a short one. Alone, that would let a source of long
     documents grow against the others. Divided by the source's own mean, every source keeps, in expectation, the part
-    `keep_short` of its tokens, and so its share of the mixture.
+    `keep_short` of its tokens, and so its share of the mixture; if its documents come in no order of length.
     """
     mean = (long_tokens + keep_short * short_tokens) / (long_tokens + short_tokens)
     return keep_short * (1 if long else keep_short) / mean
@@ -132,7 +132,10 @@ def lines_of(path: Path, opened: Callable[[Path], BinaryIO]) -> Iterator[bytes]:
 
 def plain_text(path: Path) -> Iterator[dict]:
     """Yield the only document of a text file."""
-    yield {"text": path.read_text(encoding="utf-8")}
+    try:
+        yield {"text": path.read_text(encoding="utf-8-sig")}  # Windows begins files with a mark, which is no text
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 ({e}); convert it: iconv -f latin1 -t utf-8") from e
 
 
 def parquet_rows(path: Path) -> Iterator[dict]:
@@ -203,7 +206,8 @@ def validate(document: bytes | dict, vocabulary: int) -> tuple[str | np.ndarray,
     vocabulary: ids must be below it.
     """
     document = runs.parse_line(document) if isinstance(document, bytes) else document
-    meta, content = document.get("meta"), document.get("input_ids", document.get("text"))
+    meta, content = document.get("meta"), document.get("input_ids")
+    content = document.get("text") if content is None else content
     source = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
     source = source.encode(errors="replace").decode() if source and isinstance(source, str) else UNNAMED
     try:
@@ -409,6 +413,12 @@ def finished(shard: Path, job: dict) -> dict:
     return {} if why else summary
 
 
+def is_of_job(shard: Path, job: dict) -> bool:
+    """Return whether another worker's token file is of this job, not of one packed here before."""
+    found = runs.read_checked(summary_file(shard))["job"] if summary_file(shard).exists() else {}
+    return all(found.get(name) == job[name] for name in job if name not in ("worker", "file_contents"))
+
+
 # ---- the summary ---------------------------------------------------------------------------------
 
 
@@ -467,7 +477,8 @@ def main(cfg: Config) -> None:
     if not packed["tokens"] and cfg.workers == 1:
         raise ValueError(NOTHING)
     if cfg.shard != cfg.out:
-        complete = [shard for n in range(cfg.workers) if (shard := shard_file(cfg.out, n, cfg.workers)).exists()]
+        shards = [shard_file(cfg.out, n, cfg.workers) for n in range(cfg.workers)]
+        complete = [shard for shard in shards if shard.exists() and is_of_job(shard, packed["job"])]
         if len(complete) < cfg.workers:
             print(f"{len(complete)} of {cfg.workers} files are complete; the corpus is when all workers are done")
             return

@@ -55,6 +55,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 36_000_000  # a file of 10 KB can hold a picture of gigabytes; 8K film has 33 million
 MAX_ASPECT = 200  # padding a picture of 1 x 60,000 to a square would need 10 GB
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower; JPEGs are shrunk
+
 Picture = Image.Image | np.ndarray  # an array is uint8[height, width, 3]
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
 ROTATIONS = dict(
@@ -68,8 +70,9 @@ ROTATIONS = dict(
 def picture_files(folder: str | Path) -> list[Path]:
     """List a folder's pictures in natural order, frame2.png before frame10.png; ValueError if it has none."""
 
-    def natural(file: Path) -> list:
-        return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name.lower())]
+    def natural(file: Path) -> tuple[list, str]:
+        parts = re.split(r"([0-9]+)", file.name.lower())  # every second one is a number
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
 
     files = [f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
     if not files:
@@ -91,15 +94,15 @@ def picture_errors(path: Path) -> Iterator[None]:
 def _open_picture(path: Path) -> Image.Image:
     """Read a picture's header and check it; nothing is decoded before its size is known to be sane.
 
-    A JPEG of more than MAX_PIXELS will be decoded at 1/2, 1/4 or 1/8 of its width and height, which is cheap.
+    A JPEG of more than MAX_PIXELS will be decoded at 1/2 or 1/4 of its width and height, which is cheap; Pillow itself
+    refuses more than 179 million.
     """
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         raise ValueError(f"{path}: no such picture file")
-    with picture_errors(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower, or it is shrunk
+    with picture_errors(path):
         picture = Image.open(path, formats=FORMATS)
-        scale = 1
-        while picture.format == "JPEG" and picture.width * picture.height > MAX_PIXELS * scale**2 and scale < 8:
+        scale, is_jpeg = 1, picture.format in ("JPEG", "MPO")  # MPO: a JPEG with a second picture, as phones write
+        while is_jpeg and picture.width * picture.height > MAX_PIXELS * scale**2 and scale < 4:
             scale *= 2
         picture.draft(None, (picture.width // scale, picture.height // scale))
         small, large = sorted(picture.size)
@@ -188,6 +191,7 @@ class Index:
     keys: list[float]  # those stamps where decoding can start
     seconds: float  # from the first frame to the end of the last
     rate: float  # frames per second as the header states it, or as the time stamps do
+    in_turn: bool  # AVI states decoding times alone: the frames, which come in another order, take them in turn
     cut: bool  # the packets end earlier than the header says, or become unreadable
 
     def number(self, stamp: float) -> int:
@@ -260,7 +264,8 @@ def _scan(path: Path) -> Index:
     packets, clock, spans, ours = [], [], {}, stream.index
     with container:  # once it is closed, asking `stream` anything reads freed memory
         rate, frames_of_avi = float(stream.average_rate or 0), stream.frames if container.format.name == "avi" else 0
-        for packet in _packets(container, [*container.streams.video, *container.streams.audio]):
+        reorders = stream.codec_context.name == "h264" and stream.codec_context.has_b_frames
+        for packet in _packets(container, [*container.streams]):
             if math.isinf(begin := _seconds(packet, packet.stream)):
                 continue  # the empty packet that ends a stream
             end = begin + float((packet.duration or 0) * packet.time_base)
@@ -295,55 +300,61 @@ def _scan(path: Path) -> Index:
         raise ValueError(f"{path}: damaged time stamps (one frame would last {still:,.0f} s); repair the file")
     rate = rate or (len(stamps) - 1) / max(stamps[-1] - stamps[0], STAMP_SLACK_SECONDS)
     cut = last - first < promised - MISSING_TAIL_SECONDS
-    return Index(stamps, order, reach, keys, end - stamps[0], rate, cut)
+    in_turn = bool(reorders) and order == [*range(len(order))]
+    return Index(stamps, order, reach, keys, end - stamps[0], rate, in_turn, cut)
 
 
-def _decoded(packets: Iterable, stream: Any) -> Iterator[tuple[float, Any]]:
-    """Decode packets: (seconds on the film's clock, frame), in the order of display.
+def _decoded(packets: Iterable, stream: Any, in_turn: bool) -> Iterator[tuple[float, Any]]:
+    """Decode packets: (seconds on the film's clock, frame), in the order of display; in_turn: as `Index` says.
 
     None stands for a broken packet or a damaged frame: with several threads, for one of the last packets. Behind a
     broken packet come the frames that were decoded before it, then none up to the next key frame.
     """
     import av
 
-    errors, whole = (av.error.FFmpegError, *DECODE_ERRORS), True
+    errors, whole, stamps = (av.error.FFmpegError, *DECODE_ERRORS), True, deque()
     for packet in packets:
         if not (whole := whole or packet.is_keyframe):
             continue
         frames = []
+        if in_turn and packet.size:
+            stamps.append(_seconds(packet, stream))
         try:
             if packet.is_corrupt:  # parts are missing, as the container says
                 raise ValueError
             frames = stream.decode(packet)
         except errors:
             whole = False
-            yield _seconds(packet, stream), None
+            yield stamps.pop() if stamps else _seconds(packet, stream), None
             with contextlib.suppress(*errors):
                 frames = stream.decode(None)
             stream.codec_context.flush_buffers()
         for frame in frames:
-            if not math.isinf(seconds := _seconds(frame, stream)):
+            if not math.isinf(seconds := stamps.popleft() if stamps else _seconds(frame, stream)):
                 yield seconds, None if frame.is_corrupt else frame
+        if not whole:
+            stamps.clear()
 
 
-def _jump(container: Any, stream: Any, key: float, start: float) -> Iterator[tuple[float, Any]]:
-    """Go to the key frame at `key` seconds on the film's clock, which starts at `start`, and decode on from there."""
+def _jump(container: Any, stream: Any, key: float, index: Index) -> Iterator[tuple[float, Any]]:
+    """Go to the key frame at `key` seconds on the film's clock, and decode on from there."""
     import av
 
+    start = index.stamps[0]
     floor = min(0, round(start / stream.time_base))  # a clock may start below 0; AVI fails far below
     # Containers without an index (MPEG-TS) land too late: aim earlier. MPEG-PS states other times after a seek,
     # except at its start: read on to the key frame.
     for back in (None, math.inf) if container.format.name == "mpeg" else (0.0, 10.0, math.inf):
-        target = floor if back == math.inf else back is not None and max(floor, round((key - back) / stream.time_base))
-        with contextlib.suppress(av.error.FFmpegError):  # one that cannot seek is read on, which is right too
-            if back is not None:
+        if back is not None:
+            target = floor if back == math.inf else max(floor, round((key - back) / stream.time_base))
+            with contextlib.suppress(av.error.FFmpegError):  # one that cannot seek is read on, which is right too
                 container.seek(target, stream=stream)
         packets = _packets(container, stream)
         if key > start:  # else an edit list may want packets that come before
             packets = itertools.dropwhile(lambda packet: _seconds(packet, stream) < key - STAMP_SLACK_SECONDS, packets)
         first = next(packets, None)
         if first and (key == start or _seconds(first, stream) <= key + STAMP_SLACK_SECONDS):
-            return _decoded(itertools.chain([first], packets), stream)
+            return _decoded(itertools.chain([first], packets), stream, index.in_turn)
     return iter(())
 
 
@@ -375,7 +386,7 @@ def _decode_alone(path: Path, index: Index, i: int, key: float) -> tuple[float, 
     container, stream = _open(path, threads=1)
     broken, arrived = math.inf, deque()
     with container:
-        following = _jump(container, stream, key, index.stamps[0])
+        following = _jump(container, stream, key, index)
         while (damage := _pull(following, arrived, index.stamps[i], index.reach[i], key)) is not None:
             broken = min(broken, index.order[index.number(damage)])
             if broken <= index.order[i]:
@@ -425,12 +436,12 @@ def decode_at(
     here = start
     broken, lost, shown = {}, 0, 0  # broken: key frame -> number of the first broken packet behind it
     with container:
-        following, arrived = _decoded(_packets(container, stream), stream), deque()
+        following, arrived = _decoded(_packets(container, stream), stream, index.in_turn), deque()
         for t in share:
             i, key = index.find(t)
             if index.order[i] < broken.get(key, math.inf):
                 if following is None or key - (arrived[-1][0] if arrived else start) > MIN_SEEK_SECONDS:
-                    following = _jump(container, stream, key, start)
+                    following = _jump(container, stream, key, index)
                     arrived.clear()
                 damage = _pull(following, arrived, index.stamps[i], index.reach[i], key)
                 if damage is not None or (arrived and _is_missing(index, i, key, arrived)):
@@ -453,7 +464,8 @@ def decode_at(
     if end is not None and strict:
         _refuse_cut(path, end)
     places = sum(place < math.inf for place in broken.values())
-    said = [f"damaged in {places} place(s), {lost} of {len(share)} frames are left out"] if lost else []
+    where = f"damaged in {places} place(s), " if places else ""
+    said = [f"{where}{lost} of {len(share)} frames are left out"] if lost else []
     said += [f"the film is cut or damaged after {end:.1f} s; using what came"] if end is not None else []
     if said:
         warn(f"{path}: {'; '.join(said)}")
@@ -535,10 +547,11 @@ def frames(
     if count is None and by_count:
         times = [stamp - index.stamps[0] for stamp in index.stamps[:: max(1, round(index.rate))]]
     elif count is None:
-        times = [k / fps for k in range(max(1, math.ceil((index.seconds - STAMP_SLACK_SECONDS) * fps)))]
-        if fps > 4 and len(times) > 4 * len(index.stamps):
+        number = max(1, math.ceil((index.seconds - STAMP_SLACK_SECONDS) * fps))
+        if fps > 4 and number > 4 * len(index.stamps):
             rate = len(index.stamps) / max(index.seconds, STAMP_SLACK_SECONDS)
             raise ValueError(f"{path}: shows {rate:.3g} frames per second, but {fps:g} were asked for; lower --fps")
+        times = [k / fps for k in range(number)]
     else:
         chosen = uniform_indices(path, len(index.stamps), count, shorter)
         times = np.linspace(0.0, index.stamps[-1] - index.stamps[0], len(chosen)).tolist()
@@ -546,14 +559,6 @@ def frames(
             _refuse_cut(path, index.seconds)
     ours = [t for n, t in enumerate(times) if keep(n)]
     return Frames(len(times), len(ours), decode_at(path, index, times, ours, resize, count is not None, gaps))
-
-
-def duration(path: str | Path, fps: float = 1.0) -> float:
-    """Return the seconds from the first frame to the end of the last; raises ValueError as `frames` does."""
-    path = Path(path)
-    if os.path.isdir(path):
-        return len(picture_files(path)) / fps
-    return _scan(path).seconds
 
 
 def prefetch(items: Iterable, room: int) -> Iterator:

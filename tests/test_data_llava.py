@@ -1,5 +1,6 @@
 """LLaVA records: what is read, what is refused and how it is said, which pictures may be opened, and the order."""
 
+import codecs
 import json
 import os
 import tracemalloc
@@ -226,6 +227,17 @@ def test_some_may_be_bad(tmp_path, lines):
     assert records.bad == [(4, "none", "has no list of turns 'conversations'"), (9, 9, "is too small")]
     with pytest.raises(ValueError, match=r"2 of 10 .* bad, more than --max-skip-fraction 0.19 allows: record 4 .* 9 "):
         llava.open_records(file, measure, max_skip_fraction=0.19)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_marks_and_nulls_that_other_programs_write(tmp_path, lines):
+    """A byte order mark; tables of all kinds of records, which are null where a field is another kind's."""
+    filled = [record | {"prompt": None, "chosen": None, "rejected": None} for record in GOOD]
+    file = write(tmp_path / "r.json", filled, lines)
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    records = llava.open_records(file)
+    assert [records[i] for i in range(len(records))] == filled
+    assert [llava.validate(one) for one in filled] == [llava.validate(one) for one in GOOD]
 
 
 def test_ranks_divide_the_work(tmp_path):

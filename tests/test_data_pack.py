@@ -161,7 +161,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path, words, kind):
     ("a.jsonl", None, "is no file"),
     ("a.jsonl.zst", b"", "is empty"),
     ("a.jsonl", b"\n \n", "hold no document"),
-    ("a.txt", b"\xff\xfe", "cannot be read to its end"),
+    ("a.txt", b"\xff\xfe", "is not UTF-8 .*iconv"),
     ("a.jsonl.gz", b"no gzip", "cannot be read to its end"),
     ("a.parquet", pyarrow.table({"body": ["x"]}), r"a\.parquet has the columns \['body'\], expected 'text' or 'input_ids'"),
 ])  # fmt: skip
@@ -441,11 +441,15 @@ def test_command_line_of_workers(tmp_path, words, capsys):
     whole = json.loads((out / "summary.json").read_text())
     assert whole["documents"] == 300 and whole["tokens"] == len(text.open_tokens(out, words))
     assert f"{out}: 300 documents" in said and f"--corpus {out}\n" in said
+    for n in (1, 0):  # packed anew into the same folder: the other part is still of the first seed
+        settings = f"--tokenizer {synthetic.TOKENIZER} --out {out} --long 16 --worker {n} --workers 2 --seed 1".split()
+        flags.run(pack.main, pack.Config, argv=[*map(str, files), *settings])
+        assert ("1 of 2 files are complete" in capsys.readouterr().out) == (n == 1)
 
 
 def test_a_worker_without_a_document_leaves_the_corpus_whole(tmp_path, words, capsys):
     """One document for two workers; and what others wrote beside the token files stays."""
-    (tmp_path / "a.txt").write_text("the red star", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("the red star", encoding="utf-8-sig")
     (out := tmp_path / "out").mkdir()
     (out / ".tmp-mine").mkdir()
     for n in (1, 0):

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from data import video
-from data.video import duration, frames, prefetch, read_picture
+from data.video import frames, prefetch, read_picture
 
 av = pytest.importorskip("av")
 FFMPEG_7 = av.library_versions["libavformat"] < (62,)  # of PyAV 15, in the environment of requirements-eval.txt
@@ -30,6 +30,7 @@ FILMS = [
     (".avi", "mpeg4", "yuv420p"), (".mpg", "mpeg2video", "yuv420p"), (".mxf", "mpeg2video", "yuv420p"),
     (".wtv", "mpeg2video", "yuv420p"), (".mp4", "libx265", "yuv420p"), (".webm", "libvpx-vp9", "yuv420p"),
     (".avi", "mjpeg", "yuvj420p"), (".mov", "prores_ks", "yuv422p10le"), (".mkv", "ffv1", "yuv420p"),
+    (".avi", "libx264", "yuv420p"),  # its frames come in another order than its time stamps
 ]  # fmt: skip
 CODEC = {suffix: codec for suffix, codec, _ in reversed(FILMS)}  # of a suffix's first row
 
@@ -95,7 +96,24 @@ def test_constant_rate_in_every_container(tmp_path, suffix, codec, pix_fmt):
     assert seen(path, fps=2) == [(k / 2, int(k / 2 * rate)) for k in range(12)]
     for count in (1, 4, 7, len(times)):  # the release's indices
         assert [n for _, n in seen(path, count=count)] == np.linspace(0, len(times) - 1, count).astype(int).tolist()
-    assert duration(path) == pytest.approx(6, abs=0.05)
+    assert video._scan(path).seconds == pytest.approx(6, abs=0.05)
+
+
+def test_a_subtitle_that_outlasts_the_film_is_no_cut(tmp_path, warned):
+    """An MKV states the length of its longest stream alone."""
+    (tmp_path / "a.srt").write_text("1\n00:00:05,000 --> 00:00:12,000\nThe end\n")
+    plain, path = film(tmp_path / "plain.mkv", regular(60), clock=Fraction(1, 10)), tmp_path / "a.mkv"
+    with av.open(str(plain)) as pictures, av.open(str(tmp_path / "a.srt")) as words, av.open(str(path), "w") as both:
+        streams = pictures.streams.video[0], words.streams.subtitles[0]
+        copies = [both.add_stream_from_template(stream) for stream in streams]
+        for container, copy in zip((pictures, words), copies):
+            for packet in container.demux():
+                if packet.size:  # the empty one ends a stream
+                    packet.stream = copy
+                    both.mux(packet)
+    with av.open(str(path)) as container:
+        assert container.duration > 11e6
+    assert seen(path, count=4) == seen(plain, count=4) and seen(path) == seen(plain) and not warned
 
 
 def test_variable_rate(tmp_path):
@@ -242,13 +260,13 @@ def test_a_broken_packet_costs_the_frames_up_to_the_next_key_frame(tmp_path, war
 def test_damage_inside(tmp_path, monkeypatch, warned):
     """The packets are all there, but the decoder gives up half way; or a time stamp is nonsense."""
     path, real = film(tmp_path / "a.mp4", regular(60)), video._decoded
-    monkeypatch.setattr(video, "_decoded", lambda c, s: (x for x in real(c, s) if x[0] < 3.05))
+    monkeypatch.setattr(video, "_decoded", lambda *a: (x for x in real(*a) if x[0] < 3.05))
     assert seen(path) == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 30)]  # MISSING_TAIL_SECONDS
     assert len(warned) == 1 and "after 3.0 s" in warned[0]
     with pytest.raises(ValueError, match=r"after 3\.0 s"):
         list(frames(path, count=6))
     for nothing in ([], [(0.0, None)]):
-        monkeypatch.setattr(video, "_decoded", lambda c, s, nothing=nothing: iter(nothing))
+        monkeypatch.setattr(video, "_decoded", lambda *a, nothing=nothing: iter(nothing))
         with pytest.raises(ValueError, match=r"a\.mp4: no frame could be decoded"):
             list(frames(path))
     with pytest.raises(ValueError, match=r"a\.mkv: damaged time stamps \(one frame would last 5,000 s\)"):
@@ -307,13 +325,21 @@ def test_jumps_in_mpeg_ps(tmp_path):
         assert seen(path, fps=25, keep=lambda n, wanted=wanted: n == wanted) == [(wanted / 25, plain[wanted])]
 
 
+def test_a_folder_s_order_is_the_same_everywhere(tmp_path):
+    """Digits of other scripts are no numbers; names of equal numbers are in the order of their letters."""
+    names = ["F1.png", "f01.png", "f1.png", "a.png", "\uff111.png", "\u00b92.png"]
+    for name in names:
+        stripes(1).save(tmp_path / name)
+    found = [file.name for file in video.picture_files(tmp_path)]
+    assert found == ["a.png", "F1.png", "f01.png", "f1.png", "\u00b92.png", "\uff111.png"]
+
+
 def test_folder_of_pictures(tmp_path):
     for i in (10, 9, 2, 1, 0):
         stripes(i).save(tmp_path / f"frame{i}.png")
     (tmp_path / "notes.txt").write_text("not a picture")
     assert seen(tmp_path) == [(0, 0), (1, 1), (2, 2), (3, 9), (4, 10)]
     assert seen(tmp_path, fps=2, count=3) == [(0, 0), (1, 2), (2, 10)]
-    assert duration(tmp_path, fps=2) == 2.5
     with pytest.raises(ValueError, match="has 5 frames, but 6 were asked for"):
         frames(tmp_path, count=6)
     assert [n for _, n in seen(tmp_path, count=6, shorter="all")] == [0, 1, 2, 9, 10]
@@ -336,7 +362,7 @@ def test_animations_as_films(tmp_path, warned, name):
     assert seen(path, fps=5) == [(0, 1), (0.2, 3), (0.4, 3), (0.6, 3), (0.8, 3), (1.0, 5), (1.2, 6), (1.4, 6)]
     assert [n for _, n in seen(path, count=3)] == [1, 3, 6]
     assert seen(path, fps=5, keep=lambda n: n > 5) == [(1.2, 6), (1.4, 6)]
-    assert duration(path) == pytest.approx(1.5) and not warned
+    assert video._scan(path).seconds == pytest.approx(1.5) and not warned
     assert number(read_picture(path)) == 1  # as a picture: the first
     one = animation(tmp_path / f"one{path.suffix}", [0], 0.1)
     if path.suffix != ".png":  # a PNG of one picture is none that FFmpeg takes for a film
@@ -378,12 +404,12 @@ def test_bad_files(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         path = tmp_path / name if "//" not in name else name
-        for ask in (frames, duration):
-            with pytest.raises(ValueError, match=complaint) as error:
-                ask(path)
-            assert name.split("/")[-1] in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=complaint) as error:
+            frames(path)
+        assert name.split("/")[-1] in str(error.value) and "\n" not in str(error.value)
     for settings, complaint in [
         ({"fps": 0}, "0 frames per second"), ({"fps": float("nan")}, "nan frames per second"),
+        ({"fps": 1e9}, "shows 10 frames per second, but 1e\\+09 were asked for"),
         ({"fps": 50}, "shows 10 frames per second, but 50 were asked for; lower --fps"),
         ({"count": 0}, "at least 1"), ({"count": 6}, "has 5 frames, but 6 were asked for; ask for at most 5"),
     ]:  # fmt: skip
@@ -487,15 +513,17 @@ def test_refused_pictures_are_not_decoded(tmp_path, monkeypatch, width, height, 
 
 
 def test_large_photographs_are_shrunk(tmp_path, monkeypatch):
-    """A JPEG, to 1/2, 1/4 or 1/8 of its sides, before it is decoded; its EXIF still turns it."""
+    """A JPEG, to 1/2 or 1/4 of its sides, before it is decoded, also one with a second picture; its EXIF still turns it."""
     monkeypatch.setattr(video, "MAX_PIXELS", 640 * 480 // 5)
     exif = Image.Exif()
     exif[0x0112] = 6
     stripes(5, (640, 480)).save(tmp_path / "a.jpg", exif=exif)
     assert read_picture(tmp_path / "a.jpg").size == video.picture_size(tmp_path / "a.jpg") == (120, 160)
     assert number(read_picture(tmp_path / "a.jpg").rotate(90, expand=True).resize((64, 48))) == 5
+    stripes(5, (640, 480)).save(tmp_path / "b.jpg", "MPO", save_all=True, append_images=[stripes(6, (640, 480))])
+    assert read_picture(tmp_path / "b.jpg").size == video.picture_size(tmp_path / "b.jpg") == (160, 120)
     monkeypatch.setattr(video, "MAX_PIXELS", 640 * 480 // 65)
-    with pytest.raises(ValueError, match="80 x 60 pixels, expected at most"):
+    with pytest.raises(ValueError, match="160 x 120 pixels, expected at most"):
         read_picture(tmp_path / "a.jpg")
 
 

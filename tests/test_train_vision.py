@@ -382,7 +382,7 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
     assert len(said.strip().splitlines()) == 1 and not out.exists()
     assert here("train_vision.py", *records(tmp_path, cut=[*range(12)]), "--max-skip-fraction", 0.1, *flags) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "samples" in line]
-    assert len(said) == 1 and "4 samples of 12 could not be read, more than --max-skip-fraction 0.1 allows" in said[0]
+    assert len(said) == 1 and "4 samples of 12 could not be used, more than --max-skip-fraction 0.1 allows" in said[0]
     assert len(lines(out / "skipped-0.jsonl")) == 4
 
 
@@ -391,8 +391,20 @@ def test_a_run_that_continues_knows_what_was_skipped_before(tmp_path, capsys):
     flags = [*records(tmp_path, cut=[0, 1]), "--max-skip-fraction", 0.1, "--batch", 2, "--steps", 6]
     for _ in range(2):
         assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
-        assert "2 samples of 12 could not be read" in capsys.readouterr().err
+        assert "2 samples of 12 could not be used" in capsys.readouterr().err
         assert sum(line["skipped"] for line in lines(tmp_path / "out/log.jsonl")) == 1
+
+
+def test_a_step_without_a_sample_leaves_the_parameters_alone(tmp_path, capsys):
+    """And a run does not go on with other records than it began with: they would come in another order."""
+    flags = [*records(tmp_path, 4, cut=[1]), "--max-skip-fraction", 0.3, "--batch", 1, "--steps", 4]
+    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 0
+    logged = lines(tmp_path / "out/log.jsonl")
+    (at,) = [line["step"] for line in logged if line["skipped"]]
+    assert [line["loss"] > 0 and line["norm"] > 0 for line in logged] == [step != at for step in range(4)]
+    (tmp_path / "images/3.png").unlink()
+    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
+    assert "holds a run with other settings (usable was '4 of 4, " in capsys.readouterr().err
 
 
 # ---- preference ----------------------------------------------------------------------------------
