@@ -14,7 +14,6 @@ Differs   A task's `until` ends an answer; the release ignored it. Ignored too i
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -93,7 +92,8 @@ class LongVA(lmms):
         _, cache, after_visuals = self.last
         setattr(cache, length, after_visuals)  # drops the question before, and its answer
         x_1TD = model.embed(torch.tensor([ids[seen:]], device=model.device))
-        choose = partial(config.sample, sampling=sampling(wanted, self.penalty), generator=self.generator)
+        pick = partial(config.sample, sampling=sampling(wanted, self.penalty), generator=self.generator)
+        choose = pick if self.group is None else lambda *x: int(ring.broadcast_text(lambda: str(pick(*x)), self.group))
         until, said = wanted.get("until") or [], ""
         until = [end for end in ([until] if isinstance(until, str) else until) if end not in ("", "\n\n")]
         for piece in self.words.stream(longva.generate(model, x_1TD, cache, self.stop_ids, most, choose)):
@@ -152,7 +152,8 @@ class Config:
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
     """(our flags, lmms-eval's) of a command line, each with its values."""
-    names, (ours, theirs) = {"-h", "--help", *(f"--{f.name}" for f in fields(Config))}, ([], [])
+    names, ours, theirs = {"-h", "--help", "--no-together", *(f"--{f.name}" for f in fields(Config))}, [], []
+    part = ours
     for word in words:
         if word.startswith("-"):
             part = ours if word.split("=")[0] in names else theirs
@@ -189,10 +190,9 @@ def main(cfg: Config, theirs: list[str]) -> None:
     flags = {"model": "longva", "model_args": model, "tasks": cfg.tasks, "include_path": runs.TINY / "benchmark"}
     flags |= {"output_path": cfg.out, "use_cache": cfg.out / "cache"}
     sys.argv[1:] = [*(f"--{name}={value}" for name, value in flags.items()), "--log_samples", *theirs]
-    begun = time.time()
+    before = {*cfg.out.glob("**/*_results.json")}
     cli_evaluate()
-    scored = any(file.stat().st_mtime >= begun for file in cfg.out.glob("**/*_results.json"))
-    if not scored and hidden.get("RANK", "0") == "0":
+    if before == {*cfg.out.glob("**/*_results.json")} and hidden.get("RANK", "0") == "0":
         stop("lmms-eval ended without a score; its messages above say why")
 
 

@@ -230,10 +230,11 @@ class RopeScaling:
 
 def check_lm_supported(family: str, raw: dict) -> None:
     """Raise ValueError, one sentence, where config.json asks for what the decoder does not support."""
-    bases = [raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")]
-    if None not in bases and bases[0] != bases[1]:
+    places = raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    bases = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
+    if any(base != bases[0] for base in bases):
         raise ValueError(f"config.json has two RoPE bases, {' and '.join(map(short, bases))}; remove one")
-    window = raw.get("sliding_window", 4096 if family == "mistral" else None)  # 4096: Hugging Face's default
+    window = raw.get("sliding_window", 4096)  # Hugging Face's default
     if window and raw.get("use_sliding_window", family == "mistral"):
         raise ValueError(
             f"config.json asks for a sliding window of {short(window)} tokens, which this decoder does not have, and "
@@ -297,7 +298,7 @@ class LMConfig:
         scaling = RopeScaling.from_dict(raw)
         check_lm_supported(family, raw)
         raw = {name: value for name, value in raw.items() if value is not None}
-        raw = raw.get("rope_parameters", {}) | raw | {"rope_scaling": scaling}
+        raw = (raw.get("rope_scaling") or {}) | raw.get("rope_parameters", {}) | raw | {"rope_scaling": scaling}
         if family == "llama":  # the first LLaMA had one RoPE base and as many key heads as query heads
             raw = {"rope_theta": 1e4, "num_key_value_heads": raw.get("num_attention_heads")} | raw
         if missing := [name for name in (*SIZES, "rope_theta") if name not in raw]:
@@ -363,6 +364,8 @@ class LongVAConfig:
         if scheme != "unires" and (other := [one for one in canvases if one not in config.canvases]):
             only = "only LLaVA-NeXT's five are built for AnyRes"
             raise ValueError(f"config.json has a canvas of {short(other[0])} pixels; {only}")
+        if scheme != "unires" and canvases and len(canvases) < len(config.canvases):
+            raise ValueError(f"config.json has {len(canvases)} canvases; AnyRes is built with LLaVA-NeXT's five here")
         return config
 
     @property
@@ -484,6 +487,7 @@ class Sampling:
 
 
 GENERATION = "generation_config.json"
+UNBUILT = ("min_p", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")  # ways to choose tokens
 
 
 def read_sampling(folder: Path | str) -> Sampling:
@@ -494,6 +498,9 @@ def read_sampling(folder: Path | str) -> Sampling:
     """
     file = Path(folder) / GENERATION
     raw = {name: value for name, value in read_json(file).items() if value is not None}
+    odd = [name for name in UNBUILT if raw.get(name)] + ["num_beams"] * (raw.get("num_beams", 1) != 1)
+    if odd:
+        raise ValueError(f"{file} asks for {odd[0]}, which is not built here; remove it from the file")
     raw = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0} | raw
     found = from_json(Sampling, raw, f"{file}: ")
     return found if raw.get("do_sample", False) else Sampling(repetition_penalty=found.repetition_penalty)

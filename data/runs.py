@@ -10,6 +10,7 @@ Dimensions  none
 Differs   The release logs to Weights & Biases; here a log is a file, and a resumed run continues it without a gap.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -128,21 +129,29 @@ def publish(draft: Path, file: Path) -> None:
 def flush(path: Path) -> None:
     """Make sure that a file's bytes, or a folder's names, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot do this for a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
 
 
 def sweep(folder: Path, *patterns: str) -> None:
     """Remove the drafts that killed processes left in `folder`, and what `patterns` match."""
-    for pattern in (DRAFT.format("*"), ".tmp*", *patterns):  # .tmp: where safetensors' save_file writes
+    for pattern in (DRAFT.format("*"), *patterns):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.glob(".tmp" + 6 * "[A-Za-z0-9]"):  # where safetensors' save_file writes
+        if path.is_file():
+            path.unlink()
 
 
 def replace_text(file: Path, text: str) -> None:
     """Write a text file so that a kill leaves the old one or the new one."""
     with drafted(file) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8", errors="replace")  # a path may be no UTF-8
 
 
 def write_checked(file: Path, content: dict) -> None:
@@ -272,7 +281,6 @@ def open_run(folder: Path, settings: dict, inputs: Iterable[str] = (), more_step
         raise ValueError(f"{folder} is a file, but a run needs a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    sweep(folder)
     file, anew = folder / "config.json", f"choose another --out, or remove {folder} to start anew"
     content = fingerprints({name: settings[name] for name in inputs})
     new = json.loads(json.dumps({**settings, "inputs": content}, default=str))
@@ -293,6 +301,7 @@ def open_run(folder: Path, settings: dict, inputs: Iterable[str] = (), more_step
         raise ValueError(f"{folder} holds a run with other settings ({said}); {anew}{why}")
     if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         raise ValueError(f"{folder} holds a run on other data: the content of {other[0]} has changed; {anew}")
+    sweep(folder)
     replace_text(file, json.dumps(new, indent=2) + "\n")
 
 
@@ -374,7 +383,8 @@ class Signals:
             self.noted.append(number)
             signal.signal(number, before[number])
             if os.environ.get("RANK", "0") == "0":  # not by print, which may be what was interrupted
-                os.write(2, b"\nsaves after this step, and ends; again: ends at once\n")
+                limit = " (within torchrun's --shutdown-timeout, 30 s)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+                os.write(2, f"\nsaves after this step{limit}, and ends; again: ends at once\n".encode())
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -426,7 +436,7 @@ def print_end(folder: Path, following: str) -> None:
     """Print where a finished run's files are, and the next command: the miniature's, else `following`."""
     print(f"model: {folder / 'model'}   log: {folder / 'log.jsonl'}   loss curve: {draw_curve(folder)}")
     chain = MINIATURE if folder.parent == Path("runs") else {}  # those commands take models from there
-    print(f"next:  {chain.get(folder.name, following.format(folder / 'model'))}")
+    print(f"next:  {chain.get(folder.name, following.format(shlex.quote(str(folder / 'model'))))}")
 
 
 def speed(

@@ -287,6 +287,8 @@ def read_vocabulary(folder: Path, special: dict[str, int]) -> Tokenizer:
         lines = merges.read_text("utf-8", "replace").split("\n") if merges.exists() else [""]
         lines = lines[lines[0].startswith("#version") :]
         check_vocabulary(vocab, (line.split(" ") for line in lines if line), source)
+        if whole := read_json(whole_file := folder / "tokenizer.json", Whole):  # it may split words in another way
+            _, words, nfc = read_whole(whole, whole_file)
     elif (source := folder / "tokenizer.model").exists():
         return sentence_pieces(source, special)
     elif whole := read_json(source := folder / "tokenizer.json", Whole):

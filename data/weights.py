@@ -201,8 +201,8 @@ def write(
     """Write a model folder in Hugging Face's layout: config.json, model.safetensors or shards with an index.
 
     shard_bytes: no file is larger, unless one tensor is; dtype: cast floating tensors to it. Files get their
-    names when all are complete, and the rename of the index (or of the single file) is what turns old weights
-    into new ones, config.json following at once; a run that is killed leaves the old weights or the new ones.
+    names when all are complete, and the rename or removal of the index (else the rename of the single file) turns old
+    weights into new ones, config.json following at once; a run that is killed leaves the old weights or the new ones.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +224,7 @@ def write(
                 draft.chmod(0o644)  # safetensors makes files that their owner alone can read
             written.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
+            del shard  # not to be held while the next is filled
     except OSError:
         runs.sweep(folder)  # a full disk gets its room back
         raise
@@ -238,8 +239,8 @@ def write(
         runs.replace_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    runs.replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     remove_shards(folder, files)
+    runs.replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     drafts.rmdir()
 
 

@@ -199,6 +199,9 @@ OTHER_TYPES = [
     (NEXT_MISTRAL | {"sliding_window": 4096}, "sliding window of 4096 tokens"),
     ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, "sliding window of 4096 tokens"),
     (QWEN2 | {"use_sliding_window": True}, "sliding window of 131072 tokens"),
+    ({k: v for k, v in QWEN2.items() if k != "sliding_window"} | {"use_sliding_window": True}, "window of 4096 tokens"),
+    (QWEN2 | {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "two RoPE bases, 1000000.0 and"),
+    (NEXT_VICUNA | {"image_grid_pinpoints": FIVE[:2]}, "2 canvases; AnyRes is built with LLaVA-NeXT's five"),
     (LLAMA2 | {"hidden_act": "gelu"}, "activation 'gelu'"),
     (LLAMA2 | {"attention_bias": True}, "biases"),
     (LLAMA3 | {"mlp_bias": True}, "biases"),
@@ -257,6 +260,7 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize("setting, complaint", [
     ({"temperature": -0.1}, "temperature is -0.1; a number from 0 to 100 is"),
     ({"temperature": float("inf")}, "temperature is inf"),
+    ({"min_p": 0.1}, "asks for min_p, which is not built"), ({"num_beams": 4}, "asks for num_beams"),
     ({"temperature": float("nan")}, "temperature is nan"),
     ({"temperature": "hot"}, "temperature is 'hot'"),
     ({"top_p": 0.0}, "top_p is 0.0; a number from 1e-30 to 1 is"),

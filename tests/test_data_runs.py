@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,27 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     (tmp_path / ".draft-b").write_text("left by a kill"), (tmp_path / ".tmpAbCdEf").write_text("by safetensors")
     (tmp_path / ".draft-folder/deep").mkdir(parents=True)
+    (tmp_path / ".tmp").mkdir()  # somebody else's
+    (tmp_path / ".tmp-notes").write_text("mine")
     runs.sweep(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp", ".tmp-notes", "a.txt"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_written_to(tmp_path, monkeypatch):
+    """As on some network file systems; a file that cannot be flushed is an error still."""
+    real, odd = os.fsync, OSError(errno.EINVAL, "Invalid argument")
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) or odd.errno == errno.EIO:
+            raise odd
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    runs.replace_text(tmp_path / "a.txt", "caf\u00e9 \udcff")  # also a path that is no UTF-8, in a card's command
+    assert (tmp_path / "a.txt").read_bytes() == "caf\u00e9 ?".encode()
+    odd.errno = errno.EIO
+    with pytest.raises(OSError, match="cannot be written"):
+        runs.replace_text(tmp_path / "b.txt", "b")
 
 
 def test_a_checked_file_notices_damage(tmp_path):

@@ -96,6 +96,12 @@ def test_vocab_json_is_the_same_tokenizer(theirs, tmp_path):
     one, other = t.load_tokenizer(theirs), t.load_tokenizer(tmp_path)
     assert one.special == other.special
     assert all(one.encode(text, special=True) == other.encode(text, special=True) for text in fuzz(200))
+    whole = json.loads((theirs / "tokenizer.json").read_text())
+    whole["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}  # as other families' folders have beside it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="words are split by"):
+        t.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").unlink()  # without a list, Qwen2's three follow the vocabulary
     (tmp_path / "merges.txt").unlink()
     assert t.load_tokenizer(tmp_path).special == one.special

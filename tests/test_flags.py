@@ -172,7 +172,7 @@ def test_run_ends_with_a_sentence(rank, ends, monkeypatch):
     """Errors of our files are for the user; a rank that alone has one says it, after giving rank 0 its time."""
     slept = []
     monkeypatch.setattr(flags.time, "sleep", slept.append)
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, **WHERE}.items():
         monkeypatch.setenv(name, str(value))
     assert ends(2, flags.run, lambda cfg: read_picture("no.png"), Config) == "train.py: no.png: no such picture file\n"
     assert len(slept) == rank
@@ -233,10 +233,13 @@ def test_output_into_a_plain_file(monkeypatch):
     assert err.startswith("warning: film.mp4: cut\n") and err.count("cut") == 1 and err.count("steps") <= 3
 
 
+WHERE = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize("given, complaint", [
     ({"RANK": "x"}, "RANK is 'x' in the environment"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "the environment has no MASTER_ADDR, MASTER_PORT; start with torchrun"),
-    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "has RANK 2 of WORLD_SIZE 2"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with torchrun"),
+    ({"RANK": "2", "WORLD_SIZE": "2"} | WHERE, "has RANK 2 of WORLD_SIZE 2"),
 ])  # fmt: skip
 def test_half_of_what_torchrun_sets_is_refused(given, complaint, ends, monkeypatch):
     for name, value in given.items():

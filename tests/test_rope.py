@@ -104,6 +104,7 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
     assert theirs.rope_parameters["factor"] == config.rope_scaling.factor
     new_style = {"rope_type" if name == "type" else name: x for name, x in scaling.items()} | {"rope_theta": 1e4}
     raw = {name: x for name, x in SIZES.items() if name != "rope_theta"} | {"rope_parameters": new_style}
+    assert LMConfig.from_dict(raw | {"rope_parameters": None, "rope_scaling": new_style}).rope_theta == 1e4  # qwen2
     assert LMConfig.from_dict({"model_type": "qwen2", **raw}) == config
 
 
