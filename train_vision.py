@@ -165,7 +165,7 @@ def train(cfg: "Config", world: ring.World) -> None:
 
     # 4. Resume
     if world.rank == 0:
-        runs.open_run(cfg.out, asdict(cfg) | {"usable": dataset.usable}, ("weights", "tower", "data"))
+        runs.open_run(cfg.out, asdict(cfg) | dataset.usable, ("weights", "tower", "data"))
     first = ring.load_state(cfg.out / "state", model, optimizer, world)
     runs.resume_log(cfg.out, first, world.rank)
     sum_over_ranks = partial(ring.all_reduce_sum, world=world)
@@ -182,18 +182,18 @@ def train(cfg: "Config", world: ring.World) -> None:
     started = time.perf_counter()
     for step, (batches, unreadable) in zip(signals.steps(bar), loader.batches(range(first, cfg.steps))):
         used = sum(len(batch.sample_ids) for batch in batches) if rings.ring.rank == 0 else 0  # once for each ring
-        skipped, metrics, norm = skips.add(step, unreadable, used), dict.fromkeys(loss.metrics, 0.0), 0.0
+        skipped, metrics = skips.add(step, unreadable, used), {}
         for params in optimizer.param_groups:
             params["lr"] = learning_rate(params["peak"], step, cfg.steps, cfg.warmup, cfg.stage == "dpo")
         if skipped < cfg.batch:  # else no sample of this step can be used, and the parameters stay
             metrics = train_step(model, batches, loss, cfg.offload, world)
             runs.sum_finite(step, [metrics["loss"]])  # raises, before the update, if the loss is not finite
-            norm = ring.clip_gradients(model, cfg.grad_clip)
+            metrics["norm"] = ring.clip_gradients(model, cfg.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
         if world.rank == 0:
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            line = {"step": step, **metrics, "norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+            line = {"step": step, **metrics, "lr": optimizer.param_groups[0]["lr"]}
             line |= {"samples_per_s": round(cfg.batch / seconds, 2), "skipped": skipped}
             runs.log_step(cfg.out, line, bar, world.device)
         if signals.came() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:

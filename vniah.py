@@ -345,7 +345,7 @@ class Config:
     own: bool = setting(False, "test the models of your own training runs in runs/ (ours)")
     rope_theta: tuple[float, ...] = setting((), "RoPE bases to test without training (Fig. 4)")
     rope_scaling: tuple[str, ...] = setting((), "position scalings to test likewise, as KIND:FACTOR: yarn:8 (ours)")
-    trained_on: int | None = setting(None, "tokens, for the dotted line and --rope-scaling; none: config.json's (ours)")
+    trained_on: int | None = setting(None, "tokens, for the dotted line and scalings; none: config.json's (ours)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute (ours)")
     protocol: Literal["paper", "tiny"] = setting("tiny", "the paper's grid, or the miniature's (App. A)", group="Test")
     haystack: str = setting("synthetic", "video file, folder of pictures or of .txt, or synthetic (Sec. 4)")
@@ -385,7 +385,7 @@ PROTOCOLS = {  # tiny: one minute on two CPU cores, text four; paper, by estimat
         "distractors": 0, "seed": niah.SEED,
     },
 }  # fmt: skip
-PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i * 0.1 for i in range(11))}  # np.arange's
+PAPER_DEPTHS = {"vision": tuple(i / 5 for i in range(6)), "text": tuple(i * 0.1 for i in range(11))}  # as np.arange
 DIGITS = {"tiny": 3, "paper": 7}  # of a magic number
 CANDIDATES = (3e5,), ("yarn:16", "llama3:16")  # RoPE bases, scalings for (iv); data/tiny/README.md has all tried
 
@@ -415,7 +415,7 @@ def main(cfg: Config) -> None:
         baseline = replace(systems[-1], distractors=max(counts), selection_run=True)  # the last is not extended
         candidates = evaluate.training_free(baseline, *(positions if any(positions) else CANDIDATES))
     folders = sorted({system.folder for system in systems})
-    free = ("device", "" if cfg.rope_scaling else "trained_on")  # what may change when a run continues
+    free = ("device", "trained_on" if cfg.weights and not cfg.rope_scaling else "")  # may change when a run continues
     settings = {name: value for name, value in asdict(cfg).items() if name not in free}
     settings |= {str(folder): folder for folder in folders}
     print0("testing " + ", ".join(map(str, folders)))

@@ -232,7 +232,7 @@ def check_lm_supported(family: str, raw: dict) -> None:
     """Raise ValueError, one sentence, where config.json asks for what the decoder does not support."""
     places = raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     bases = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
-    if any(base != bases[0] for base in bases):
+    if any(base != bases[0] for base in bases[1:]):
         raise ValueError(f"config.json has two RoPE bases, {' and '.join(map(short, bases))}; remove one")
     window = raw.get("sliding_window", 4096)  # Hugging Face's default
     if window and raw.get("use_sliding_window", family == "mistral"):
@@ -298,7 +298,10 @@ class LMConfig:
         scaling = RopeScaling.from_dict(raw)
         check_lm_supported(family, raw)
         raw = {name: value for name, value in raw.items() if value is not None}
-        raw = (raw.get("rope_scaling") or {}) | raw.get("rope_parameters", {}) | raw | {"rope_scaling": scaling}
+        for place in ("rope_parameters", "rope_scaling"):
+            if base := raw.get(place, {}).get("rope_theta"):
+                raw = {"rope_theta": base} | raw
+        raw["rope_scaling"] = scaling
         if family == "llama":  # the first LLaMA had one RoPE base and as many key heads as query heads
             raw = {"rope_theta": 1e4, "num_key_value_heads": raw.get("num_attention_heads")} | raw
         if missing := [name for name in (*SIZES, "rope_theta") if name not in raw]:
@@ -487,7 +490,7 @@ class Sampling:
 
 
 GENERATION = "generation_config.json"
-UNBUILT = ("min_p", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")  # ways to choose tokens
+UNBUILT = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")  # ways to choose tokens
 
 
 def read_sampling(folder: Path | str) -> Sampling:
@@ -499,6 +502,7 @@ def read_sampling(folder: Path | str) -> Sampling:
     file = Path(folder) / GENERATION
     raw = {name: value for name, value in read_json(file).items() if value is not None}
     odd = [name for name in UNBUILT if raw.get(name)] + ["num_beams"] * (raw.get("num_beams", 1) != 1)
+    odd += ["min_p"] * bool(raw.get("do_sample") and raw.get("min_p"))
     if odd:
         raise ValueError(f"{file} asks for {odd[0]}, which is not built here; remove it from the file")
     raw = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0} | raw

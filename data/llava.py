@@ -362,7 +362,7 @@ class Dataset:
     batch_indices: Callable[[int], list[int]]  # step -> the indices of its samples, over all ranks
     get: Callable[[int], tuple[Media, list[Turns]]]  # index -> (media, dialogues); ValueError if it cannot be used
     describe: Callable[[int], dict] = lambda i: {"sample": i}  # index -> how reports name the sample
-    usable: str = ""  # which records of a file can be used: how many, and a checksum
+    usable: dict = field(default_factory=dict)  # of a file: how many of its records can be used, and a checksum of them
     rejected: list[dict] = field(default_factory=list)  # records that this rank found unusable at the start
     unreadable: set[int] = field(default_factory=set)  # samples that failed once and must not be used later
 
@@ -374,7 +374,7 @@ def json_dataset(records: Records, folder: Path | None, frames: int, seed: int, 
         lambda step: batch_indices(records.tokens, seed, step, batch),
         lambda i: read_sample(records[i], folder, frames),
         lambda i: {"record": records.numbers[i].item(), "id": records[i].get("id")},
-        f"{len(records)} of {records.count}, {hashlib.sha256(records.tokens.tobytes()).hexdigest()[:16]}",
+        {"usable_records": f"{len(records)} of {records.count}, {hashlib.sha256(records.tokens).hexdigest()[:16]}"},
         [{"record": i, "id": name, "why": why} for i, name, why in records.bad],
     )
 

@@ -135,7 +135,7 @@ def plain_text(path: Path) -> Iterator[dict]:
     try:
         yield {"text": path.read_text(encoding="utf-8-sig")}  # Windows begins files with a mark, which is no text
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 ({e}); convert it: iconv -f latin1 -t utf-8") from e
+        raise ValueError(f"{path} is not UTF-8 ({e}); convert it: iconv -f ITS-ENCODING -t utf-8") from e
 
 
 def parquet_rows(path: Path) -> Iterator[dict]:
@@ -415,7 +415,7 @@ def finished(shard: Path, job: dict) -> dict:
 
 def is_of_job(shard: Path, job: dict) -> bool:
     """Return whether another worker's token file is of this job, not of one packed here before."""
-    found = runs.read_checked(summary_file(shard))["job"] if summary_file(shard).exists() else {}
+    found = runs.read_checked(summary_file(shard)).get("job", {})
     return all(found.get(name) == job[name] for name in job if name not in ("worker", "file_contents"))
 
 
@@ -481,6 +481,8 @@ def main(cfg: Config) -> None:
         complete = [shard for shard in shards if shard.exists() and is_of_job(shard, packed["job"])]
         if len(complete) < cfg.workers:
             print(f"{len(complete)} of {cfg.workers} files are complete; the corpus is when all workers are done")
+            if others := [shard.name for shard in shards if shard.exists() and shard not in complete]:
+                print(f"{len(others)} were packed with other settings, such as {others[0]}; run those workers again")
             return
         summary = summarize([runs.read_checked(summary_file(shard)) for shard in find_shards(cfg.out)])
         if not summary["tokens"]:

@@ -93,7 +93,7 @@ def filmstrip_probe() -> tuple[list[Image.Image], niah.Needle]:
 
 
 def filmstrip() -> Figure:
-    """Eight of 512 frames, one of them the needle; the question, and the answer that tests/test_vniah.py hears."""
+    """Eight of 512 frames, one of them the needle; the question, and the answer that tests/test_vniah.py checks."""
     from matplotlib.patches import Rectangle
 
     figure, ax = sheet(246)
@@ -447,7 +447,7 @@ def transfer() -> Figure:
     for at, tokens in zip(x, lengths):
         write(ax, at, bottom + 18, f"{tokens:,}", color=GREY)
     write(ax, (left + right) / 2, bottom + 48, "tokens of the texts trained on", color=GREY)
-    write(ax, 24, (top + bottom) / 2, "tokens, 90 % of needles found", color=GREY, rotation=90)
+    write(ax, 24, (top + bottom) / 2, "longest with 90 % found, tokens", color=GREY, rotation=90)
     ax.plot(x, height(lengths), ":", color=GREY, linewidth=1.6)
     ax.plot(x, height(np.minimum(study.BEYOND * lengths, ticks[-1])), "--", color=GREY, linewidth=1.6)
     for kind, colour, dash, mark, aside in (("film", BLUE, "-", "o", -6), ("text", ORANGE, "-.", "s", 6)):

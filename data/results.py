@@ -26,7 +26,7 @@ from data import runs
 from data.flags import read_json
 from data.niah import Needle, ProbeGroup, describe, picture_hash
 
-SHADES = " \u2591\u2592\u2593\u2588"  # none found; up to a third, two thirds, less than all; all
+SHADES = " \u2591\u2592\u2593\u2588"  # none found; below a third, below two thirds, below all; all
 CELLS = "cells-{}.jsonl"  # of each rank: one line a probe
 SYSTEMS = "systems.jsonl"  # one line a system: its prompts, the hashes of its haystack
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
@@ -46,8 +46,8 @@ Results = dict[tuple[str, int, float], dict[str, dict]]
 def answer_in_text(text: str, answer: str) -> bool:
     """Return whether a text gives the answer, as whole words anywhere; an option's letter must come first."""
     text, answer = text.strip().lower(), answer.strip().lower()
-    if re.fullmatch("[a-j]", answer):  # "a dog", "I think" name no option
-        return bool(re.match(rf"\W*{answer}(?![\w'{' ' if answer in 'ai' else ''}])", text))
+    if re.fullmatch("[a-j]", answer):  # "a dog", "I think" name no option; nor does "A is"
+        return bool(re.match(rf"\W*{answer}(?![\w'])" + r"(?! \w)" * (answer in "ai"), text))
     return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
 

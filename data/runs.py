@@ -383,8 +383,8 @@ class Signals:
             self.noted.append(number)
             signal.signal(number, before[number])
             if os.environ.get("RANK", "0") == "0":  # not by print, which may be what was interrupted
-                limit = " (within torchrun's --shutdown-timeout, 30 s)" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-                os.write(2, f"\nsaves after this step{limit}, and ends; again: ends at once\n".encode())
+                limit = b" (torchrun leaves 30 s, or --shutdown-timeout)" * ("TORCHELASTIC_RUN_ID" in os.environ)
+                os.write(2, b"\nsaves after this step" + limit + b", and ends; again: ends at once\n")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

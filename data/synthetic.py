@@ -549,9 +549,9 @@ def captioned(seed: int, index: int) -> tuple[list[Image.Image], list[tuple[str,
 def conversation(seed: int, index: int, most: int) -> tuple[list[Image.Image], list[tuple[str, str]]]:
     """A picture of up to `most` grids and a conversation about numbers and colours in it.
 
-    Up to three things stand there many times, as in a film: those with a number, once with it and else without, of
-    which only the number is asked for; and those that nobody asks for. With one copy at most, a model looks at the
-    wrong one of the ten in a film of 1,024 frames.
+    Up to three things stand there many times, as in a film. One that has a number shows it once, and only the number is
+    asked for. Others have none, and nobody asks for them. With one copy at most, a model looks at the wrong one of the
+    ten in a film of 1,024 frames.
     Half of the pictures are sparse once they are large: one to four things in as many grids as allowed. Else the
     attention that a film's empty frames take is never trained away: each takes little, but a film has hundreds.
     """

@@ -191,7 +191,7 @@ class Index:
     keys: list[float]  # those stamps where decoding can start
     seconds: float  # from the first frame to the end of the last
     rate: float  # frames per second as the header states it, or as the time stamps do
-    in_turn: bool  # AVI states decoding times alone: the frames, which come in another order, take them in turn
+    in_turn: bool  # H.264 in AVI has decoding times alone: frames take them in turn; a dropped one shifts those behind
     cut: bool  # the packets end earlier than the header says, or become unreadable
 
     def number(self, stamp: float) -> int:
@@ -264,7 +264,8 @@ def _scan(path: Path) -> Index:
     packets, clock, spans, ours = [], [], {}, stream.index
     with container:  # once it is closed, asking `stream` anything reads freed memory
         rate, frames_of_avi = float(stream.average_rate or 0), stream.frames if container.format.name == "avi" else 0
-        reorders = stream.codec_context.name == "h264" and stream.codec_context.has_b_frames
+        h264_in_avi = container.format.name == "avi" and stream.codec_context.name == "h264"
+        reorders = h264_in_avi and stream.codec_context.has_b_frames
         for packet in _packets(container, [*container.streams]):
             if math.isinf(begin := _seconds(packet, packet.stream)):
                 continue  # the empty packet that ends a stream

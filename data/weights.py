@@ -202,7 +202,7 @@ def write(
 
     shard_bytes: no file is larger, unless one tensor is; dtype: cast floating tensors to it. Files get their
     names when all are complete, and the rename or removal of the index (else the rename of the single file) turns old
-    weights into new ones, config.json following at once; a run that is killed leaves the old weights or the new ones.
+    weights into new ones; config.json follows when the old are removed. A kill leaves the old weights or the new ones.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def test_wilson_is_where_the_score_test_is_z():
     ("A's", "A", False), ("", "7", False), ("200 mg", "200", True), ("a+b", "a+b", True), ("aab", "a+b", False),
     ("the number is 2965478.", "2965478", True), ("29654780", "2965478", False), ("E", "E", True), ("e\n", "E", True),
     ("B is the answer", "B", True), ("**B**", "B", True), ("[B] a house", "B", True), ("B - a house", "B", True),
-    ("I think B", "I", False), ("Because", "B", False), ("A: a dog", "A", True),
+    ("I think B", "I", False), ("A - a house", "A", True), ("A (a house)", "A", True), ("Because", "B", False), ("A: a dog", "A", True),
 ])  # fmt: skip
 def test_answer_in_text(text, answer, right):
     assert results.answer_in_text(text, answer) == right

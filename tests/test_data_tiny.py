@@ -114,8 +114,10 @@ def test_attention_is_shared_out_over_the_film(tmp_path, capsys):
     assert "found" in capsys.readouterr().out and (tmp_path / "attention.png").exists()
 
 
-def test_both_studies_refuse_what_makes_no_sense():
+def test_both_studies_refuse_what_makes_no_sense(tmp_path):
     with pytest.raises(ValueError, match="--seed -1"):
         transfer.Config(seed=-1)
+    with pytest.raises(ValueError, match="give its --seed, too"):
+        transfer.Config(base=tmp_path)
     with pytest.raises(ValueError, match="--needle-count 0"):
         attention.Config(needle_count=0)

@@ -29,9 +29,9 @@ STEP_TOKENS = 8192  # tokens per step of an extension; the control's steps have 
 FRAMES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of the films tested
 CONTEXTS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens of the texts tested
 TOKENS_PER_FRAME = 4
-MADE = {  # what the README's own commands make, with the presets' seeds: runs and shipped models
-    256: (("tiny-control", "control"), ("tiny-baseline-sft", "baseline")),
-    2048: (("tiny-extended", "extended"), ("tiny-longva-sft", "longva")),
+SHIPPED = {  # language model and LongVA of the shipped chain, which the README's commands made
+    256: (runs.TINY / "control", runs.TINY / "baseline"),
+    2048: (runs.TINY / "extended", runs.TINY / "longva"),
 }
 BEYOND = 8  # times the trained length: the longest test
 FOUND = 0.9  # share of needles that counts as understood
@@ -48,6 +48,8 @@ class Config:
 
     def __post_init__(self):
         at_least(self, seed=0)
+        if self.seed is None and (self.base, self.tower) != (runs.TINY / "base", runs.TINY / "tower"):
+            raise ValueError("--base and --tower are for another chain than the shipped one; give its --seed, too")
 
 
 def call(*words: object) -> None:
@@ -76,21 +78,26 @@ def longest(shares: Shares) -> int:
     return reached
 
 
+def is_whole(model: Path) -> bool:
+    """Return whether a stage exported its model to the end: config.json comes last."""
+    return (model / "config.json").is_file()
+
+
 def train_and_test(cfg: Config, length: int) -> dict[str, Shares]:
     """Extend to texts of `length` tokens, align, and test: what is found in {"film", "text"}."""
     out = Path(f"runs/transfer-{'presets' if cfg.seed is None else cfg.seed}/{length}").absolute()
     seed = [] if cfg.seed is None else ["--seed", cfg.seed]
     language_model, longva = out / "text/model", out / "sft/model"
-    if cfg.seed is None and length in MADE:
-        language_model, longva = (runs.trained_or_shipped(*names).absolute() for names in MADE[length])
-    if not language_model.exists():
+    if cfg.seed is None and length in SHIPPED:
+        language_model, longva = SHIPPED[length]
+    if not is_whole(language_model):
         preset = "tiny-control" if length == min(LENGTHS) else "tiny"
         shape = [] if length == min(LENGTHS) else ["--seq-len", length, "--batch", STEP_TOKENS // length]
         call(
             "train_text.py", "--preset", preset, "--weights", cfg.base.absolute(), *shape, *seed, "--out", out / "text"
         )
-    if not longva.exists():
-        if not (out / "align/model").exists():
+    if not is_whole(longva):
+        if not is_whole(out / "align/model"):
             start = ["--weights", language_model, "--tower", cfg.tower.absolute()]
             call("train_vision.py", "--stage", "align", *start, *seed, "--out", out / "align")
         call("train_vision.py", "--stage", "sft", "--weights", out / "align/model", *seed, "--out", out / "sft")
