@@ -64,4 +64,4 @@ def test_measured_numbers_are_the_tables():
     page = (pictures.ASSETS.parent / "data/tiny/README.md").read_text()
     for task in ("vision", "text"):
         assert chains.table(chains.load(), task) in page
-    assert transfer.table(transfer.load()) in page
+    assert transfer.table(transfer.load()) in page and transfer.shares_table(transfer.load()) in page

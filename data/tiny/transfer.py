@@ -133,6 +133,19 @@ def table(chains: dict) -> str:
     return "\n".join(lines)
 
 
+def shares_table(chains: dict) -> str:
+    """Return lines of Markdown: the share of needles found in films from 512 tokens on, for each length and chain."""
+    films = [TOKENS_PER_FRAME * frames for frames in FRAMES if TOKENS_PER_FRAME * frames >= 512]
+    lines = ["| texts | chain | " + " | ".join(f"{tokens:,}" for tokens in films) + " |"]
+    lines += ["|--:|---|" + "--:|" * len(films)]
+    for length in LENGTHS:
+        for name, chain in chains.items():
+            found = chain.get(str(length), {}).get("film", {})
+            cells = [f"{found[str(tokens)]:.2f}" if str(tokens) in found else "" for tokens in films]
+            lines += [f"| {length:,} | {name} | {' | '.join(cells)} |"] if found else []
+    return "\n".join(lines)
+
+
 def main(cfg: Config) -> None:
     """Train and test what is missing of a chain, then draw all."""
     chains, name = load(), "presets' seeds" if cfg.seed is None else f"seed {cfg.seed}"
@@ -140,7 +153,7 @@ def main(cfg: Config) -> None:
         chains.setdefault(name, {})[str(length)] = train_and_test(cfg, length)
         runs.replace_text(FILE, json.dumps(chains) + "\n")
     call("-m", "data.pictures", "transfer")
-    print(table(chains))
+    print(table(chains), shares_table(chains), sep="\n\n")
 
 
 if __name__ == "__main__":
