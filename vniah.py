@@ -68,7 +68,7 @@ def visual_probe(
     The question ends with the chat template's suffix, which opens the answer.
     """
     prefix_ids, suffix_ids = chat.template_ids(tokenizer, chat.default_template(tokenizer))
-    question_ids = tokenizer.encode("\n" + needle.question.removeprefix("\n")) + suffix_ids  # the release's begin so
+    question_ids = tokenizer.encode("\n" + needle.question.removeprefix("\n")) + suffix_ids  # "\n" as released
     x_NMD, needle_1MD = encode_frames(model, frames), encode_frames(model, [needle.picture])
     before = niah.insert_index(len(x_NMD), depth)
     x_1SD = insert_needle(embed(model, prefix_ids), x_NMD, needle_1MD, before, embed(model, question_ids))
@@ -426,8 +426,8 @@ def main(cfg: Config) -> None:
 
     plan = [(system, lengths, cfg.depths) for system in systems]
     plan += [(control, lengths, cfg.depths[len(cfg.depths) // 2 :][:1]) for control in controls]  # at one depth
-    trials = {f"trial of {one.name}": one for one in candidates}
-    plan += [(replace(one, name=name), lengths[-2:], cfg.depths[::2]) for name, one in trials.items()]  # enough
+    trials = {f"trial of {one.name}": one for one in candidates}  # on the hardest lengths, some depths
+    plan += [(replace(one, name=name), lengths[-2:], cfg.depths[::2]) for name, one in trials.items()]
     run_missing(cfg, plan, world, log)
     rates = {name: results.hit_rate(log.results, name) for name in trials}
     if trials:  # system (iv): the baseline with the positions that scored best on other needles

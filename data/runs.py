@@ -297,6 +297,8 @@ def open_run(folder: Path, settings: dict, inputs: Iterable[str] = (), more_step
         changed.remove("steps")
     if changed:
         said = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)[:120]
+        if changed == ["usable_records"]:
+            raise ValueError(f"{folder}: {said}; bring the missing pictures back, then run the same command again")
         why = "; the learning rate depends on the number of steps" if "steps" in changed else ""
         raise ValueError(f"{folder} holds a run with other settings ({said}); {anew}{why}")
     if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:

@@ -266,7 +266,8 @@ def _scan(path: Path) -> Index:
         rate, frames_of_avi = float(stream.average_rate or 0), stream.frames if container.format.name == "avi" else 0
         h264_in_avi = container.format.name == "avi" and stream.codec_context.name == "h264"
         reorders = h264_in_avi and stream.codec_context.has_b_frames
-        for packet in _packets(container, [*container.streams]):
+        timed = container.streams.video, container.streams.audio, container.streams.subtitles
+        for packet in _packets(container, [*itertools.chain(*timed)]):
             if math.isinf(begin := _seconds(packet, packet.stream)):
                 continue  # the empty packet that ends a stream
             end = begin + float((packet.duration or 0) * packet.time_base)

@@ -412,7 +412,8 @@ def test_a_step_without_a_sample_leaves_the_parameters_alone(tmp_path, capsys, m
     assert [torch.equal(saved[step - 1], saved[step]) for step in (1, 2, 3)] == [step == at for step in (1, 2, 3)]
     (tmp_path / "images/3.png").unlink()
     assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
-    assert "holds a run with other settings (usable_records was '4 of 4, " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usable_records was '4 of 4, " in said and "bring the missing pictures back, then run the same" in said
 
 
 # ---- preference ----------------------------------------------------------------------------------
