@@ -257,7 +257,8 @@ def paths(record: dict, kind: str) -> list[tuple[str, str]]:
 def locate(path: str, folder: str | Path | None) -> str:
     """Return the file of a path; ValueError if it is outside `folder`, by "..", an absolute path or a link."""
     if folder is None or not Path(folder).is_dir():
-        raise ValueError(f"shows {shorten(path, 60)}, but {folder} is no folder; give --images, where paths start")
+        given = f"{folder} is no folder" if folder else "no folder is given"
+        raise ValueError(f"shows {shorten(path, 60)}, but {given}: name as --images the one where paths start")
     root = os.path.realpath(folder)
     file = os.path.realpath(os.path.join(root, path))
     if not Path(file).is_relative_to(root):

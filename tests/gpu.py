@@ -1,6 +1,6 @@
 """Does everything that needs a GPU work on this one, and how fast is it?
 
-What      Ten cases, each a few lines of a table: what, measured, expected, ok or not. Models are random, of the real
+What      Eleven cases, each a few lines of a table: what, measured, expected, ok or not. Models are random, of the real
           width, made on the card; nothing is downloaded. Where transformers is installed it is measured beside.
 Paper     The sizes are the paper's: Qwen2-7B and CLIP ViT-L/14, 224,000 tokens of text, 3,000 frames.
 Run       python tests/gpu.py                               all cases, about ten minutes on one card of 80 GB
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,8 @@ import ring
 import train_vision
 import unires
 from clip import ClipVision
-from data import llava, memory
-from data.config import ClipConfig, LMConfig, LongVAConfig, train_flop
+from data import llava, memory, synthetic, weights
+from data.config import ClipConfig, LMConfig, LongVAConfig, to_dict, train_flop
 from data.memory_saving import GradientSums
 
 GB = 10**9
@@ -139,7 +141,7 @@ class Kit:
         """Qwen2-7B with so many layers, or a toy."""
         if not self.dry:
             return LMConfig(num_hidden_layers=layers)
-        sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": min(layers, 2)}
+        sizes = {"vocab_size": 700, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": min(layers, 2)}
         return LMConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
 
     def clip(self) -> ClipConfig:
@@ -497,6 +499,19 @@ def step(kit: Kit) -> None:
     run.update()
 
 
+def whole(kit: Kit) -> None:
+    """All 28 layers on one card with AdamW's moments: 16 bytes a parameter are 122 GB."""
+    run, T, kernel = Training(kit, 28, offload=False), 64 if kit.dry else 28_000, usable_kernels(kit)[:2][-1]
+    run.prepare(T, kernel)
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    losses = [run.descend() for _ in range(4)]  # the first makes the moments
+    run.measure(T, kernel, 1)  # as a second micro-batch, beside the gradients of the first
+    kit.row("  AdamW on the card", f"{1e3 * kit.seconds(run.optimizer.step):.0f} ms")
+    falls = all(a > b for a, b in pairwise(losses))
+    kit.row("losses of four steps on one text", ", ".join(f"{x:.3f}" for x in losses), "fall", falls)
+    kit.at_most("parameters that are NaN", count_nan(run.model), 0)
+
+
 class Training:
     """A model with real layers, made to be trained, and one part of a step after the other."""
 
@@ -507,27 +522,41 @@ class Training:
         self.model = on_meta(longva.LM, self.config)
         ring.shard_parameters(self.model, self.model.model.layers, self.world, offload, torch.bfloat16)
         randomise(self.model, kit.device)
-        self.gradients = GradientSums(self.model)
+        self.gradients, self.optimizer = GradientSums(self.model), None
 
-    def part(self) -> None:
-        """Forward and backward."""
+    def part(self) -> Tensor:
+        """Forward and backward; the loss."""
         T = self.ids.shape[1] - 1
         attend = ring.zigzag_attend(self.world, self.kernel)
         pos_T = torch.arange(T, device=self.kit.device)
-        self.model(self.ids[:, :-1], pos_T, self.ids[:, 1:], attend)[0].sum().div(T).backward()
+        loss = self.model(self.ids[:, :-1], pos_T, self.ids[:, 1:], attend)[0].sum().div(T)
+        loss.backward()
         if self.offload and self.aside:
             self.gradients.take()
+        return loss.detach()
 
-    def measure(self, T: int, kernel: str, warm: int, **settings: Any) -> str:
-        """Rows about one part, after `warm` others; settings: memory.Step's. Returns what they are, in words."""
-        kit, self.kernel = self.kit, kernel
+    def descend(self) -> float:
+        """A whole step; the loss before it."""
+        loss = self.part()
+        ring.clip_gradients(self.model, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def prepare(self, T: int, kernel: str, **settings: Any) -> memory.Step:
+        """Draw a text and apply settings, those of memory.Step."""
         step = memory.Step(self.config, 1, T, grad_accumulation=2, offload=self.offload, **settings)
-        selective = step.checkpointing == "selective"
-        self.model.model.checkpointing = step.checkpointing
+        self.kernel, self.model.model.checkpointing = kernel, step.checkpointing
         self.model.model.offload_activations = step.offload_activations
         for block in self.model.model.layers:
             block.mlp.tile = step.mlp_tile
-        self.ids = torch.randint(self.config.vocab_size, (1, T + 1), device=kit.device)
+        self.ids = torch.randint(self.config.vocab_size, (1, T + 1), device=self.kit.device)
+        return step
+
+    def measure(self, T: int, kernel: str, warm: int, **settings: Any) -> str:
+        """Rows about one part, after `warm` others; settings: memory.Step's. Returns what they are, in words."""
+        kit, step = self.kit, self.prepare(T, kernel, **settings)
+        selective = step.checkpointing == "selective"
         for _ in range(warm):
             self.part()
         kit.clear()
@@ -545,7 +574,7 @@ class Training:
             kit.row("  MFU", f"{mfu:.1f} %")
         if not kit.dry:
             sizes = memory.step_terms(step)
-            planned = (sum(sizes.values()) - sizes["AdamW"]) / GB  # there is no optimizer yet
+            planned = (sum(sizes.values()) - sizes["AdamW"] * (self.optimizer is None)) / GB
             kit.row("  GB allocated, reserved, planned", f"{allocated:.1f}, {reserved:.1f}, {planned:.1f}")
             kit.planned("  planned over reserved", planned, reserved)
         return name
@@ -786,12 +815,74 @@ def compare_logs(kit: Kit, out: Path) -> None:
     kit.at_most("killed and started again: losses against the undisturbed run", worst, 0 if kit.dry else 1e-3)
 
 
+# ---- 10 pipeline ---------------------------------------------------------------------------------
+
+
+SPEEDS = "tokens_per_s", "samples_per_s", "mfu", "gb"  # of log.jsonl
+
+
+def pipeline(kit: Kit) -> None:
+    """The paper's commands from text to needles, with two layers of the real width and random weights to start from."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, tokens = Path(folder), 64 if kit.dry else 28_000
+        write_inputs(kit, out, tokens)
+        torchrun = "-m torch.distributed.run --nproc-per-node 1"
+        device = f"--device {kit.device.type}"
+        vision = f"{torchrun} train_vision.py --preset longva {device} --steps 2 --batch 8 --data {out}/data.json --images {out}/pictures"
+        commands = {
+            "pack": f"-m data.pack {out / 'texts'} --tokenizer {out / 'lm'} --out {out / 'tokens.npy'} --keep-short 1",
+            "text": f"{torchrun} train_text.py --preset longva {device} --weights {out / 'lm'} --corpus {out / 'tokens.npy'} "
+            f"--seq-len {tokens} --grad-accumulation 2 --steps 2 --peak-tflop 989 --out {out / 'text'}",
+            "align": f"{vision} --stage align --weights {out / 'text/model'} --tower {out / 'clip'} --out {out / 'align'}",
+            "sft": f"{vision} --stage sft --weights {out / 'align/model'} --out {out / 'sft'}",
+            "needles": f"vniah.py --protocol paper {device} --weights {out / 'sft/model'} --haystack {out / 'pictures'} "
+            f"--needles data/needles --frames 16 --depths 0.5 --out {out / 'needles'}",
+            "question": f"longva.py Why? {device} --weights {out / 'sft/model'} --video {out / 'pictures'} --frames 8",
+        }
+        for name, words in commands.items():
+            job, began = start(words, out / f"{name}.txt"), time.perf_counter()
+            code, spent = job.wait(timeout=300), time.perf_counter() - began
+            kit.row(f"{name}: exit code, and seconds in all", f"{code}, {spent:.0f} s", "0", code == 0)
+            if code:
+                print((out / f"{name}.txt").read_text()[-3000:])
+                return
+            if (log := out / name / "log.jsonl").exists():
+                lines = [json.loads(line) for line in log.read_text().splitlines()]
+                kit.row("  loss of each step", ", ".join(f"{line['loss']:.3f}" for line in lines))
+                speed = {key: lines[-1][key] for key in SPEEDS if key in lines[-1]}
+                kit.row("  of the last step", ", ".join(f"{key} {x:,.2f}" for key, x in speed.items()))
+                shutil.rmtree(out / name / "state")  # 12 bytes a parameter
+
+
+def write_inputs(kit: Kit, out: Path, tokens: int) -> None:
+    """Folders with a language model, a CLIP, texts, and LLaVA-style records with their pictures."""
+    names, rng = synthetic.lexicon(), np.random.default_rng(0)
+    for kind, config, name in ((longva.LM, kit.lm(2), "lm"), (ClipVision, kit.clip(), "clip")):
+        model = on_meta(kind, config).to(torch.bfloat16).to_empty(device=kit.device)
+        randomise(model)
+        prefix = "vision_model." * (name == "clip")
+        sizes = {"model_type": "clip_vision_model"} | asdict(config) if prefix else to_dict(config)
+        weights.write(out / name, ((prefix + key, x.cpu()) for key, x in model.state_dict().items()), sizes)
+    weights.copy_tokenizer(synthetic.TOKENIZER, out / "lm")
+    for folder in ("texts", "pictures"):
+        (out / folder).mkdir()
+    for i in range(8):
+        (out / "texts" / f"{i}.txt").write_text(" ".join(rng.choice(names, tokens)))
+    records = []
+    for i in range(16):
+        noise = rng.integers(0, 256, (*rng.integers(40, 100 if kit.dry else 1500, 2), 3), np.uint8)
+        Image.fromarray(noise).save(out / "pictures" / f"{i:02}.png")
+        said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "Noise and no more."}]
+        records.append({"id": str(i), "image": f"{i:02}.png", "conversations": said})
+    (out / "data.json").write_text(json.dumps(records))
+
+
 # ---- main ----------------------------------------------------------------------------------------
 
-NEEDS = {"ring": 20, "loss": 14, "decode": 45, "vision": 54, "step": 56, "film": 46}  # GB of the card
+NEEDS = {"ring": 20, "loss": 14, "decode": 45, "vision": 54, "step": 56, "film": 46, "whole": 142, "pipeline": 40}  # GB
 CASES = {
     "kernels": kernels, "ring": full_ring, "loss": loss, "parity": parity, "commands": commands, "decode": decode,
-    "vision": vision, "step": step, "film": film,
+    "vision": vision, "step": step, "film": film, "pipeline": pipeline, "whole": whole,
 }  # fmt: skip
 
 

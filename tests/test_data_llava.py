@@ -364,9 +364,9 @@ def test_a_short_video_repeats_frames(images):
     assert len(frames) == 13 and len({frame.tobytes() for frame in frames}) == 12
 
 
-@pytest.mark.parametrize("folder", [None, "nowhere"])
-def test_a_missing_folder_is_named(folder):
-    with pytest.raises(ValueError, match=rf"^shows coco/1\.png, but {folder} is no folder; give --images"):
+@pytest.mark.parametrize("folder, why", [(None, "no folder is given"), ("nowhere", "nowhere is no folder")])
+def test_a_missing_folder_is_named(folder, why):
+    with pytest.raises(ValueError, match=rf"^shows coco/1\.png, but {why}: name as --images"):
         llava.read_sample(SHOWN, folder)
 
 

@@ -20,7 +20,10 @@ from tests.ranks import ALONE
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("case", [name for name in gpu.CASES if name != "commands"])
+SLOW = [pytest.param("pipeline", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("case", [name for name in gpu.CASES if name not in ("commands", "pipeline")] + SLOW)
 def test_every_case_runs_at_toy_size(case, tmp_path):
     """A card's time is not to be wasted on a typing mistake. The commands have tests of their own."""
     kit = gpu.Kit(dry=True)
