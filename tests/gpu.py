@@ -1,9 +1,9 @@
 """Does everything that needs a GPU work on this one, and how fast is it?
 
-What      Eleven cases, each a few lines of a table: what, measured, expected, ok or not. Models are random, of the real
+What      Cases, each a few lines of a table: what, measured, expected, ok or not. Models are random, of the real
           width, made on the card; nothing is downloaded. Where transformers is installed it is measured beside.
 Paper     The sizes are the paper's: Qwen2-7B and CLIP ViT-L/14, 224,000 tokens of text, 3,000 frames.
-Run       python tests/gpu.py                               all cases, about ten minutes on one card of 80 GB
+Run       python tests/gpu.py                               all cases, about 15 minutes on one card of 80 GB or more
           python tests/gpu.py --only kernels decode         some of them: the names are those of CASES
           python tests/gpu.py --json FILE                   also the rows as JSON
           python tests/gpu.py --dry                         toy sizes on the CPU: only shows that every case runs
@@ -231,7 +231,9 @@ def kernels(kit: Kit) -> None:
 
 def extreme_lse(kit: Kit, kernel: str, H: int, G: int, K: int) -> None:
     """Logits of about -100: where cuDNN's backward gives NaN for S = 64 (mod 128)."""
-    for S, causal in [(64, False)] if kit.dry else [(n, c) for n in (64, 129, 192, 200, 640) for c in (False, True)]:
+    cases = [(64, False)] if kit.dry else [(n, c) for n in (64, 129, 192, 200, 640) for c in (False, True)]
+    worst, lost = 0.0, []
+    for S, causal in cases:
         T = S if causal else 128
         q, do, k, v = (kit.noise(1, n, heads, K) for n, heads in ((T, H), (T, H), (S, G), (S, G)))
         q[..., 0], k[..., 0] = 10, -10 * math.sqrt(K)  # this one entry makes all logits small
@@ -239,16 +241,17 @@ def extreme_lse(kit: Kit, kernel: str, H: int, G: int, K: int) -> None:
         slow = ring.math_backward(*(x.float() for x in (do, q, k, v, o)), lse, causal)
         fast = ring.block_attention_backward(do, q, k, v, o.to(q.dtype), lse, causal, kernel)
         whole = all(x.isfinite().all() for x in fast)  # the entry's own gradients are a difference of large numbers
-        error = max(ulps(a[..., 1:], b[..., 1:]) for a, b in zip(fast, slow)) if whole else math.inf
-        name = f"{kernel}: gradients where lse is {lse.mean():.0f}, S = {S}{', causal' * causal}"
-        kit.at_most(name, error, 2, "ulp")
+        worst = max(worst, max(ulps(a[..., 1:], b[..., 1:]) for a, b in zip(fast, slow)) if whole else math.inf)
         if kernel == "cudnn" and S % 128 == 64:
             heads_first = [x.transpose(1, 2) for x in (do, q, k, v, o.to(q.dtype))]
             zeros = [torch.zeros((), dtype=torch.int64, device=kit.device) for _ in range(2)]
             raw = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
             rest = None, None, None, T, S, 0.0, causal
-            lost = raw(*heads_first, lse.unsqueeze(-1).contiguous(), *zeros, *rest)[0].isnan().float().mean()
-            kit.row("  without the guard: share of dq that is NaN", f"{lost:.2f}")
+            nan = raw(*heads_first, lse.unsqueeze(-1).contiguous(), *zeros, *rest)[0].isnan().float().mean()
+            lost.append(f"{nan:.2f} at {S}{', causal' * causal}")
+    kit.at_most(f"{kernel}: gradients where lse is about -95, worst of {len(cases)} shapes", worst, 2, "ulp")
+    if lost:
+        kit.row("  without the guard: share of dq that is NaN", "; ".join(lost))
 
 
 def cached_reading(kit: Kit, H: int, G: int, K: int) -> None:
