@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 import ring
 import unires
@@ -323,8 +322,8 @@ def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
         o = torch.ops.aten._flash_attention_forward(*arguments)[0].transpose(1, 2)
     else:
         heads_first = [x.transpose(1, 2) for x in (rows, k_BSGK, v_BSGK)]
-        mask = causal_lower_right(T, S) if T > 1 else None
-        o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=T > 1)
+        mask = torch.ones(T, S, dtype=torch.bool, device=rows.device).tril(S - T) if 1 < T < S else None
+        o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=1 < T == S, enable_gqa=T > 1)
     return o.flatten(1, 2).unsqueeze(1) if T == 1 else o.transpose(1, 2)
 
 

@@ -1,7 +1,6 @@
 """What goes wrong on a long run: ranks that are lost, full disks, losses that are no numbers, second jobs.
 
-Each case says one sentence, and what was saved is not lost. Ranks are forked from a server that has imported torch;
-their store lies in the test, as torchrun's lies in the launcher. A few cases go through torchrun itself.
+Each case says one sentence, and what was saved is not lost. Most ranks are forked; a few cases go through torchrun.
 """
 
 import builtins
@@ -9,7 +8,6 @@ import errno
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -25,80 +23,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_text
 import train_vision
 import vniah
 from data import checkpoint, flags, llava, pack, results, runs, synthetic, weights
+from tests.ranks import Job, forkserver, wait_for
 
 ROOT = Path(__file__).parents[1]
 TINY = "--preset tiny-base --device cpu --seq-len 32 --batch 2 --curriculum-steps 0".split()
 
 
-# ---- ranks without torchrun ----------------------------------------------------------------------
-
-
-def one_rank(rank, ranks, port, said, argv, hook):
-    """A rank as torchrun would start it; what it says goes to the file `said`."""
-    here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(n) for name, n in here.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"})
-    sys.argv = ["train_text.py"]
-    with open(said, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    if hook:
-        hook(rank)
-    flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", [a.format(rank=rank) for a in argv])
-
-
-class Job:
-    """train_text.py on forked ranks; everything they say is in `said()`."""
-
-    def __init__(self, out, *argv, ranks=2, hook=None):
-        multiprocessing.set_forkserver_preload(["torch._dynamo", "ring", "longva", "train_text"])
-        context = multiprocessing.get_context("forkserver")
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.out, self.file = Path(out), Path(f"{out}.said".replace("{rank}", "N"))
-        args = ranks, self.store.port, self.file, [*TINY, *map(str, argv), "--out", str(out)], hook
-        self.ranks = [context.Process(target=one_rank, args=(rank, *args)) for rank in range(ranks)]
-        for process in self.ranks:
-            process.start()
-
-    def codes(self, seconds=60):
-        """Exit codes; all ranks must end in time."""
-        deadline = time.monotonic() + seconds
-        for process in self.ranks:
-            process.join(max(0.1, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.ranks]
-        for process in self.ranks:
-            process.kill()
-        assert None not in codes, f"still there: {codes}\n{self.said()}"
-        return codes
-
-    def said(self):
-        return self.file.read_text(errors="replace").replace("\r", "\n")
-
-    def complaints(self):
-        return re.findall("train_text.py: (.*)", self.said())
-
-    def steps(self):
-        """How many steps the log holds."""
-        log = self.out / "log.jsonl"
-        return log.read_bytes().count(b"\n") if log.exists() else 0
-
-    def reach(self, steps):
-        """Wait until so many steps are logged, or the job has ended."""
-        wait_for(lambda: self.steps() >= steps or not any(process.is_alive() for process in self.ranks))
-
-
-def wait_for(happened, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def training(out, *argv, **how):
+    """train_text.py on two ranks."""
+    return Job("train_text.py", out, *TINY, *argv, **how)
 
 
 def log_of(folder):
@@ -119,12 +58,12 @@ def same_run(one, other):
 def test_ten_random_kills_change_nothing(tmp_path):
     """SIGKILL of one rank or both, anywhere in a step or a save; started again each time; every bit as undisturbed."""
     dice, flags = random.Random(0), ["--steps", 60, "--save-every", 2]
-    whole = Job(tmp_path / "whole", *flags)
+    whole = training(tmp_path / "whole", *flags)
     assert whole.codes() == [0, 0], whole.said()
     killed = 0
     for target in sorted(dice.sample(range(2, 56), 10)):
-        job = Job(tmp_path / "killed", *flags)
-        job.reach(target)
+        job = training(tmp_path / "killed", *flags)
+        job.wait_for(lambda target=target, job=job: job.steps() >= target)
         time.sleep(dice.uniform(0, 0.05))
         victims = dice.choice([[0], [1], [0, 1]])
         for rank in victims:
@@ -133,7 +72,7 @@ def test_ten_random_kills_change_nothing(tmp_path):
         killed += all(codes[rank] == -signal.SIGKILL for rank in victims)
         assert all(code != 0 for code in codes), job.said()
     assert killed == 10
-    last = Job(tmp_path / "killed", *flags)
+    last = training(tmp_path / "killed", *flags)
     assert last.codes() == [0, 0], last.said()
     same_run(tmp_path / "whole", tmp_path / "killed")
     assert "Traceback" not in last.said(), last.said()
@@ -217,9 +156,8 @@ def one_attempt(toy, out, at, how, said):
 
 def attempt(toy, out, at=0, how="kill"):
     """Run a toy in a process of its own. Returns (exit code, what it said)."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "ring", "longva", "train_text", "tests.test_recovery"])
     said = out.parent / "said"
-    process = multiprocessing.get_context("forkserver").Process(target=one_attempt, args=(toy, out, at, how, said))
+    process = forkserver().Process(target=one_attempt, args=(toy, out, at, how, said))
     process.start()
     process.join(120)
     return process.exitcode, said.read_text()
@@ -316,7 +254,7 @@ def pid_of(rank, out):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_torchrun_starts_a_killed_run_again(tmp_path):
     """With --max-restarts a rank is killed twice, and the run ends by itself as if nothing had been, to the bit."""
-    whole, out = Job(tmp_path / "whole", "--steps", 12, "--save-every", 2), tmp_path / "killed"
+    whole, out = training(tmp_path / "whole", "--steps", 12, "--save-every", 2), tmp_path / "killed"
     assert whole.codes() == [0, 0], whole.said()
     flags = [*TINY, "--steps", 12, "--save-every", 2, "--out", out]
     job = torchrun(*TWO, "--max-restarts", 3, "--monitor-interval", 0.1, "train_text.py", *flags)
@@ -353,7 +291,7 @@ def test_two_launchers_are_one_run(tmp_path):
     meet = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port, "--node-rank"]
     command = ["train_text.py", *TINY, "--steps", 5, "--out", tmp_path / "two"]
     jobs = [torchrun(*meet, node, *command) for node in range(2)]
-    one = Job(tmp_path / "one", "--steps", 5)
+    one = training(tmp_path / "one", "--steps", 5)
     assert one.codes() == [0, 0], one.said()
     for job in jobs:
         said, _ = job.communicate(timeout=60)
@@ -390,13 +328,13 @@ def full(rank, module, name, after=0, room=20_000):
 def test_a_full_disk(tmp_path, hook, left):
     """One sentence, and the last state is there; with room again, the run ends as if nothing had been."""
     flags = ["--steps", 8, "--save-every", 1]
-    job = Job(tmp_path / "run", *flags, hook=hook)
+    job = training(tmp_path / "run", *flags, hook=hook)
     assert 2 in job.codes()
     assert "Traceback" not in job.said() and "too large" in job.said(), job.said()
     assert 1 <= len(job.complaints()) <= 2, job.said()  # no launcher ends the rank that meets it second
     assert all("; free disk space, then run the same command again" in line for line in job.complaints()), job.said()
     assert max(checkpoint.saved_steps(tmp_path / "run/state")) >= left
-    again = Job(tmp_path / "run", *flags)
+    again = training(tmp_path / "run", *flags)
     assert set(again.codes()) == {0}, again.said()
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(8))
 
@@ -407,7 +345,7 @@ def huge_rate(rank):
 
 @pytest.mark.ranks
 def test_a_loss_that_is_no_number(tmp_path):
-    job = Job(tmp_path / "run", "--steps", 9, "--grad-accumulation", 2, "--save-every", 1, hook=huge_rate)
+    job = training(tmp_path / "run", "--steps", 9, "--grad-accumulation", 2, "--save-every", 1, hook=huge_rate)
     assert set(job.codes()) <= {2, 143}
     sentence = r"step (\d+), micro-batch 0 of 2: the loss is nan; stopped before it reached the parameters"
     found = re.fullmatch(sentence, job.complaints()[0])
@@ -418,7 +356,7 @@ def test_a_loss_that_is_no_number(tmp_path):
 @pytest.mark.ranks
 def test_folders_that_ranks_do_not_share(tmp_path):
     """Found at the start, not by the first save."""
-    job = Job(tmp_path / "run-{rank}", "--steps", 2)
+    job = training(tmp_path / "run-{rank}", "--steps", 2)
     assert set(job.codes()) <= {2, 143}
     assert "all machines must share this folder" in job.complaints()[0] and not job.steps(), job.said()
 
@@ -426,11 +364,11 @@ def test_folders_that_ranks_do_not_share(tmp_path):
 def test_a_second_job_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     runs.lock(tmp_path / "run")
-    job = Job(tmp_path / "run", "--steps", 2, ranks=1)
+    job = training(tmp_path / "run", "--steps", 2, ranks=1)
     assert job.codes() == [2]
     assert job.complaints() == [f"another run writes to {tmp_path / 'run'}; let it end, or choose another --out"]
     runs.LOCKS.pop((tmp_path / "run").resolve()).close()
-    again = Job(tmp_path / "run", "--steps", 2, ranks=1)
+    again = training(tmp_path / "run", "--steps", 2, ranks=1)
     assert again.codes() == [0], again.said()
 
 

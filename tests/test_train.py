@@ -1,12 +1,8 @@
 """Both training scripts as a user runs them: ranks agree, killed runs resume to the bit, mistakes get one sentence."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,17 +18,10 @@ import train_vision
 from data import chat, evaluate, memory_saving, pack, synthetic, tokenizer, weights
 from data.runs import TINY
 from data.tiny import make
-from tests.ranks import ALONE
+from tests.ranks import ALONE, Job
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--device cpu --seq-len 64 --batch 4 --curriculum-steps 0".split()
-
-
-def start(script, *flags, ranks=1):
-    """Start a script as a process, under torchrun for several ranks."""
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command, env = [sys.executable, *how, script, *map(str, flags)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def here(script, *flags):
@@ -44,13 +33,6 @@ def here(script, *flags):
     except SystemExit as refusal:
         return refusal.code
     return 0
-
-
-def run(*args, ranks=1):
-    process = start(*args, ranks=ranks)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    return out
 
 
 def losses(folder):
@@ -71,15 +53,12 @@ def assert_same_run(one, two):
 
 def kill_and_resume(script, flags, folder, ranks):
     """Start, kill all with SIGKILL once the second state is there, start the same command again, to its end."""
-    process = start(script, *flags, "--out", folder, ranks=ranks)
-    deadline = time.time() + 120
-    while not (folder / "state" / "step-2").exists():
-        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    time.sleep(0.5)  # ranks die with their launcher
-    return run(script, *flags, "--out", folder, ranks=ranks)
+    job = Job(script, folder, *flags, ranks=ranks)
+    job.wait_for((folder / "state" / "step-2").exists)
+    for process in job.ranks:
+        process.kill()
+    assert job.codes() == [-signal.SIGKILL] * ranks, "it ended before it could be killed"
+    return Job(script, folder, *flags, ranks=ranks).end()
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +67,16 @@ def made(tmp_path_factory):
     at = tmp_path_factory.mktemp("runs")
     base = [*SMALL, "--preset", "tiny-base", "--steps", 6, "--save-every", 1]
     assert here("train_text.py", *base, "--out", at / "base") == 0
-    run("train_text.py", *base, "--out", at / "base-ranks", ranks=2)
+    Job("train_text.py", at / "base-ranks", *base).end()
     twice = [*base, "--grad-accumulation", 2]
     assert here("train_text.py", *twice, "--out", at / "twice") == 0
-    run("train_text.py", *twice, "--ring", 2, "--out", at / "twice-rings", ranks=4)
+    Job("train_text.py", at / "twice-rings", *twice, "--ring", 2, ranks=4).end()
     make.make_tower(at / "tower", 2, 8, "cpu")
     align = ["--stage", "align", "--weights", at / "base/model", "--tower", at / "tower/model", "--batch", 4]
     assert here("train_vision.py", *align, "--steps", 2, "--out", at / "align") == 0
     sft = ["--stage", "sft", "--weights", at / "align/model", "--batch", 4, "--steps", 5, "--save-every", 1]
     assert here("train_vision.py", *sft, "--out", at / "sft") == 0
-    run("train_vision.py", *sft, "--out", at / "sft-ranks", ranks=2)
+    Job("train_vision.py", at / "sft-ranks", *sft).end()
     return at, base, sft
 
 
@@ -141,7 +120,7 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
     flags += "--steps 4 --save-every 2 --seq-len 128 --rope-theta 1e4 --cooldown 0".split()
     apart = [*flags, "--separate-documents"]
     assert here("train_text.py", *apart, "--out", tmp_path / "one") == 0
-    run("train_text.py", *apart, "--out", tmp_path / "two", ranks=2)
+    Job("train_text.py", tmp_path / "two", *apart).end()
     assert here("train_text.py", *flags, "--out", tmp_path / "together") == 0
     one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=2e-5, atol=0)

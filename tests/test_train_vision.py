@@ -17,7 +17,7 @@ from data import chat, flags, llava, synthetic, tokenizer
 from data.runs import TINY
 from tests import ranks
 from tests.ranks import ALONE
-from tests.test_train import ROOT, assert_same_run, here, kill_and_resume, run, weights_of
+from tests.test_train import ROOT, assert_same_run, here, kill_and_resume, weights_of
 
 WORDS = tokenizer.load_tokenizer(synthetic.TOKENIZER)
 NUMBER = "Which number is on the star?"
@@ -604,7 +604,7 @@ def test_a_killed_preference_resumes_to_the_bit(tmp_path):
 def test_a_killed_ring_resumes_to_the_bit(tmp_path):
     flags = "--stage sft --device cpu --ring 2 --steps 5 --batch 4 --save-every 1".split()
     flags += ["--weights", TINY / "longva"]
-    run("train_vision.py", *flags, "--out", tmp_path / "straight", ranks=2)
+    ranks.Job("train_vision.py", tmp_path / "straight", *flags).end()
     kill_and_resume("train_vision.py", flags, tmp_path / "killed", 2)
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
