@@ -519,12 +519,13 @@ def answers(cfg: Config, world: ring.World, model: LongVA | None = None) -> Iter
 
 
 def answer(
-    model: LongVA, question: str, images: Sequence[Path | str] = (), video: Path | str | None = None, **settings: Any
+    model: LongVA, question: str, images: Sequence | Path | str = (), video: Path | str | None = None, **settings: Any
 ) -> str:
-    """The answer of a model from `load` about picture files or one video file.
+    """The answer of a model from `load` about one picture file, several, or one video file.
 
     settings: fields of Config such as frames, max_tokens, temperature. Raises ValueError as the command line does.
     """
+    images = [images] if isinstance(images, Path | str) else images
     cfg = Config(question, tuple(map(Path, images)), video and Path(video), weights=model.folder, **settings)
     return "".join(next(answers(cfg, ring.World(0, 1, model.device), model)))
 
