@@ -576,7 +576,7 @@ def test_a_frozen_rank_is_noticed():
     try:
         ends = [(second.communicate(timeout=100)[1], second.returncode) for _, second in jobs]
     finally:
-        for process in sum(jobs, []):
+        for process in (*jobs[0], *jobs[1]):
             process.kill()
             process.communicate()
     assert all(code == 1 and flags.LOST.search(said.splitlines()[-1]) for said, code in ends), ends
