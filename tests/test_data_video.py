@@ -25,14 +25,12 @@ from data.video import frames, prefetch, read_picture
 av = pytest.importorskip("av")
 FFMPEG_7 = av.library_versions["libavformat"] < (62,)  # of PyAV 15, in the environment of requirements-eval.txt
 FILMS = [
-    (".mp4", "libx264", "yuv420p"), (".mkv", "libx264", "yuv420p"), (".ts", "libx264", "yuv420p"),
-    (".nut", "libx264", "yuv420p"), (".webm", "libvpx", "yuv420p"), (".ogv", "libvpx", "yuv420p"),
-    (".avi", "mpeg4", "yuv420p"), (".mpg", "mpeg2video", "yuv420p"), (".mxf", "mpeg2video", "yuv420p"),
-    (".wtv", "mpeg2video", "yuv420p"), (".mp4", "libx265", "yuv420p"), (".webm", "libvpx-vp9", "yuv420p"),
-    (".avi", "mjpeg", "yuvj420p"), (".mov", "prores_ks", "yuv422p10le"), (".mkv", "ffv1", "yuv420p"),
-    (".avi", "libx264", "yuv420p"),  # its frames come in another order than its time stamps
+    (".mp4", "libx264"), (".mkv", "libx264"), (".ts", "libx264"), (".nut", "libx264"), (".webm", "libvpx"),
+    (".ogv", "libvpx"), (".avi", "mpeg4"), (".mpg", "mpeg2video"), (".mxf", "mpeg2video"), (".wtv", "mpeg2video"),
+    (".mp4", "libx265"), (".mov", "prores_ks"),
+    (".avi", "libx264"),  # its frames come in another order than its time stamps
 ]  # fmt: skip
-CODEC = {suffix: codec for suffix, codec, _ in reversed(FILMS)}  # of a suffix's first row
+CODEC = dict(reversed(FILMS))  # of the first row of a suffix
 
 
 def stripes(number, size=(64, 48)):
@@ -52,13 +50,15 @@ def number(picture):
 
 def film(path, times, gop=12, rotation=0, clock=Fraction(1, 1000), picture=stripes, **how):
     """Write a film whose frame i comes on screen at times[i] seconds; an MP4's index comes last, or first."""
-    codec, pix_fmt = how.get("codec", CODEC.get(path.suffix)), how.get("pix_fmt", "yuv420p")
+    codec = how.get("codec", CODEC.get(path.suffix))
     options = {"movflags": "faststart"} if how.get("index_first") and path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=options) as container:
         # MPEG-PS and AVI cannot vary their rate: give them the true one
-        stream = container.add_stream(codec, rate=round(1 / (times[1] - times[0])) if len(times) > 1 else 10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+        stream = container.add_stream(codec, rate=round(1 / (times[1] - times[0])))
+        stream.width, stream.height = 64, 48
+        stream.pix_fmt = "yuv422p10le" if codec == "prores_ks" else "yuv420p"
         stream.codec_context.time_base, stream.gop_size = clock, gop
+        stream.codec_context.thread_count = 1  # several of libvpx wait for each other for a second
         stream.codec_context.max_b_frames = how.get("b_frames", stream.codec_context.max_b_frames)
         if stream.name == "libx264":
             stream.options = {"sc_threshold": "0"}  # key frames every `gop` frames and nowhere else
@@ -85,45 +85,71 @@ def on_screen(times, t):
     return max(i for i, begin in enumerate(times) if begin <= t + 1e-3)
 
 
-@pytest.mark.parametrize("suffix, codec, pix_fmt", FILMS)
-def test_constant_rate_in_every_container(tmp_path, suffix, codec, pix_fmt):
+@pytest.fixture
+def warned(monkeypatch):
+    """The warnings that are printed."""
+    said = []
+    monkeypatch.setattr(video, "warn", said.append)
+    return said
+
+
+@pytest.mark.parametrize("suffix, codec", FILMS)
+def test_constant_rate_in_every_container(tmp_path, suffix, codec):
     if codec not in av.codecs_available or (FFMPEG_7 and suffix == ".mpg"):
         pytest.skip(f"this FFmpeg cannot write {codec}, or not read {suffix}")
     rate = 25 if codec == "mpeg2video" else 10
-    times = regular(6 * rate, rate)
-    path = film(tmp_path / f"a{suffix}", times, codec=codec, pix_fmt=pix_fmt, clock=Fraction(1, rate))
+    path = film(tmp_path / f"a{suffix}", regular(6 * rate, rate), codec=codec, clock=Fraction(1, rate))
     assert seen(path) == [(k, k * rate) for k in range(6)]
     assert seen(path, fps=2) == [(k / 2, int(k / 2 * rate)) for k in range(12)]
-    for count in (1, 4, 7, len(times)):  # the release's indices
-        assert [n for _, n in seen(path, count=count)] == np.linspace(0, len(times) - 1, count).astype(int).tolist()
+    for count in (1, 7, 6 * rate):  # the release's indices
+        assert [n for _, n in seen(path, count=count)] == np.linspace(0, 6 * rate - 1, count).astype(int).tolist()
     assert video._scan(path).seconds == pytest.approx(6, abs=0.05)
+
+
+def remux(path, *sources, default=None):
+    """Copy the first stream of each source into one film; `default`: the number of the one that is to be shown."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(av.open(str(source))) for source in sources]
+        joined = stack.enter_context(av.open(str(path), "w"))
+        copies = [joined.add_stream_from_template(container.streams[0]) for container in opened]
+        if default is not None:
+            copies[default].disposition = av.stream.Disposition.default
+        for container, copy in zip(opened, copies):
+            for packet in container.demux():
+                if packet.size:  # the empty one ends a stream
+                    packet.stream = copy
+                    joined.mux(packet)
+    return path
 
 
 def test_a_subtitle_that_outlasts_the_film_is_no_cut(tmp_path, warned):
     """An MKV states the length of its longest stream alone."""
     (tmp_path / "a.srt").write_text("1\n00:00:05,000 --> 00:00:12,000\nThe end\n")
-    plain, path = film(tmp_path / "plain.mkv", regular(60), clock=Fraction(1, 10)), tmp_path / "a.mkv"
-    with av.open(str(plain)) as pictures, av.open(str(tmp_path / "a.srt")) as words, av.open(str(path), "w") as both:
-        streams = pictures.streams.video[0], words.streams.subtitles[0]
-        copies = [both.add_stream_from_template(stream) for stream in streams]
-        for container, copy in zip((pictures, words), copies):
-            for packet in container.demux():
-                if packet.size:  # the empty one ends a stream
-                    packet.stream = copy
-                    both.mux(packet)
+    plain = film(tmp_path / "plain.mkv", regular(60), clock=Fraction(1, 10))
+    path = remux(tmp_path / "a.mkv", plain, tmp_path / "a.srt")
     with av.open(str(path)) as container:
         assert container.duration > 11e6
     assert seen(path, count=4) == seen(plain, count=4) and seen(path) == seen(plain) and not warned
 
 
-def test_variable_rate(tmp_path):
+@pytest.mark.skipif(FFMPEG_7, reason="PyAV 15 cannot write a default stream")
+def test_the_default_stream_is_shown(tmp_path):
+    """Not the first: a preview may come before it."""
+    preview, whole = (film(tmp_path / f"{k}.mkv", regular(20), picture=lambda i, k=k: stripes(i + k)) for k in (20, 0))
+    assert seen(remux(tmp_path / "a.mkv", preview, whole, default=1)) == [(0, 0), (1, 10)]
+
+
+@pytest.mark.parametrize("suffix, start", [(".mp4", 0), (".mkv", 5)])
+def test_variable_rate(tmp_path, warned, suffix, start):
+    """A late start is time zero."""
     times = [0, 0.1, 0.2, 3.7, 3.9, 4.4, 9.5, 9.6, 9.7, 9.8, 11.0]
-    path = film(tmp_path / "a.mp4", times)
+    path = film(tmp_path / f"a{suffix}", [start + t for t in times])
     assert seen(path, fps=2)[:22] == [(k / 2, on_screen(times, k / 2)) for k in range(22)]
     assert seen(path, count=6) == [(round(t, 3), on_screen(times, t)) for t in np.linspace(0, 11, 6)]
+    assert not warned
 
 
-@pytest.mark.parametrize("rate, every", [(Fraction(25, 2), 12), (Fraction(7, 2), 4), (10, 10), (Fraction(1, 2), 1)])
+@pytest.mark.parametrize("rate, every", [(Fraction(25, 2), 12), (Fraction(7, 2), 4), (Fraction(1, 2), 1)])
 def test_every_nth_frame(tmp_path, rate, every):
     """As in the release: n is the rounded rate, halves to the even number."""
     path = film(tmp_path / "a.mp4", regular(30, rate), clock=1 / Fraction(rate))
@@ -138,9 +164,9 @@ def pulled(monkeypatch):
     return got
 
 
-@pytest.mark.parametrize(
-    "suffix, gop, most", [(".mp4", 12, 8 * 13), (".mkv", 12, 240), (".ts", 12, 480), (".mp4", 1000, 240)]
-)
+@pytest.mark.parametrize("suffix, gop, most", [
+    (".mp4", 12, 104), (".mkv", 12, 240), (".ts", 12, 480), (".mp4", 999, 240),
+])  # fmt: skip
 def test_no_more_is_decoded_than_must_be(tmp_path, monkeypatch, suffix, gop, most):
     """At worst a group of pictures for each frame; where all is one group, each of its frames once."""
     times = regular(240, 4)
@@ -171,30 +197,14 @@ def test_ranks_decode_their_share(tmp_path, monkeypatch, how):
     assert len(nothing) == 0 and list(nothing) == [] and not got
 
 
-@pytest.fixture
-def warned(monkeypatch):
-    """The warnings that are printed."""
-    said = []
-    monkeypatch.setattr(video, "warn", said.append)
-    return said
-
-
-def test_a_late_start_is_time_zero(tmp_path, warned):
-    path = film(tmp_path / "a.mkv", [5 + t for t in regular(30)])
-    assert seen(path) == [(0, 0), (1, 10), (2, 20)] and not warned
-
-
 @pytest.mark.skipif(FFMPEG_7, reason="PyAV 15 cannot write a rotation")
-@pytest.mark.parametrize("rotation", [90, 180, -90])
+@pytest.mark.parametrize("rotation", [90, -90])
 def test_rotation(tmp_path, rotation):
-    def corner(_):
-        picture = Image.new("RGB", (64, 48))
-        picture.paste((255, 0, 0), (0, 0, 16, 16))  # red, top left
-        return picture
-
-    path = film(tmp_path / "a.mp4", regular(2), rotation=rotation, picture=corner)
+    corner = Image.new("RGB", (64, 48))
+    corner.paste((255, 0, 0), (0, 0, 16, 16))  # red, top left
+    path = film(tmp_path / "a.mp4", regular(2), rotation=rotation, picture=lambda i: corner)
     ((_, picture),) = frames(path)
-    upright = np.rot90(np.asarray(corner(0)), rotation // 90)
+    upright = np.rot90(np.asarray(corner), rotation // 90)
     assert picture.size == upright.shape[1::-1]
     assert np.abs(np.asarray(picture).astype(int) - upright).mean() < 12
 
@@ -205,12 +215,8 @@ def test_resize_on_arrival_and_one_at_a_time(tmp_path):
     stream = frames(path, resize=lambda picture: sizes.append(picture.size) or picture.resize((4, 3)))
     assert next(stream)[1].size == (4, 3) and sizes == [(64, 48)]  # nothing is decoded ahead of the caller
     assert [p.size for _, p in stream] == [(4, 3)] * 3
-
-    def refuse(picture):
-        raise ValueError("mine")
-
-    with pytest.raises(ValueError, match=r"^mine$"):  # the caller's own errors are not the film's
-        next(frames(path, resize=refuse))
+    with pytest.raises(ValueError, match=r"^invalid literal"):  # the caller's own errors are not the film's
+        next(frames(path, resize=lambda picture: int("mine")))
 
 
 @pytest.mark.parametrize("suffix, ticks, least", [(".mp4", 1000, 4), (".mkv", 1000, 4), (".avi", 10, 2)])
@@ -226,11 +232,10 @@ def test_cut_film(tmp_path, warned, suffix, ticks, least):
         frames(path, count=4)
 
 
-BROKEN = [(".mp4", "libx264"), (".mkv", "libx264"), (".webm", "libvpx-vp9"), (".webm", "libvpx"), (".avi", "mpeg4")]
-
-
-@pytest.mark.parametrize("suffix, codec", BROKEN)
-@pytest.mark.parametrize("packet", [25, 40])
+@pytest.mark.parametrize("suffix, codec, packet", [
+    (".mp4", "libx264", 25), (".mkv", "libx264", 25), (".avi", "mpeg4", 25),
+    (".mp4", "libx264", 40), (".webm", "libvpx-vp9", 40), (".avi", "mpeg4", 40),
+])  # fmt: skip
 def test_a_broken_packet_costs_the_frames_up_to_the_next_key_frame(tmp_path, warned, suffix, codec, packet):
     """Packet 40 is a key frame; packet 25 is followed, in decoding order, by frames that come on screen before it."""
     path = film(tmp_path / f"a{suffix}", regular(60), codec=codec, gop=20, picture=noisy, index_first=True)
@@ -239,8 +244,6 @@ def test_a_broken_packet_costs_the_frames_up_to_the_next_key_frame(tmp_path, war
         content = [bytes(p) for p in packets]
         keys = [i for i, p in enumerate(packets) if p.is_keyframe]
         shown = np.argsort(np.argsort([p.dts if p.pts is None else p.pts for p in packets]))
-    if suffix == ".webm" and codec == "libvpx":
-        keys, packet = keys[1:], keys[1]  # only in a key frame's header can VP8 see damage
     data = bytearray(path.read_bytes())
     assert data.count(content[packet]) == 1
     at = data.index(content[packet])
@@ -258,7 +261,7 @@ def test_a_broken_packet_costs_the_frames_up_to_the_next_key_frame(tmp_path, war
 
 
 def test_damage_inside(tmp_path, monkeypatch, warned):
-    """The packets are all there, but the decoder gives up half way; or a time stamp is nonsense."""
+    """The packets are all there, but the decoder gives up half way."""
     path, real = film(tmp_path / "a.mp4", regular(60)), video._decoded
     monkeypatch.setattr(video, "_decoded", lambda *a: (x for x in real(*a) if x[0] < 3.05))
     assert seen(path) == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 30)]  # MISSING_TAIL_SECONDS
@@ -269,8 +272,6 @@ def test_damage_inside(tmp_path, monkeypatch, warned):
         monkeypatch.setattr(video, "_decoded", lambda *a, nothing=nothing: iter(nothing))
         with pytest.raises(ValueError, match=r"a\.mp4: no frame could be decoded"):
             list(frames(path))
-    with pytest.raises(ValueError, match=r"a\.mkv: damaged time stamps \(one frame would last 5,000 s\)"):
-        frames(film(tmp_path / "a.mkv", [0, 0.1, 5000]))
 
 
 def test_a_clock_that_wraps(tmp_path):
@@ -280,38 +281,6 @@ def test_a_clock_that_wraps(tmp_path):
     assert seen(path, fps=0.3) == [(round(k / 0.3, 3), int(k / 0.03 + 1e-6)) for k in range(6)]
     for t, n in seen(path, count=7, keep=lambda n: n % 2 == 1):
         assert n == on_screen(regular(200), t)
-
-
-def test_a_clock_that_starts_again(tmp_path):
-    path = film(tmp_path / "a.ts", regular(40))
-    path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(ValueError, match=r"a\.ts: the clock starts again after 3\.7 s.* repair it.*ffmpeg -i a\.ts"):
-        frames(path)
-
-
-@pytest.mark.skipif(FFMPEG_7, reason="PyAV 15 cannot write a default stream")
-def test_the_default_stream_is_shown(tmp_path):
-    """Not the first: a preview may come before it."""
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        streams = [container.add_stream("libx264", rate=10) for _ in range(2)]
-        for stream, size in zip(streams, [(16, 16), (64, 48)]):
-            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        streams[1].disposition = av.stream.Disposition.default
-        for i in range(20):
-            for stream in streams:
-                frame = av.VideoFrame.from_image(stripes(i, (stream.width, stream.height)))
-                container.mux(stream.encode(frame))
-        for stream in streams:
-            container.mux(stream.encode())
-    assert seen(tmp_path / "a.mkv") == [(0, 0), (1, 10)]
-
-
-def test_ffmpeg_7_refuses_mpeg_ps(tmp_path, monkeypatch):
-    """It crashes there."""
-    path = film(tmp_path / "a.mpg", regular(25, 25), clock=Fraction(1, 25))
-    monkeypatch.setitem(av.library_versions, "libavformat", (61, 7, 100))
-    with pytest.raises(ValueError, match=r"a\.mpg: not a video that FFmpeg can open"):
-        frames(path)
 
 
 @pytest.mark.skipif(FFMPEG_7, reason="FFmpeg 7 cannot read MPEG-PS safely")
@@ -327,11 +296,10 @@ def test_jumps_in_mpeg_ps(tmp_path):
 
 def test_a_folder_s_order_is_the_same_everywhere(tmp_path):
     """Digits of other scripts are no numbers; names of equal numbers are in the order of their letters."""
-    names = ["F1.png", "f01.png", "f1.png", "a.png", "\uff111.png", "\u00b92.png"]
-    for name in names:
-        stripes(1).save(tmp_path / name)
-    found = [file.name for file in video.picture_files(tmp_path)]
-    assert found == ["a.png", "F1.png", "f01.png", "f1.png", "\u00b92.png", "\uff111.png"]
+    names = ["a.png", "F1.png", "f01.png", "f1.png", "f2.png", "f10.png", "\u00b92.png", "\uff111.png"]
+    for name in sorted(names):
+        (tmp_path / name).touch()
+    assert [file.name for file in video.picture_files(tmp_path)] == names
 
 
 def test_folder_of_pictures(tmp_path):
@@ -349,10 +317,10 @@ def test_folder_of_pictures(tmp_path):
         list(frames(tmp_path))
 
 
-def animation(path, times=(0, 0.1, 0.2, 0.9, 1.0, 1.1), end=1.5):
-    spans = [round(1000 * (b - a)) for a, b in zip(times, [*times[1:], end])]
-    first, *others = [stripes(i + 1) for i in range(len(times))]
-    first.save(path, save_all=True, append_images=others, duration=spans, lossless=True)
+def animation(path):
+    """Pictures 1 to 6; the third stays for 0.7 s, the last for 0.4 s."""
+    first, *others = [stripes(i) for i in range(1, 7)]
+    first.save(path, save_all=True, append_images=others, duration=[100, 100, 700, 100, 100, 400])
     return path
 
 
@@ -364,71 +332,55 @@ def test_animations_as_films(tmp_path, warned, name):
     assert seen(path, fps=5, keep=lambda n: n > 5) == [(1.2, 6), (1.4, 6)]
     assert video._scan(path).seconds == pytest.approx(1.5) and not warned
     assert number(read_picture(path)) == 1  # as a picture: the first
-    one = animation(tmp_path / f"one{path.suffix}", [0], 0.1)
-    if path.suffix != ".png":  # a PNG of one picture is none that FFmpeg takes for a film
-        assert seen(one) == [(0, 1)]
+    stripes(1).save(tmp_path / "one.gif")
+    assert seen(tmp_path / "one.gif") == [(0, 1)]
 
 
-def test_films_that_cannot_be_decoded(tmp_path, monkeypatch):
-    path = film(tmp_path / "a.mp4", regular(5))
-    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
-    with pytest.raises(ValueError, match=r"a\.mp4: has a codec that FFmpeg lacks; convert it"):
-        frames(path)
-    path = film(tmp_path / "b.mp4", regular(5))
-    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
-    with pytest.raises(ValueError, match=r"b\.mp4: has frames of more than 3,071 pixels"):
-        frames(path)
+def test_bad_files(tmp_path, monkeypatch):
+    whole = film(tmp_path / "film.mp4", regular(5)).read_bytes()
+    film(tmp_path / "still.mkv", [0, 0.1, 5000])
+    (tmp_path / "none").mkdir()
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 8000
         container.mux([*stream.encode(frame), *stream.encode()])
-    with pytest.raises(ValueError, match=r"sound\.mp4: has no video stream"):
-        frames(tmp_path / "sound.mp4")
-
-
-def test_bad_files(tmp_path):
-    whole = film(tmp_path / "film.mp4", regular(5)).read_bytes()
-    (tmp_path / "none").mkdir()
-    bad = {
-        "missing.mp4": (None, "no such video file or folder"),
-        "empty.mp4": (b"", "is empty"),
-        "text.mp4": (b"this is a letter, not a film\n" * 50, "not a video"),
-        "list.mp4": (b"ffconcat version 1.0\nfile film.mp4\n", "not a video"),  # would read other files
-        "list.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfilm.mp4\n", "not a video"),
-        "half.mp4": (whole[:700], "not a video"),  # its index came last
-        "http://127.0.0.1/a.mp4": (None, "no such video file or folder"),
-        "none": (None, "no picture in this folder"),
-    }
-    for name, (content, complaint) in bad.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
+    clock = r"the clock starts again after 3\.7 s.* repair it.*ffmpeg -i joined\.ts"
+    for name, content, complaint in [
+        ("missing.mp4", None, "no such video file or folder"), ("http://127.0.0.1/a.mp4", None, "no such video file"),
+        ("none", None, "no picture in this folder"), ("empty.mp4", b"", "is empty"),
+        ("text.mp4", b"this is a letter, not a film\n" * 50, "not a video"),
+        ("list.mp4", b"ffconcat version 1.0\nfile film.mp4\n", "not a video"),  # would read other files
+        ("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfilm.mp4\n", "not a video"),
+        ("half.mp4", whole[:700], "not a video"),  # its index came last
+        ("codec.mp4", whole.replace(b"avc1", b"zzzz"), "has a codec that FFmpeg lacks; convert it"),
+        ("sound.mp4", None, "has no video stream"),
+        ("still.mkv", None, r"damaged time stamps \(one frame would last 5,000 s\)"),
+        ("joined.ts", film(tmp_path / "joined.ts", regular(40)).read_bytes() * 2, clock),
+    ]:  # fmt: skip
         path = tmp_path / name if "//" not in name else name
+        if content is not None:
+            path.write_bytes(content)
         with pytest.raises(ValueError, match=complaint) as error:
             frames(path)
         assert name.split("/")[-1] in str(error.value) and "\n" not in str(error.value)
-    for settings, complaint in [
-        ({"fps": 0}, "0 frames per second"), ({"fps": float("nan")}, "nan frames per second"),
-        ({"fps": 1e9}, "shows 10 frames per second, but 1e\\+09 were asked for"),
-        ({"fps": 50}, "shows 10 frames per second, but 50 were asked for; lower --fps"),
-        ({"count": 0}, "at least 1"), ({"count": 6}, "has 5 frames, but 6 were asked for; ask for at most 5"),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=complaint):
-            frames(tmp_path / "film.mp4", **settings)
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(ValueError, match=r"film\.mp4: has frames of more than 3,071 pixels"):
+        frames(tmp_path / "film.mp4")
+    film(tmp_path / "a.mpg", regular(25, 25), clock=Fraction(1, 25))
+    monkeypatch.setitem(av.library_versions, "libavformat", (61, 7, 100))  # FFmpeg 7 crashes on it
+    with pytest.raises(ValueError, match=r"a\.mpg: not a video that FFmpeg can open"):
+        frames(tmp_path / "a.mpg")
 
 
-def test_damaged_bytes_end_in_a_sentence(tmp_path):
-    """Flip bytes anywhere: frames, a warning, or a ValueError; nothing else comes out."""
-    path, rng = film(tmp_path / "a.mp4", regular(20)), np.random.default_rng(0)
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    for _ in range(60):
-        mutant = data.copy()
-        mutant[rng.integers(0, len(data), 12)] = rng.integers(0, 256, 12)
-        path.write_bytes(mutant.tobytes())
-        try:
-            list(frames(path, fps=5))
-        except ValueError as error:
-            assert str(path) in str(error)
+@pytest.mark.parametrize("settings, complaint", [
+    ({"fps": 0}, "0 frames per second"), ({"fps": float("nan")}, "nan frames per second"),
+    ({"fps": 50}, "shows 10 frames per second, but 50 were asked for; lower --fps"),
+    ({"count": 0}, "at least 1"), ({"count": 6}, "has 5 frames, but 6 were asked for; ask for at most 5"),
+])  # fmt: skip
+def test_bad_settings(tmp_path, settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        frames(film(tmp_path / "film.mp4", regular(5)), **settings)
 
 
 def png(path, width, height, bits, kind, data):
@@ -455,9 +407,7 @@ def test_pictures_of_every_kind(tmp_path):
     row = b"\0" + b"".join(v.to_bytes(2, "big") for v in (30000, 255, 65535))
     assert read_picture(png(tmp_path / "deep.png", 1, 1, 16, 2, row)).getpixel((0, 0)) == (117, 0, 255)  # cut to 8 bits
     assert read(Image.new("RGBA", (2, 2), (9, 8, 7, 0))) == (9, 8, 7)  # the hidden colour shows, as in the release
-    assert read(Image.new("RGBA", (2, 2), (9, 8, 7, 0)), "p.webp", lossless=True, exact=True) == (9, 8, 7)
     assert read(Image.new("LA", (2, 2), (9, 0))) == (9, 9, 9)
-    assert read(Image.new("L", (2, 2), 5)) == (5, 5, 5)
     assert read(Image.new("1", (2, 2), 1)) == (255, 255, 255)
     assert np.allclose(read(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "p.jpg"), (255, 0, 0), atol=3)
     palette = Image.new("P", (2, 2), 1)
@@ -485,23 +435,19 @@ def test_pictures_stand_upright(tmp_path, form):
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_exif_leaves_the_picture_as_stored(tmp_path):
     """Cut anywhere, or no EXIF at all: what cannot be read does not turn the picture, nor keep it from being read."""
-    picture, path = stripes(5), tmp_path / "a.webp"
-    exif = picture.getexif()
+    exif, profile, path = Image.Exif(), PngInfo(), tmp_path / "a.webp"
     exif[0x0112], exif[0x010F] = 6, "Maker"
-    whole = exif.tobytes()
-    for end in range(0, len(whole), 2):
-        picture.save(path, "WEBP", exif=whole[:end])
-        assert read_picture(path).size == (64, 48)
-    profile = PngInfo()
     profile.add_text("Raw profile type exif", "\nexif\n 5\nzz")
-    picture.save(path, "PNG", pnginfo=profile)
-    assert read_picture(path).size == (64, 48)
+    whole = exif.tobytes()
+    cuts = [{"format": "WEBP", "exif": whole[:end]} for end in range(0, len(whole), 2)]
+    for how in [*cuts, {"format": "PNG", "pnginfo": profile}]:
+        stripes(5).save(path, **how)
+        assert read_picture(path).size == (64, 48)
 
 
-@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width, height, complaint", [
     (9000, 4001, "9000 x 4001 pixels, expected at most 36,000,000 in all"), (20000, 20000, "exceeds limit of"),
-    (10000, 10000, "10000 x 10000 pixels"), (1, 201, "1 x 201 pixels, .* 200 times as long as wide"),
+    (1, 201, "1 x 201 pixels, .* 200 times as long as wide"),
 ])  # fmt: skip
 def test_refused_pictures_are_not_decoded(tmp_path, monkeypatch, width, height, complaint):
     path = png(tmp_path / "a.png", width, height, 1, 0, b"")
@@ -551,54 +497,44 @@ def threads():
 
 
 def test_ahead_keeps_order_and_room():
+    """It runs ahead by three and no more; an error comes in its turn."""
     made = []
-    coming = prefetch((made.append(n) or n for n in range(40)), room=3)
-    assert not made and not threads()  # nothing starts before it is asked for
-    for n, got in enumerate(coming):
-        assert got == n
-        deadline, most = time.monotonic() + 2, min(n + 4, 40)
-        while len(made) < most and time.monotonic() < deadline:  # it does run ahead ...
-            time.sleep(0.005)
-        time.sleep(0.002)
-        assert len(made) == most  # ... by three and no more
-    assert n == 39 and not threads()
-    assert list(prefetch([], 2)) == [] and list(prefetch(iter("abc"), 9)) == ["a", "b", "c"]
 
-
-def test_ahead_passes_errors_on_in_their_turn():
     def source():
-        yield from (1, 2)
+        for n in range(40):
+            made.append(n)
+            yield n
         raise ValueError("film.mp4: is damaged")
 
-    coming = prefetch(source(), room=8)
-    assert [next(coming), next(coming)] == [1, 2]
+    coming = prefetch(source(), room=3)
+    assert not made and not threads()  # nothing starts before it is asked for
+    for n in range(40):
+        assert next(coming) == n
+        deadline, most = time.monotonic() + 2, min(n + 4, 40)
+        while len(made) < most and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.002)
+        assert len(made) == most
     with pytest.raises(ValueError, match=r"^film\.mp4: is damaged$"):
         next(coming)
     assert not threads() and next(coming, None) is None
+    assert list(prefetch([], 2)) == [] and list(prefetch(iter("abc"), 9)) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("leave", ["close", "drop", "raise"])
+@pytest.mark.parametrize("leave", ["close", "drop"])
 def test_ahead_stops_its_thread(leave):
     made = []
-
-    def use():
-        coming = prefetch((time.sleep(0.01) or made.append(0) for _ in itertools.count()), room=50)
-        next(coming)
-        assert threads()
-        if leave == "close":
-            coming.close()
-        elif leave == "raise":
-            raise KeyError
-
-    with contextlib.suppress(KeyError):
-        use()
+    coming = prefetch((time.sleep(0.01) or made.append(0) for _ in itertools.count()), room=50)
+    next(coming)
+    assert threads()
+    if leave == "close":
+        coming.close()
+    del coming
     assert not threads() and len(made) < 25  # the fifty of its room are not made first
 
 
 def test_ahead_does_not_hold_up_the_exit():
-    code = "import itertools, time\nfrom data.video import prefetch\n"
-    code += (
-        "coming = prefetch((time.sleep(0.01) for _ in itertools.count()), room=4)\nnext(coming)\nraise SystemExit(7)"
-    )
+    code = "import itertools, time; from data.video import prefetch; "
+    code += "ahead = prefetch((time.sleep(0.01) for _ in itertools.count()), room=4); next(ahead); raise SystemExit(7)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=60, capture_output=True)
     assert done.returncode == 7 and not done.stderr
