@@ -12,21 +12,22 @@ from PIL import Image
 from data import llava, text
 from tests.test_data_video import film, regular
 
-SHOWN = {
-    "id": "a1",
-    "image": "coco/1.png",
-    "conversations": [
-        {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A <image> star."},
-    ],
-}  # fmt: skip
-TEXT_ONLY = {"id": 7, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi\u2028there"}]}
-SEVERAL = {
-    "image": ["coco/1.png", "2.jpg"],  # no id
-    "conversations": [
-        {"from": "gpt", "value": "Welcome"}, {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "One"},
-        {"from": "human", "value": "and <image>?"}, {"from": "gpt", "value": "Two"},
-    ],
-}  # fmt: skip
+
+def turns(*said, **more):
+    return {"id": "x", "conversations": [{"from": who, "value": what} for who, what in said], **more}
+
+
+def asked(question, **more):
+    return turns(("human", question), ("gpt", "hi"), **more)
+
+
+SHOWN = turns(("human", "<image>\nWhat is this?"), ("gpt", "A <image> star."), id="a1", image="coco/1.png")
+TEXT_ONLY = turns(("human", "Hello"), ("gpt", "Hi\u2028there"), id=7)
+SEVERAL = turns(
+    ("gpt", "Welcome"), ("human", "<image>"), ("gpt", "One"), ("human", "and <image>?"), ("gpt", "Two"),
+    image=["coco/1.png", "2.jpg"],
+)  # fmt: skip
+del SEVERAL["id"]
 GOOD = [SHOWN, TEXT_ONLY, SEVERAL, {**TEXT_ONLY, "image": None}]
 PAIR = {"id": "p", "video": "film", "prompt": "<video>\n What? ", "chosen": "A star.", "rejected": "A moon."}
 
@@ -55,9 +56,7 @@ def write(path, records, lines=False):
 
 ODD = [  # whatever a cut may fall into
     {"id": "\u00e9\u20ac\U0001f600" * 3, "n": [1.5e-3, True, None, {"a": "\\\"]},{["}]},
-    {"id": "\ud83d\ude00 \\ud83d \" \\\\ \u00fc".encode("utf-16", "surrogatepass").decode("utf-16")},
-    {"id": ""},
-    {"id": "]" * 40, "deep": [[[[]]]]},
+    {"id": "\U0001f600 \\ud83d \" \\\\ \u00fc"}, {"id": ""}, {"id": "]" * 40, "deep": [[[[]]]]},
 ]  # fmt: skip
 
 
@@ -82,89 +81,65 @@ def test_spans_are_exact_wherever_blocks_cut(tmp_path, monkeypatch, block, plain
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_large_file_is_never_held(tmp_path, monkeypatch, lines):
     """Four times the records need no more memory, of which a fraction of the file's size is enough."""
-    monkeypatch.setattr(llava, "BLOCK_BYTES", 2**16)
-    monkeypatch.setattr(llava, "RECORDS_AT_ONCE", 64)
-    said = [{"from": "human", "value": "What? " * 50}, {"from": "gpt", "value": "\u00e4" * 300}]
+    monkeypatch.setattr(llava, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(llava, "RECORDS_AT_ONCE", 16)
     peaks, file = [], tmp_path / "r.json"
-    for count in (750, 3_000):
-        written = [json.dumps({"id": i, "conversations": said}, ensure_ascii=False) for i in range(count)]
-        file.write_text("\n".join(written) if lines else f"[{','.join(written)}]")
+    for count in (150, 600):
+        write(file, [asked("What? " * 50 + "\u00e4" * 300, id=i) for i in range(count)], lines)
         tracemalloc.start()
         records = llava.open_records(file)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert len(records) == count and [records[i]["id"] for i in (0, 222, count - 1)] == [0, 222, count - 1]
+        assert len(records) == count and [records[i]["id"] for i in (0, 99, count - 1)] == [0, 99, count - 1]
     assert peaks[1] < 1.5 * peaks[0] and peaks[1] < file.stat().st_size / 3, (peaks, file.stat().st_size)
 
 
-def turns(*said, **more):
-    return {"id": "x", "conversations": [{"from": who, "value": what} for who, what in said], **more}
-
-
 FAULTS = [
-    ("a string", "no JSON object"),
-    ([], "no JSON object"),
-    (None, "no JSON object"),
-    ({"id": "x"}, "no list of turns"),
+    (None, "no JSON object"), ([], "no JSON object"),
     ({"id": "x", "conversations": {"from": "human"}}, "no list of turns"),
     ({"id": "x", "conversations": ["hello"]}, "no list of turns"),
-    (turns(), "no answer from 'gpt'"),
-    (turns(("human", "hello")), "no answer from 'gpt'"),
-    (turns(("gpt", "hello"), ("human", "hi")), "no answer from 'gpt'"),
+    (turns(), "no answer from 'gpt'"), (turns(("gpt", "hello"), ("human", "hi")), "no answer from 'gpt'"),
     (turns(("user", "hello"), ("gpt", "hi")), "from 'user', expected 'human' or 'gpt'"),
     (turns((["human"], "hello"), ("gpt", "hi")), r"from \['human'\], expected"),
-    (turns(("human", None), ("gpt", "hi")), "'value' is no text"),
     (turns(("human", "hello"), ("gpt", 3)), "'value' is no text"),
-    (turns(("human", "<image>"), ("gpt", "hi")), r"1 <image> for 0 picture\(s\)"),
     (turns(("human", "hello"), ("gpt", "<image>"), image="1.png"), r"0 <image> for 1 picture\(s\)"),
-    (turns(("human", "<image><image>"), ("gpt", "hi"), image="1.png"), r"2 <image> for 1 picture\(s\)"),
-    (turns(("human", "<image>"), ("gpt", "hi"), image=["1.png", "2.png"]), r"1 <image> for 2 picture\(s\)"),
-    (turns(("human", "<video>"), ("gpt", "hi"), image="1.png"), r"1 <image> or <video> for 1 picture\(s\)"),
-    (turns(("human", "<video><image>"), ("gpt", "hi"), video=["1", "2"]), r"2 <image> or <video> for 2 picture\(s\)"),
-    (turns(("human", "<image>"), ("gpt", "hi"), image={"bytes": "x"}), "no path"),
-    (turns(("human", "<image>"), ("gpt", "hi"), image=""), "no path"),
-    (turns(("human", "<image>"), ("gpt", "hi"), image=[3]), "no path"),
-    (turns(("human", "<image>"), ("gpt", "hi"), image="a\0b"), "no path"),
-    (turns(("human", "<image>"), ("gpt", "hi"), videos=[""]), "no path, and no list of paths, under 'videos'"),
-    (turns(("human", "half a \ud800"), ("gpt", "hi")), "half of a surrogate pair"),
-    (turns(("human", "<image>"), ("gpt", "hi"), image="\ud800.png"), "no path"),
+    (asked("<image>"), r"1 <image> for 0 picture\(s\)"),
+    (asked("<image>", image=["1.png", "2.png"]), r"1 <image> for 2 picture\(s\)"),
+    (asked("<video>", image="1.png"), r"1 <image> or <video> for 1 picture\(s\)"),
+    (asked("<video><image>", video=["1", "2"]), r"2 <image> or <video> for 2 picture\(s\)"),
+    (asked("<image>", image={"bytes": "x"}), "no path"), (asked("<image>", image=[3]), "no path"),
+    (asked("<image>", image="a\0b"), "no path"), (asked("<image>", image="\ud800.png"), "no path"),
+    (asked("<image>", videos=[""]), "no path, and no list of paths, under 'videos'"),
+    (asked("half a \ud800"), "half of a surrogate pair"),
     ({"id": "x", "prompt": "?", "chosen": "a", "rejected": "\udfff"}, "half of a surrogate pair"),
     ({"id": "x", "prompt": "?", "chosen": "a"}, "'rejected' that is no text"),
     ({"id": "x", "chosen": "a", "rejected": "b"}, "'prompt' that is no text"),
     ({"id": "x", "prompt": "?", "chosen": "a", "rejected": "a"}, "prefers an answer to itself"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("record, complaint", FAULTS)
-@pytest.mark.parametrize("lines", [False, True])
-def test_a_bad_record_is_refused_with_its_number(tmp_path, record, complaint, lines):
+def test_a_bad_record_is_refused_with_its_number(tmp_path, record, complaint):
     called = "'x'" if isinstance(record, dict) else "unknown"
-    pattern = rf"r\.json: 1 of 5 records are bad: record 1 \(id {called}\) .*{complaint}"
-    with pytest.raises(ValueError, match=pattern):
-        llava.open_records(write(tmp_path / "r.json", [SHOWN, record, *GOOD[1:]], lines))
+    with pytest.raises(ValueError, match=rf"r\.json: 1 of 5 .* bad: record 1 \(id {called}\) .*{complaint}"):
+        llava.open_records(write(tmp_path / "r.json", [SHOWN, record, *GOOD[1:]]))
 
 
-STARRED, ASKED = turns(("human", "<image>"), ("gpt", "A star"), image="2.jpg"), turns(("human", "?"), ("gpt", "A star"))
-
-
-@pytest.mark.parametrize("stage, record, result", [
-    ("align", STARRED, 1 + 4 + 2 * 4),  # three words are four tokens
-    ("sft", {**SEVERAL, "video": None}, 1 + 8 + 5 * 3 + 2 * 4),
-    ("dpo", PAIR, 1 + 5 + 99),
-    ("dpo", ASKED, "no 'chosen' and 'rejected' answer"),
-    ("sft", PAIR, "a pair of answers; use --stage dpo"),
-    ("align", SEVERAL, "has 5 turns, but --stage align takes a question and a caption"),
-    ("align", {**STARRED, "image": "none.png"}, "shows none.png"),
+@pytest.mark.parametrize("stage, record, length", [
+    ("align", asked("<image>", image="2.jpg"), 1 + 3 + 2 * 4),  # two words are three tokens
+    ("sft", {**SEVERAL, "video": None}, 1 + 8 + 5 * 3 + 2 * 4), ("dpo", PAIR, 1 + 5 + 99),
 ])  # fmt: skip
-def test_how_long_a_stage_s_samples_are(images, stage, record, result):
-    def length():
-        return llava.measure(stage, images, lambda width, height: width * height, 99, record)
+def test_how_long_a_stage_s_samples_are(images, stage, record, length):
+    assert llava.measure(stage, images, lambda width, height: width * height, 99, record) == length
 
-    if isinstance(result, int):
-        assert length() == result
-        return
-    with pytest.raises(ValueError, match=result):
-        length()
+
+@pytest.mark.parametrize("stage, record, complaint", [
+    ("dpo", asked("?"), "no 'chosen' and 'rejected' answer"), ("sft", PAIR, "a pair of answers; use --stage dpo"),
+    ("align", SEVERAL, "has 5 turns, but --stage align takes a question and a caption"),
+])  # fmt: skip
+def test_what_a_stage_cannot_use(stage, record, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        llava.measure(stage, None, lambda width, height: 1, 99, record)
 
 
 def test_the_first_of_many_are_named(tmp_path):
@@ -177,31 +152,26 @@ def test_the_first_of_many_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["image", "video"])
-@pytest.mark.parametrize("letters", [300, 5000, 10**6])
+@pytest.mark.parametrize("letters", [300, 10**5])
 def test_a_name_that_is_too_long_costs_one_record(tmp_path, images, key, letters):
     """The system refuses such a name with an OSError of its own; the sentence does not repeat all of it."""
-    long = turns(("human", "<image>"), ("gpt", "hi"), **{key: "n" * letters})
-    file = write(tmp_path / "r.json", [TEXT_ONLY, {**long, "id": "x" * letters}])
+    long = asked("<image>", **{key: "n" * letters}, id="x" * letters)
+    file = write(tmp_path / "r.json", [TEXT_ONLY, long])
     records = llava.open_records(file, lambda record: len(llava.sizes(record, images)) + 1, 0.5)
     assert len(records) == 1 and len(records.bad[0][2]) <= 200 and records.bad[0][2].startswith("shows nnn")
     with pytest.raises(ValueError, match=r"1 of 2 records are bad: record 1 \(id 'xxx") as raised:
         llava.open_records(file, lambda record: len(llava.sizes(record, images)) + 1)
     assert len(str(raised.value)) <= 300
-    with pytest.raises(ValueError, match=r"^shows nnn") as raised:
+    with pytest.raises(ValueError, match=r"^shows nnn.{,191}$"):
         llava.read_sample(long, images)
-    assert len(str(raised.value)) <= 200
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (None, "no such file"),
-    (json.dumps(GOOD)[:-9].encode(), "is not a LLaVA file"),
-    (json.dumps(GOOD)[:-1].encode(), "is not a LLaVA file"),
-    (b'[{"id": "\xff"}]', "is not a LLaVA file"),
+    (None, "no such file"), (b"", "holds no record"), (b"[]", "holds no record"),
+    (json.dumps(GOOD)[:-9].encode(), "is not a LLaVA file"), (json.dumps(GOOD)[:-1].encode(), "is not a LLaVA file"),
+    (b'[{"id": "\xff"}]', "is not a LLaVA file"), (b"[" * 10**5, "is not a LLaVA file"),
     (b"\xff\xfe[]", "record 0 .id unknown. is no JSON object"),
     (b'{"id": 1}\n{"id": ', "2 of 2 .* record 1 .id unknown. is no JSON object"),
-    (b"[" * 10**5, "is not a LLaVA file"),
-    (b"[]", "holds no record"),
-    (b"", "holds no record"),
 ])  # fmt: skip
 def test_what_is_no_file_of_records(tmp_path, content, complaint):
     if content is not None:
@@ -213,7 +183,7 @@ def test_what_is_no_file_of_records(tmp_path, content, complaint):
 @pytest.mark.parametrize("lines", [False, True])
 def test_some_may_be_bad(tmp_path, lines):
     """Up to the share that is allowed, bad ones are left out and listed; `measure` may refuse as well."""
-    given = [*GOOD, {"id": "none"}, *GOOD, {"id": 9, "conversations": TEXT_ONLY["conversations"]}]
+    given = [*GOOD, {"id": "none"}, *GOOD, {**TEXT_ONLY, "id": 9}]
     file = write(tmp_path / "r.json", given, lines)
 
     def measure(record):
@@ -243,14 +213,14 @@ def test_marks_and_nulls_that_other_programs_write(tmp_path, lines):
 def test_ranks_divide_the_work(tmp_path):
     """Each measures its half, both know the sum, and each tells what it found itself, unless the run stops."""
     given = [*GOOD, {"id": "none"}, {"id": "nor here"}]
-    file, asked, halves = write(tmp_path / "r.json", given), [[], []], []
+    file, measured, halves = write(tmp_path / "r.json", given), [[], []], []
 
     def measure(rank):
-        return lambda record: asked[rank].append(record) or 1 + len(record["conversations"])
+        return lambda record: measured[rank].append(record) or 1 + len(record["conversations"])
 
     for rank in range(2):  # first what each has, then what each makes of the sum
         llava.open_records(file, measure(rank), 1.0, rank, 2, lambda mine: halves.append(mine) or mine)
-    assert asked == [GOOD[::2], GOOD[1::2]]
+    assert measured == [GOOD[::2], GOOD[1::2]]
     both = [llava.open_records(file, measure(rank), 1.0, rank, 2, lambda mine: sum(halves)) for rank in range(2)]
     alone = llava.open_records(file, measure(0), 1.0)
     for records in both:
@@ -272,21 +242,23 @@ def test_a_sample_is_pictures_and_turns(images):
     assert [p.size for p in pictures] == [(5, 3), (2, 4)]
     assert [role for role, _ in said] == ["assistant", "user", "assistant", "user", "assistant"]
     assert llava.read_sample(TEXT_ONLY, None) == ([], [[("user", "Hello"), ("assistant", "Hi\u2028there")]])
-    noisy = turns(("human", "Why? QA_GT_caption_based_noisy"), ("gpt", "Because."))  # a mark that the release removes
-    assert llava.read_sample(noisy, images)[1] == [[("user", "Why? "), ("assistant", "Because.")]]
+    noisy = asked("Why? QA_GT_caption_based_noisy")  # a mark that the release removes
+    assert llava.read_sample(noisy, images)[1] == [[("user", "Why? "), ("assistant", "hi")]]
 
 
 @pytest.mark.parametrize("mark", ["<video>", "<image>"])
 def test_videos_are_files_or_folders_of_frames(images, mark):
-    """A film's 12 frames differ in red; both kinds give so many of them, evenly spread."""
+    """A film's 12 frames differ; both kinds give so many of them, evenly spread; of 12, the thirteenth comes again."""
     film(images / "a.mp4", regular(12))
     for path in ("film", "a.mp4"):
-        record = turns(("human", f"{mark}\nWhat?"), ("gpt", "hi"), video=path)
+        record = asked(f"{mark}\nWhat?", video=path)
         (frames,), (said,) = llava.read_sample(record, images, frames=4)
         assert len(frames) == 4 and said == [("user", "<image>\nWhat?"), ("assistant", "hi")]
         assert llava.sizes(record, images) == [None]
         if path == "film":
             assert [frame.getpixel((0, 0))[0] // 20 for frame in frames] == [0, 3, 7, 11]
+        (frames,), _ = llava.read_sample(record, images, frames=13)  # as in the release
+        assert len(frames) == 13 and len({frame.tobytes() for frame in frames}) == 12
 
 
 def test_pictures_and_videos_come_in_the_text_s_order(images):
@@ -300,7 +272,7 @@ def test_pictures_and_videos_come_in_the_text_s_order(images):
     assert llava.sizes(record, images) == [(5, 3), None, None, (2, 4)]
     read, _ = llava.read_sample(record, images, frames=2)
     assert [len(one) if isinstance(one, list) else one.size for one in read] == [(5, 3), 2, 2, (2, 4)]
-    alike = turns(("human", "<image><image><image>"), ("gpt", "hi"), image=["1", "2"], video="3")
+    alike = asked("<image><image><image>", image=["1", "2"], video="3")
     assert llava.validate(alike)[0] == [("image", "1"), ("image", "2"), ("video", "3")]
 
 
@@ -323,8 +295,8 @@ def test_pictures_outside_the_folder_are_refused(images, path):
     (images.parent / "images2").mkdir()
     Image.new("RGB", (9, 9)).save(images.parent / "images2" / "1.png")
     path = path.format(above=images.parent)
-    for record in ({**SHOWN, "image": path}, {**PAIR, "video": path}):
-        for read in (llava.read_sample, llava.sizes):
+    for read in (llava.read_sample, llava.sizes):
+        for record in ({**SHOWN, "image": path}, {**PAIR, "video": path}):
             with pytest.raises(ValueError, match=r"^shows .* is not inside .*images; expected a path in it"):
                 read(record, images)
 
@@ -338,30 +310,20 @@ def test_pictures_inside_the_folder_are_found(images, path):
 
 
 @pytest.mark.parametrize("record, path, read_complaint, size_complaint", [
-    (SHOWN, "none.png", "no such picture", "no such picture"),
-    (SHOWN, "cut.png", "cannot be read", None),  # its header is whole
-    (SHOWN, "coco", "no such", "no such"),
+    (SHOWN, "none.png", "no such picture", "no such picture"), (PAIR, "none.mp4", "none.mp4", "there is no such video"),
     (SHOWN, "pipe.png", "no such", "no such"),  # would block for ever if it were opened
-    (PAIR, "none.mp4", "none.mp4", "there is no such video"),
-    (PAIR, "no.mp4", "no.mp4", None),
-    (PAIR, "empty", "no picture in this folder", None),
+    (SHOWN, "cut.png", "cannot be read", None), (PAIR, "no.mp4", "no.mp4", None),  # known only when they are read
 ])  # fmt: skip
 def test_missing_and_broken_pictures_and_videos_are_named(images, record, path, read_complaint, size_complaint):
     (images / "cut.png").write_bytes((images / "coco" / "1.png").read_bytes()[:40])
     os.mkfifo(images / "pipe.png")
     (images / "no.mp4").write_text("no film")
-    (images / "empty").mkdir()
     record = {**record, "image" if record is SHOWN else "video": path}
     with pytest.raises(ValueError, match=rf"^shows {path}: .*{read_complaint}"):
         llava.read_sample(record, images)
     if size_complaint:
         with pytest.raises(ValueError, match=rf"^shows {path}: .*{size_complaint}"):
             llava.sizes(record, images)
-
-
-def test_a_short_video_repeats_frames(images):
-    (frames,), _ = llava.read_sample(PAIR, images, frames=13)  # of 12 frames one comes again, as in the release
-    assert len(frames) == 13 and len({frame.tobytes() for frame in frames}) == 12
 
 
 @pytest.mark.parametrize("folder, why", [(None, "no folder is given"), ("nowhere", "nowhere is no folder")])
@@ -399,19 +361,12 @@ def test_a_step_s_records_are_of_like_length(ranks):
     tokens = np.where(rng.random(20_000) < 0.1, 0, visual) + np.exp(rng.normal(4.5, 0.8, 20_000)).astype(int) + 1
 
     def padding(numbers_of_steps):
-        real = whole = 0
-        for numbers in numbers_of_steps:
-            for rank in range(ranks):
-                mine = tokens[numbers[rank::ranks]]
-                for start in range(0, len(mine), 4):
-                    part = mine[start : start + 4]
-                    real, whole = real + part.sum(), whole + len(part) * part.max()
-        return 1 - real / whole
+        mine = [tokens[numbers[rank::ranks]] for numbers in numbers_of_steps for rank in range(ranks)]
+        parts = [lengths[start : start + 4] for lengths in mine for start in range(0, len(lengths), 4)]
+        return 1 - sum(part.sum() for part in parts) / sum(len(part) * part.max() for part in parts)
 
-    like = padding(llava.batch_indices(tokens, 1, step, 32) for step in range(200))
-    anyhow = padding(text.shuffled(len(tokens), 1, step * 32, 32) for step in range(200))
-    print(f"padding over {ranks} ranks: {like:.1%}, in random order {anyhow:.1%}")
-    assert like < 0.1 and anyhow > 0.3
+    assert padding(llava.batch_indices(tokens, 1, step, 32) for step in range(200)) < 0.1
+    assert padding(text.shuffled(len(tokens), 1, step * 32, 32) for step in range(200)) > 0.3
 
 
 def test_steps_of_a_group_come_in_no_order_of_length():
