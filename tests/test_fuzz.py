@@ -32,17 +32,13 @@ LM = config.LMConfig(300, 16, 24, 1, 2, 1)
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 
 
-# ---- configs and tokenizers ----------------------------------------------------------------------
+# ---- models and what they read -------------------------------------------------------------------
 
 
 def config_files(folder: Path) -> None:
     for i, raw in enumerate((QWEN2 | YARN, LONGVA, NEXT_MISTRAL, {"vision_config": CLIP, "x": 0})):
         (folder / f"{i}").mkdir()
         (folder / f"{i}" / "config.json").write_text(json.dumps(raw))
-
-
-def generation_file(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
 
 
 def read_configs(folder: Path) -> None:
@@ -55,6 +51,10 @@ def read_configs(folder: Path) -> None:
             config.to_dict(found)
             lm = getattr(found, "lm", found)
             longva.rope(torch.arange(4), min(lm.head_width, 256), lm.rope_theta, lm.rope_scaling, 4)
+
+
+def generation_file(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
 
 
 def read_generation(folder: Path) -> None:
@@ -87,9 +87,6 @@ def sentencepiece_model(folder: Path) -> None:
 def read_tokenizer(folder: Path) -> None:
     words = tokenizer.load_tokenizer(folder)
     words.decode(words.encode("the red star <|im_end|>\n caf\u00e9 12", special=True))
-
-
-# ---- weights, needles, tokens --------------------------------------------------------------------
 
 
 def model_folder(folder: Path) -> None:
@@ -301,6 +298,8 @@ def mutate(file: Path, rng: random.Random) -> None:
 
 # ---- the test ------------------------------------------------------------------------------------
 
+MANY = range(100, 100 + 10_000 // len(READERS))
+
 
 def is_sentence(error: BaseException) -> bool:
     """Would `flags.run` print this for the user, on one line of at most 300 characters?"""
@@ -310,9 +309,11 @@ def is_sentence(error: BaseException) -> bool:
     return refused and len(str(error)) <= 300 and str(error).isprintable()
 
 
-def fuzz(name: str, sound: Path, cases: range, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("cases", [range(27), pytest.param(MANY, marks=pytest.mark.slow)], ids=len)
+def test_a_damaged_file_is_read_or_refused_in_a_sentence(name, cases, tmp_path, tmp_path_factory, capsys):
     make, read = READERS[name]
-    make(sound)
+    make(sound := tmp_path_factory.mktemp("sound"))
     files = {file.relative_to(sound): file.read_bytes() for file in sorted(sound.rglob("*")) if file.is_file()}
     wrong = []
     for case in cases:
@@ -332,14 +333,3 @@ def fuzz(name: str, sound: Path, cases: range, tmp_path: Path, capsys: pytest.Ca
             signal.alarm(0)
     capsys.readouterr()
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_a_damaged_file_is_read_or_refused_in_a_sentence(name, tmp_path, tmp_path_factory, capsys):
-    fuzz(name, tmp_path_factory.mktemp("sound"), range(27), tmp_path, capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", READERS)
-def test_ten_thousand_damaged_files(name, tmp_path, tmp_path_factory, capsys):
-    fuzz(name, tmp_path_factory.mktemp("sound"), range(100, 100 + 10_000 // len(READERS)), tmp_path, capsys)
