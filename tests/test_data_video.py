@@ -383,6 +383,20 @@ def test_bad_settings(tmp_path, settings, complaint):
         frames(film(tmp_path / "film.mp4", regular(5)), **settings)
 
 
+def test_damaged_bytes_end_in_a_sentence(tmp_path):
+    """Flip bytes anywhere: frames, a warning, or a ValueError; nothing else comes out."""
+    path, rng = film(tmp_path / "a.mp4", regular(20)), np.random.default_rng(0)
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        mutant = data.copy()
+        mutant[rng.integers(0, len(data), 12)] = rng.integers(0, 256, 12)
+        path.write_bytes(mutant.tobytes())
+        try:
+            list(frames(path, fps=5))
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
 def png(path, width, height, bits, kind, data):
     """Write a PNG by hand: Pillow writes no colours of 16 bits, and no size that is not there."""
 
