@@ -38,19 +38,17 @@ def same(found, expected):
     )
 
 
-@pytest.mark.parametrize("shard_bytes, files", [(10**9, 1), (100, 3), (1, 4)])
-def test_round_trip(tmp_path, shard_bytes, files):
+@pytest.mark.parametrize("shard_bytes, shards", [
+    (10**9, ["model.safetensors"]), (100, [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]),
+])  # fmt: skip
+def test_round_trip(tmp_path, shard_bytes, shards):
     config = {"model_type": "qwen2", "rope_theta": 1e9}
     w.write(tmp_path, iter(state().items()), config, shard_bytes)
     assert same(dict(w.read(tmp_path)), state())
     assert w.read_config(tmp_path) == config
-    on_disk = sorted(p.name for p in tmp_path.iterdir())
-    shards = [name for name in on_disk if name.endswith(".safetensors")]
-    assert len(shards) == files and not [name for name in on_disk if name.startswith(".")]
-    if files == 1:
-        assert shards == ["model.safetensors"] and w.INDEX not in on_disk
-    else:
-        assert shards == [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+    names = ["config.json", *shards, *([w.INDEX] if len(shards) > 1 else [])]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    if len(shards) > 1:
         index = json.loads((tmp_path / w.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in state().values())
         assert index["weight_map"].keys() == state().keys()
@@ -78,35 +76,36 @@ def test_tensors_are_written_as_they_look(tmp_path):
         assert same(dict(w.read(tmp_path)), want)
 
 
-def stops(call, changes, last):
-    """`call`, which raises at change number `last` of the disk."""
-
-    def run(*args, **kwargs):
-        if next(changes) == last:
-            raise KeyboardInterrupt
-        return call(*args, **kwargs)
-
-    return run
+ONE, TWO = 10**9, 150  # bytes of a shard, by the number of files that the state then has
 
 
-@pytest.mark.parametrize("old", [10**9, 100], ids=["single", "shards"])
-@pytest.mark.parametrize("new", [10**9, 100], ids=["to single", "to shards"])
+@pytest.mark.parametrize("old", [ONE, TWO], ids=["single", "shards"])
+@pytest.mark.parametrize("new", [ONE, TWO], ids=["to single", "to shards"])
 def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, old, new):
     """Stop before each change of a name on the disk; the folder must hold one whole model every time."""
+
+    def stops(call):
+        def run(*args, **kwargs):
+            if next(changes) == last:
+                raise KeyboardInterrupt
+            return call(*args, **kwargs)
+
+        return run
+
     seen, last, changes = [], -1, itertools.count()
     while last < next(changes):  # all were tried when the last one is not reached
         last, changes = last + 1, itertools.count()
         folder = tmp_path / str(last)
         w.write(folder, state(1).items(), {"model": 1}, old)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(w.os, "replace", stops(os.replace, changes, last))
-            patch.setattr(type(tmp_path), "unlink", stops(type(tmp_path).unlink, changes, last))
+            patch.setattr(w.os, "replace", stops(os.replace))
+            patch.setattr(type(tmp_path), "unlink", stops(type(tmp_path).unlink))
             w.write(folder, state(2).items(), {"model": 2}, new)
         found = dict(w.read(folder))
         seen.append(1 if same(found, state(1)) else 2 if same(found, state(2)) else 0)
         w.write(folder, state(3).items(), {"model": 3}, new)  # and the next export works and sweeps up
         assert same(dict(w.read(folder)), state(3)) and w.read_config(folder) == {"model": 3}
-        assert len(list(folder.glob("*.safetensors"))) == (1 if new > 100 else 3)
+        assert len(list(folder.glob("*.safetensors"))) == (1 if new == ONE else 2)
         assert not list(folder.glob(".*"))
     assert seen == sorted(seen) and {1, 2} == set(seen) and len(seen) > 5
 
@@ -151,7 +150,6 @@ def test_fill_strictly():
 
 @pytest.mark.parametrize("change, complaint", [
     (lambda s: s.pop(), "1 missing: b"),
-    (lambda s: s.append(("c", torch.ones(1))), "1 not expected: c"),
     (lambda s: s.append(("a", torch.ones(2))), "a comes twice"),
     (lambda s: s.__setitem__(0, ("a", torch.ones(3))), r"a is \[3\], expected \[2\]"),
     (lambda s: s.extend((f"c{i}", torch.ones(1)) for i in range(9)), "9 not expected: c0, c1, c2, c3, c4$"),
@@ -171,19 +169,15 @@ def index(**weight_map):
 
 
 @pytest.mark.parametrize("files, complaint", [
-    ({}, "has no weights"),
     ({"pytorch_model.bin": "x"}, "expected safetensors; convert it, in that folder: python -c .* pytorch_model.bin$"),
     ({"training_args.bin": "x"}, "has no weights"),
     ({w.INDEX: "{}"}, "has no weight_map"),
     ({w.INDEX: '{"weight_map": ["x.safetensors"]}'}, "has no weight_map"),
-    ({w.INDEX: "{"}, "is not valid JSON"),
     ({w.INDEX: index(a="../x.safetensors")}, r"puts a in '\.\./x.safetensors', expected a bare"),
-    ({w.INDEX: index(a="/etc/x.safetensors")}, "expected a bare"),
     ({w.INDEX: index(a="x.bin")}, "expected a bare"),
     ({w.INDEX: index(a=3)}, "expected a bare"),
     ({w.INDEX: index(a="x.safetensors")}, r"lacks 1 file\(s\).* first x.safetensors"),
     ({w.INDEX: index(a="x.safetensors", b="x.safetensors"), "x.safetensors": {"a": 1}}, "1 missing: b"),
-    ({w.INDEX: index(a="x.safetensors"), "x.safetensors": {"a": 1, "b": 1}}, "1 not expected: b"),
     ({w.SINGLE: "not safetensors at all"}, "cannot be read .* again"),
 ])  # fmt: skip
 def test_complaints_about_folders(tmp_path, files, complaint):
@@ -197,15 +191,12 @@ def test_complaints_about_folders(tmp_path, files, complaint):
 
 
 def test_complaints_about_config(tmp_path):
-    with pytest.raises(ValueError, match="is not a folder"):
-        w.read_config(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"config.json is missing"):
-        w.read_config(tmp_path)
+    for folder, complaint in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "config.json is missing")):
+        with pytest.raises(ValueError, match=complaint):
+            w.read_config(folder)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="not valid JSON"):
         w.read_config(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer files"):
-        w.copy_tokenizer(tmp_path, tmp_path / "x")
 
 
 def test_the_conversion_works_as_printed(tmp_path, capsys):
@@ -249,6 +240,8 @@ def test_model_card(tmp_path, monkeypatch):
 
 
 def test_copy_tokenizer(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no tokenizer files"):
+        w.copy_tokenizer(tmp_path, tmp_path / "x")
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "secret.txt").write_text("x")
     w.copy_tokenizer(tmp_path, tmp_path / "new")
@@ -280,45 +273,37 @@ def test_a_full_disk_gets_its_room_back(tmp_path, monkeypatch):
 
 # ---- whole folders -------------------------------------------------------------------------------
 
-TINY = LMConfig(48, 16, 24, 2, 4, 2, rope_theta=1e4)
 
-
-@pytest.fixture
-def shards(tmp_path):
-    """A model folder in several files."""
+def test_any_precision_on_the_disk_and_in_memory(tmp_path):
     torch.manual_seed(0)
-    model = longva.LM(TINY)
-    for p in model.parameters():
-        p.data.normal_()
-    w.write(tmp_path, model.named_parameters(), to_dict(TINY), shard_bytes=6_000)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    longva.load(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_any_precision_on_the_disk_and_in_memory(shards, kept, wanted):
-    tensors = dict(w.read(shards))
-    w.write(shards, tensors.items(), to_dict(TINY), dtype=kept)
-    for name, p in longva.load(shards, dtype=wanted).named_parameters():
-        assert p.dtype == wanted and torch.equal(p, tensors[name].to(kept).to(wanted)), name
+    config = LMConfig(48, 16, 24, 2, 4, 2, rope_theta=1e4)
+    tensors = {name: torch.randn_like(p) for name, p in longva.LM(config).named_parameters()}
+    for kept, wanted in itertools.product(
+        (torch.float32, torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)
+    ):
+        w.write(tmp_path, tensors.items(), to_dict(config), shard_bytes=6_000, dtype=kept)
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        for name, p in longva.load(tmp_path, dtype=wanted).named_parameters():
+            assert p.dtype == wanted and torch.equal(p, tensors[name].to(kept).to(wanted)), name
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("whole", [True, False], ids=["whole CLIP", "tower alone"])
 def test_a_clip_folder_of_transformers(tmp_path, whole):
     transformers = pytest.importorskip("transformers")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    eye = dict(zip(sizes, (32, 48, 2, 4))) | {"patch_size": 4, "image_size": 16}
-    text = dict(zip(sizes, (16, 24, 1, 2))) | {"vocab_size": 50}
-    if whole:
-        theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=eye))
-    else:
-        theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**eye))
+    config = ClipConfig(32, 48, 2, 4, 4, 16)
+    eye = transformers.CLIPVisionConfig(**dataclasses.asdict(config))
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    both = transformers.CLIPConfig(text_config=text, vision_config=eye.to_dict())
+    theirs = transformers.CLIPModel(both) if whole else transformers.CLIPVisionModel(eye)
     theirs.save_pretrained(tmp_path)
-    config = ClipConfig.from_dict(w.read_config(tmp_path))
-    assert config == ClipConfig(32, 48, 2, 4, 4, 16)
+    assert ClipConfig.from_dict(w.read_config(tmp_path)) == config
     ours = longva.ClipVision(config)
     w.fill_from(ours, ((name.removeprefix(w.TOWER), tensor) for name, tensor in w.read_tower(tmp_path)))
     want = {n.split("vision_model.")[-1]: p for n, p in theirs.named_parameters()}
