@@ -38,6 +38,11 @@ def ours(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tokenizer(ours):
+    return t.load_tokenizer(ours)
+
+
+@pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """tokenizer.json of Qwen2's kind, trained by the tokenizers library."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -45,10 +50,9 @@ def theirs(tmp_path_factory):
 
     whole = tokenizers.Tokenizer(models.BPE())
     whole.normalizer = normalizers.NFC()
-    whole.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(t.QWEN2_WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    words = pre_tokenizers.Split(tokenizers.Regex(t.QWEN2_WORDS), "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
     whole.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
@@ -80,10 +84,9 @@ def test_same_ids_as_tokenizers(theirs):
 
 
 @pytest.mark.oracle
-def test_transformers_reads_what_we_write(ours):
+def test_transformers_reads_what_we_write(ours, tokenizer):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(ours)
-    tokenizer = t.load_tokenizer(ours)
     assert type(theirs).__name__.startswith("Qwen2Tokenizer")
     assert len(theirs) == tokenizer.size and theirs.eos_token_id == tokenizer.special["<|im_end|>"]
     assert theirs.pad_token_id == tokenizer.pad_id
@@ -91,26 +94,23 @@ def test_transformers_reads_what_we_write(ours):
 
 
 def test_vocab_json_is_the_same_tokenizer(theirs, tmp_path):
-    model = json.loads((theirs / "tokenizer.json").read_text())["model"]
-    t.write_qwen2(tmp_path, model["vocab"], [tuple(m) for m in model["merges"]])
+    whole = json.loads((theirs / "tokenizer.json").read_text())
+    t.write_qwen2(tmp_path, whole["model"]["vocab"], [tuple(m) for m in whole["model"]["merges"]])
     one, other = t.load_tokenizer(theirs), t.load_tokenizer(tmp_path)
     assert one.special == other.special
     assert all(one.encode(text, special=True) == other.encode(text, special=True) for text in fuzz(200))
-    whole = json.loads((theirs / "tokenizer.json").read_text())
     whole["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}  # as other families' folders have beside it
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match="words are split by"):
+    with pytest.raises(ValueError, match=r"words are split by .* expected the pattern"):
         t.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer_config.json").unlink()  # without a list, Qwen2's three follow the vocabulary
-    (tmp_path / "merges.txt").unlink()
-    assert t.load_tokenizer(tmp_path).special == one.special
+    for file in ("tokenizer.json", "tokenizer_config.json", "merges.txt"):
+        (tmp_path / file).unlink()
+    assert t.load_tokenizer(tmp_path).special == one.special  # without a list, Qwen2's three follow the vocabulary
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 7000}))
     assert t.load_tokenizer(tmp_path).special == {"<|im_end|>": 7000}
 
 
-def test_trained_words_are_one_token_and_bytes_come_first(ours):
-    tokenizer = t.load_tokenizer(ours)
+def test_trained_words_are_one_token_and_bytes_come_first(tokenizer):
     assert all(len(tokenizer.encode(w)) == 1 for w in WORDS)
     assert [tokenizer.encode(c) for c in (".", "\n", " ")] == [[13], [198], [220]]  # as in Qwen2
     assert sorted(tokenizer.pieces[i] for i in range(256)) == [bytes([b]) for b in range(256)]
@@ -123,34 +123,25 @@ def test_training_does_not_depend_on_order_and_follows_counts():
         t.train_bpe(["red", "12"])  # which cannot be one token
 
 
-def test_control_tokens_only_where_asked(ours):
-    tokenizer = t.load_tokenizer(ours)
-    text = "red<|im_end|>red"
-    assert tokenizer.special["<|im_end|>"] not in tokenizer.encode(text)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    red = tokenizer.encode("red")
-    assert tokenizer.encode(text, special=True) == [*red, tokenizer.special["<|im_end|>"], *red]
-    assert tokenizer.pad_id == tokenizer.bos_id == tokenizer.special["<|endoftext|>"]
-    assert tokenizer.stop_ids == [tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"]]
+def test_control_tokens_only_where_asked(tokenizer):
+    red, end, pad = tokenizer.encode("red"), tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"]
+    assert tokenizer.encode("red<|im_end|>red", special=True) == [*red, end, *red]
+    assert end not in tokenizer.encode("red<|im_end|>red")
+    assert tokenizer.pad_id == tokenizer.bos_id == pad and tokenizer.stop_ids == [end, pad]
 
 
-def test_stream_never_breaks_a_character(ours):
-    tokenizer = t.load_tokenizer(ours)
+def test_stream_never_breaks_a_character(tokenizer):
     text = "a\u00e9\u4e2d\U0001f600b"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)
-    seen = list(tokenizer.stream(iter(ids)))
-    assert "".join(seen) == text and "\ufffd" not in "".join(seen)
+    assert "".join(tokenizer.stream(iter(ids))) == text
     assert tokenizer.decode(ids[:2]) == "a\ufffd"  # cut in the middle: said so at the end
     assert tokenizer.decode([tokenizer.size + 5]) == "\ufffd"  # a row without a token
 
 
-@pytest.mark.parametrize("text", [
-    " " * 1_000_000 + "x", "a" * 250_000, "\n" * 250_000 + "a", "\u4e2d" * 150_000,
-], ids=["spaces", "letters", "newlines", "chinese"])  # fmt: skip
-def test_long_runs(ours, text):
-    tokenizer = t.load_tokenizer(ours)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_long_runs(tokenizer):
+    for text in (" " * 1_000_000 + "x", "a" * 250_000, "\n" * 250_000 + "a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_cuts_change_nothing(theirs, monkeypatch):
@@ -209,14 +200,11 @@ def test_sentencepiece(llama):
         ids = tokenizer.encode(text)
         assert ids == model.encode(text) and not {1, 2} & set(ids)
         assert tokenizer.decode(ids) == text  # the added space is taken off again
-    parts = tokenizer.encode("<s>the red</s> star", special=True)
-    assert parts == [1, *model.encode("the red"), 2, *model.encode(" star")]
-    assert model.id_to_piece(parts[1]).startswith("\u2581")
 
 
 @pytest.mark.oracle
 def test_sentencepiece_as_transformers_does(llama):
-    """The slow, legacy way, which these models were trained with: each text after a control token gets a space too."""
+    """The slow, legacy way of these models' training: each text after a control token gets a space, too."""
     transformers = pytest.importorskip("transformers")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     theirs = transformers.SentencePieceBackend(vocab_file=str(llama / "tokenizer.model"), legacy=True, **names)
@@ -230,9 +218,8 @@ def test_sentencepiece_as_transformers_does(llama):
 
 def test_tokenizer_model_comes_before_tokenizer_json(llama, tmp_path):
     """Llama 2's and Mistral's folders have both; their tokenizer.json is sentencepiece in a form not read here."""
-    added = [{"content": name, "id": i, "special": True} for i, name in enumerate(("<unk>", "<s>", "</s>"))]
     model = {"type": "BPE", "vocab": {"<unk>": 0}, "merges": []}
-    whole = {"added_tokens": added, "pre_tokenizer": None, "model": model}
+    whole = {"added_tokens": [{"content": "<s>", "id": 1, "special": True}], "pre_tokenizer": None, "model": model}
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=r"Mistral are read from their tokenizer\.model"):
         t.load_tokenizer(tmp_path)
@@ -256,13 +243,10 @@ OURS = dict.fromkeys(("vocab.json", "merges.txt", "tokenizer_config.json"))  # a
     ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\na b\n"}, "merge 'a b' has no id"),
     ({"vocab.json": '{"a": 0}', "merges.txt": "ab\n"}, r"merge \['ab'\] has no id"),
     ({"tokenizer.json": '{"model": {"type": "WordPiece", "vocab": {}}}'}, "model.type is 'WordPiece'; one of BPE is expected"),
-    ({"tokenizer.json": '{"model": {"vocab": {}}, "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x"}}}'}, "expected the pattern"),
     ({"tokenizer.json": '{"added_tokens": [{"content": "x"}]}'}, r"tokenizer.json: added_tokens\[0\] lacks id"),
     ({"added_tokens.json": '{"x": 1}', "tokenizer.json": '{"added_tokens": [{"content": "x", "id": 2}]}'}, "two ids"),
     ({"tokenizer.model": "text"}, "not a sentencepiece model"),
     (OURS | {"merges.txt": b"#version: 0.2\n\xff \xfe\n"}, r"merge '.*' has no id"),
-    (OURS | {"merges.txt": "a \u4e2d".encode()[:-1]}, r"merge '.*' has no id"),
-    (OURS | {"added_tokens.json": '{"<|im_end|>": 300}'}, "two ids"),
     (OURS | {"added_tokens.json": '{"<|im_end|>": 5}', "tokenizer_config.json": "{}"}, "same id"),
 ])  # fmt: skip
 def test_complaints(ours, tmp_path, files, complaint):
@@ -273,14 +257,13 @@ def test_complaints(ours, tmp_path, files, complaint):
         t.load_tokenizer(tmp_path)
 
 
-def test_a_token_without_an_embedding(ours, tmp_path):
+def test_a_token_without_an_embedding(ours, tokenizer, tmp_path):
     """Llama-2's first release lists such a <pad>, which nothing needs."""
-    size = t.load_tokenizer(ours).size
-    shutil.copytree(ours, tmp_path / "a")
-    (tmp_path / "a" / "config.json").write_text(json.dumps({"vocab_size": size}))
-    (tmp_path / "a" / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
-    assert t.load_tokenizer(tmp_path / "a").size == size
-    (tmp_path / "a" / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
-    said = rf"token '<\|im_end\|>' has the id {size - 1}, but .*vocab_size is {size - 1}"
-    with pytest.raises(ValueError, match=said):
-        t.load_tokenizer(tmp_path / "a")
+    size, folder = tokenizer.size, tmp_path / "a"
+    shutil.copytree(ours, folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    assert t.load_tokenizer(folder).size == size
+    (folder / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(ValueError, match=rf"'<\|im_end\|>' has the id {size - 1}, but .*vocab_size is {size - 1}"):
+        t.load_tokenizer(folder)
