@@ -1,7 +1,7 @@
 """data/benchmarks.py without lmms-eval, which has an environment of its own: tests/eval.sh runs the whole."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from data import benchmarks, chat, synthetic
 from data.tiny.benchmark import make, utils
 from tests import ranks
 
-ASK = "Which number is on the {}?"
+STAR, HOUSE, KEY = QUESTIONS = [f"Which number is on the {thing}?" for thing in ("star", "house", "key")]
 WANTED = {"max_new_tokens": 4}
 
 
@@ -37,51 +37,47 @@ def shown(tmp_path_factory):
 
 
 def test_pictures_are_asked_about_as_longva_does(model, shown):
-    said = model.answer(ASK.format("star"), [shown.star], WANTED)
-    assert said == longva.answer(model.model, ASK.format("star"), images=[shown.folder / "star.png"]) == "3"
-    both = [shown.star, shown.house]
-    files = [shown.folder / "star.png", shown.folder / "house.png"]
-    for thing in ("star", "house"):
-        assert model.answer(ASK.format(thing), both, WANTED) == longva.answer(model.model, ASK.format(thing), files)
-    in_front = model.answer("<image> <image>\n" + ASK.format("house"), both, WANTED)
-    assert in_front == model.answer(ASK.format("house"), both, WANTED)
-    assert model.answer("<image>\n" + ASK.format("house"), both, WANTED) == in_front  # one mark for two: in front
-    assert isinstance(model.answer(ASK.format("star"), [], WANTED), str)  # text alone
+    both, files = [shown.star, shown.house], [shown.folder / "star.png", shown.folder / "house.png"]
+    said = model.answer(STAR, both[:1], WANTED)
+    assert said == longva.answer(model.model, STAR, images=files[:1]) == "3"
+    for question in (STAR, HOUSE):
+        want = longva.answer(model.model, question, files)
+        for marks in ("", "<image> <image>\n", "<image>\n"):  # one mark for two: in front, too
+            assert model.answer(marks + question, both, WANTED) == want
+    assert isinstance(model.answer(STAR, [], WANTED), str)  # text alone
 
 
 def test_a_film_is_read_once_for_all_of_its_questions(model, shown, monkeypatch):
     read = []
     monkeypatch.setattr(model, "encode", lambda visual, real=model.encode: read.append(visual) or real(visual))
     model.last = None
-    said = [model.answer(ASK.format(thing), [shown.film], WANTED) for thing in ("star", "house", "key", "star")]
+    said = [model.answer(question, [shown.film], WANTED) for question in [*QUESTIONS, STAR]]
     assert read == [shown.film] and said[0] == said[3]
-    for thing, one in zip(("star", "house", "key"), said):
-        assert one == longva.answer(model.model, ASK.format(thing), video=shown.film, frames=8)
-    model.answer(ASK.format("star"), [shown.film], {"max_new_tokens": benchmarks.ROOM})  # does not fit behind the film
-    model.answer(ASK.format("star"), [shown.star, shown.star], WANTED)
+    for question, one in zip(QUESTIONS, said):
+        assert one == longva.answer(model.model, question, video=shown.film, frames=8)
+    model.answer(STAR, [shown.film], {"max_new_tokens": benchmarks.ROOM})  # does not fit behind the film
+    model.answer(STAR, [shown.star, shown.star], WANTED)
     assert read == [shown.film, shown.film, shown.star, shown.star]
 
 
 def ask_together(world, film, expected):
     model = benchmarks.LongVA(str(chat.TINY_MODEL), 8, "cpu")
     model.world = world
-    assert [model.answer(ASK.format(thing), [film], WANTED) for thing in ("star", "house", "key")] == expected
+    assert [model.answer(question, [film], WANTED) for question in QUESTIONS] == expected
 
 
 @pytest.mark.ranks
 def test_ranks_share_a_films_cache(model, shown):
-    expected = [model.answer(ASK.format(thing), [shown.film], WANTED) for thing in ("star", "house", "key")]
-    ranks.run(2, [ask_together], shown.film, expected)
+    ranks.run(2, [ask_together], shown.film, [model.answer(question, [shown.film], WANTED) for question in QUESTIONS])
 
 
 @pytest.mark.parametrize("wanted, text", [
-    ({}, "one two\n\nthree. four"), ({"until": ["\n\n"]}, "one two\n\nthree. four"), ({"until": None}, "one two\n\nthree. four"),
-    ({"until": "two"}, "one"), ({"until": [".", "three", ""]}, "one two"), ({"max_new_tokens": 3}, "one"),
+    ({}, "one two\n\nthree. four"), ({"until": ["\n\n"]}, "one two\n\nthree. four"), ({"until": "two"}, "one"),
+    ({"until": [".", "three", ""]}, "one two"), ({"max_new_tokens": 3}, "one"),
 ])  # fmt: skip
 def test_where_an_answer_ends(model, monkeypatch, wanted, text):
-    ids = [0] * 9
     pieces = ["one", " ", "", "two", "\n\n", "three", ".", " four", " "]
-    monkeypatch.setattr(longva, "generate", lambda *args: ids[: args[4]])
+    monkeypatch.setattr(longva, "generate", lambda *args: [0] * min(9, args[4]))
     monkeypatch.setattr(model.words, "stream", lambda ids: iter(pieces[: len(ids)]))
     assert model.answer("What?", [], wanted) == text
 
@@ -96,18 +92,16 @@ def test_greedy_unless_asked(wanted, temperature, top_p, penalty):
     assert (found.temperature, found.top_p, found.repetition_penalty) == (temperature, top_p, penalty)
 
 
-def requests_for(visuals):
-    """A task of one question for each of `visuals`, as lmms-eval gives them."""
-    docs = [{"visuals": some} for some in visuals]
-    arguments = [(ASK.format("star"), WANTED, lambda doc: doc["visuals"], i, "toy", "test") for i in range(len(docs))]
-    return {"toy": {"test": docs}}, [SimpleNamespace(args=args) for args in arguments]
+def generate(model, monkeypatch, visuals):
+    """Answers to a task of one question for each of `visuals`, as lmms-eval asks them."""
+    monkeypatch.setattr(model, "task_dict", {"toy": {"test": visuals}}, raising=False)
+    asked = [(STAR, WANTED, lambda some: some, n, "toy", "test") for n in range(len(visuals))]
+    return model.generate_until([SimpleNamespace(args=args) for args in asked])
 
 
 def test_answers_come_one_by_one_and_a_broken_file_costs_one(model, shown, monkeypatch, capsys, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no film")
-    tasks, requests = requests_for([[shown.star], [str(tmp_path / "bad.mp4")], None])
-    monkeypatch.setattr(model, "task_dict", tasks, raising=False)
-    answers = model.generate_until(requests)
+    answers = generate(model, monkeypatch, [[shown.star], [str(tmp_path / "bad.mp4")], None])
     assert next(answers) == "3" and next(answers) == ""
     said = capsys.readouterr().err
     assert f"toy, question 1 has no answer and counts as wrong: {tmp_path}/bad.mp4: not a video" in said
@@ -116,12 +110,10 @@ def test_answers_come_one_by_one_and_a_broken_file_costs_one(model, shown, monke
 
 @pytest.mark.parametrize("visual, message", [("bad.mp4", "question 0: bad.mp4: no such video"), ("star", "for videos")])
 def test_together_a_broken_file_or_a_picture_ends_the_run(model, shown, monkeypatch, capsys, visual, message):
-    tasks, requests = requests_for([[getattr(shown, visual, visual)]])
-    monkeypatch.setattr(model, "task_dict", tasks, raising=False)
     monkeypatch.setattr(model, "torchrun", {"RANK": "0"})
     monkeypatch.setattr(model, "exchange", json.loads)
     with pytest.raises(SystemExit) as exit:
-        next(model.generate_until(requests))
+        next(generate(model, monkeypatch, [[getattr(shown, visual, visual)]]))
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -160,8 +152,10 @@ def test_the_miniatures_benchmark(tmp_path, monkeypatch):
     assert utils.process_results(film, ["10"]) == {"accuracy": 0, "film_choice": 0, "chance": 0.25}
 
 
-def test_nothing_but_running_needs_lmms_eval():
+def test_nothing_but_running_needs_lmms_eval(monkeypatch, capsys):
     """`--help` works without it, and the commands that people type name tasks and files that exist."""
-    command = [sys.executable, "-m", "data.benchmarks", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "--together" in said and (Path(make.__file__).parent / "longva_tiny.yaml").is_file()
+    monkeypatch.setattr(sys, "argv", ["benchmarks.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(benchmarks.__file__, run_name="__main__")
+    assert not exit.value.code and "--together" in capsys.readouterr().out
+    assert (Path(make.__file__).parent / "longva_tiny.yaml").is_file()
