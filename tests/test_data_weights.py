@@ -170,6 +170,7 @@ def index(**weight_map):
 @pytest.mark.parametrize("files, complaint", [
     ({"pytorch_model.bin": "x"}, "expected safetensors; convert it, in that folder: python -c .* pytorch_model.bin$"),
     ({"training_args.bin": "x"}, "has no weights"),
+    ({w.INDEX: "{"}, "is not valid JSON"),
     ({w.INDEX: "{}"}, "has no weight_map"),
     ({w.INDEX: '{"weight_map": ["x.safetensors"]}'}, "has no weight_map"),
     ({w.INDEX: index(a="../x.safetensors")}, r"puts a in '\.\./x.safetensors', expected a bare"),
