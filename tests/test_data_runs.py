@@ -54,23 +54,20 @@ def test_settings_are_kept_and_found_again(tmp_path):
 ])  # fmt: skip
 def test_other_settings_are_refused(tmp_path, change, said):
     runs.open_run(tmp_path, SETTINGS)
-    before = (tmp_path / "config.json").read_bytes()
-    now = {**SETTINGS, **change}
+    before, now = (tmp_path / "config.json").read_bytes(), {**SETTINGS, **change}
     for settings in (now, {name: value for name, value in now.items() if value is not None}):  # or left out
         with pytest.raises(ValueError, match=rf"holds a run with other settings \({said}\); choose another --out"):
             runs.open_run(tmp_path, settings)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("more_steps, steps, fine", [(True, 20, True), (True, 5, False), (False, 20, False)])
-def test_more_steps_where_the_schedule_allows(tmp_path, more_steps, steps, fine):
-    runs.open_run(tmp_path, SETTINGS, more_steps=more_steps)
-    if fine:
-        runs.open_run(tmp_path, {**SETTINGS, "steps": steps}, more_steps=more_steps)
-        assert json.loads((tmp_path / "config.json").read_text())["steps"] == steps
-        return
-    with pytest.raises(ValueError, match=r"steps was 10, is .*; the learning rate depends on the number of steps"):
-        runs.open_run(tmp_path, {**SETTINGS, "steps": steps}, more_steps=more_steps)
+def test_more_steps_where_the_schedule_allows(tmp_path):
+    runs.open_run(tmp_path, SETTINGS)
+    runs.open_run(tmp_path, {**SETTINGS, "steps": 20}, more_steps=True)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 20
+    for more_steps, steps in ((True, 5), (False, 30)):
+        with pytest.raises(ValueError, match=r"steps was 20, is .*; the learning rate depends on the number of steps"):
+            runs.open_run(tmp_path, {**SETTINGS, "steps": steps}, more_steps=more_steps)
 
 
 def test_changed_inputs_are_refused(tmp_path):
@@ -85,14 +82,14 @@ def test_changed_inputs_are_refused(tmp_path):
     model.rename(tmp_path / "moved")
     moved = {**inputs, "weights": tmp_path / "moved"}
     runs.open_run(out, {**SETTINGS, **moved}, moved.keys())
-    for name, change in (("data", lambda: data.write_text("[2]")), ("weights", lambda: (tmp_path / "moved/b").touch())):
-        change()
+    for name, file, was, content in (("data", data, "[1]", "[2]"), ("weights", tmp_path / "moved/b", "", "")):
+        file.write_text(content)
         with pytest.raises(ValueError, match=f"holds a run on other data: the content of {name} has changed"):
             runs.open_run(out, {**SETTINGS, **moved}, moved.keys())
-        data.write_text("[1]")
+        file.write_text(was)
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "[" * 10**5, "5", "{", '{"inputs": 5}', '{"steps": []}'])
+@pytest.mark.parametrize("content", ["[]", "[" * 10**5, "{", '{"inputs": 5}', '{"steps": []}'])
 def test_damaged_settings_are_a_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="start anew") as said:
@@ -152,32 +149,35 @@ def test_a_checked_file_notices_damage(tmp_path):
 # ---- the log -------------------------------------------------------------------------------------
 
 
+def lines(first, last):
+    return [{"step": step, "loss": 1 / (step + 1)} for step in range(first, last)]
+
+
 def fill(folder, steps, name="log.jsonl"):
-    for step in range(steps):
-        runs.log(folder, {"step": step, "loss": 1 / (step + 1)}, name=name)
+    runs.log(folder, *lines(0, steps), name=name)
 
 
 def test_each_line_is_on_the_disk_before_a_state_can_be(tmp_path, monkeypatch):
     synced, fsync, file = [], os.fsync, tmp_path / "log.jsonl"
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(file.read_bytes()), fsync(handle)))
-    lines = [{"step": step, "loss": 0.1 + step, "note": "a\u2028b\nc"} for step in range(3)]
-    for line in lines:
+    told = [{"step": step, "loss": 0.1 + step, "note": "a\u2028b\nc"} for step in range(3)]
+    for line in told:
         runs.log(tmp_path, line)
         assert entries(tmp_path)[-1] == line and synced[-1] == file.read_bytes()
-    assert entries(tmp_path) == lines and len(synced) == file.read_bytes().count(b"\n") == 3
+    assert entries(tmp_path) == told and len(synced) == file.read_bytes().count(b"\n") == 3
 
 
 @pytest.mark.parametrize("step, left", [(0, 0), (3, 3), (6, 6), (9, 6), (None, 6)])
-@pytest.mark.parametrize("name", ["log.jsonl", "probes.jsonl"])
-def test_rewind_forgets_what_will_be_made_again(tmp_path, name, step, left):
+def test_rewind_forgets_what_will_be_made_again(tmp_path, step, left):
+    name = "probes.jsonl"
     runs.truncate_log(tmp_path, step, name)
     assert not list(tmp_path.iterdir())
-    fill(tmp_path, 6, name), fill(tmp_path, 6, "other.jsonl")
+    fill(tmp_path, 6, name), fill(tmp_path, 6)
     whole = (tmp_path / name).read_bytes()
     runs.truncate_log(tmp_path, step, name)
     assert [e["step"] for e in entries(tmp_path, name)] == list(range(left))
-    assert whole.startswith((tmp_path / name).read_bytes()) and (tmp_path / "other.jsonl").read_bytes() == whole
-    assert {f.name for f in tmp_path.iterdir()} == {name, "other.jsonl"}
+    assert whole.startswith((tmp_path / name).read_bytes()) and (tmp_path / "log.jsonl").read_bytes() == whole
+    assert {f.name for f in tmp_path.iterdir()} == {name, "log.jsonl"}
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_log(tmp_path):
@@ -189,26 +189,23 @@ def test_a_run_killed_anywhere_ends_with_the_same_log(tmp_path):
     for cut in range(ends[4], ends[5] + 1):  # the log cut at every byte of one line
         file.write_bytes(whole[:cut])
         runs.truncate_log(tmp_path, 4)
-        for step in range(4, 8):
-            runs.log(tmp_path, {"step": step, "loss": 1 / (step + 1)})
+        runs.log(tmp_path, *lines(4, 8))
         assert file.read_bytes() == whole
     file.write_bytes(whole[:-1])
     runs.truncate_log(tmp_path)
     assert file.read_bytes() == whole  # a line that lacks only its end is kept
 
 
-BAD_LINES = [b"5", b"{}", b"null", b'{"step": "1"}', b"\xff", b'{"step": 2', b"[" * 10**5]
-
-
-@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda bad: str(bad[:12]))
-def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys, bad):
+def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys):
     fill(tmp_path, 2)
-    whole = (tmp_path / "log.jsonl").read_bytes()
-    (tmp_path / "log.jsonl").write_bytes(bad + b"\n" + whole)
+    file = tmp_path / "log.jsonl"
+    whole = file.read_bytes()
+    bad = [b"5", b"{}", b"null", b'{"step": "1"}', b"\xff", b'{"step": 2', b"[" * 10**5]
+    file.write_bytes(b"\n".join([*bad, whole]))
     assert runs.column(tmp_path, "loss") == [1, 0.5] and runs.draw_curve(tmp_path)
     runs.truncate_log(tmp_path, 9)
-    assert (tmp_path / "log.jsonl").read_bytes() == whole
-    assert "log.jsonl: 1 damaged line(s) left out, the first: line 1, " in capsys.readouterr().out
+    assert file.read_bytes() == whole
+    assert "log.jsonl: 7 damaged line(s) left out, the first: line 1, " in capsys.readouterr().out
 
 
 def test_a_resumed_run_says_where_and_what_the_log_lost(tmp_path, capsys):
@@ -242,45 +239,37 @@ def test_a_first_signal_ends_the_loop_after_its_step_a_second_one_acts(number):
 # ---- the picture ---------------------------------------------------------------------------------
 
 
-def test_the_curve_shows_the_losses_and_their_running_mean(tmp_path, monkeypatch):
+def test_the_curve_shows_the_losses_their_running_mean_and_each_new_length(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn, plot = [], Axes.plot
+    drawn, named, plot, write = [], [], Axes.plot, Axes.text
 
     def keep(axes, x, y, **how):
         drawn.append((list(x), list(y)))
         return plot(axes, x, y, **how)
 
+    def keep_text(axes, x, y, said, **how):
+        named.append((x, said))
+        return write(axes, x, y, said, **how)
+
     monkeypatch.setattr(Axes, "plot", keep)
-    for step, loss in ((5, 4.0), (6, 2.0), (7, 2.0)):
-        runs.log(tmp_path, {"step": step, "loss": loss})
-        assert runs.draw_curve(tmp_path) == tmp_path / "curve.png"
-        with Image.open(tmp_path / "curve.png") as picture:
-            assert picture.size == (900, 480)
-            assert len(picture.convert("RGB").resize((90, 48)).getcolors(90 * 48)) > 3  # not an empty page
-    assert drawn[-2:] == [([5, 6, 7], [4.0, 2.0, 2.0]), ([5, 6, 7], pytest.approx([4.0, 3.9, 3.805]))]
+    monkeypatch.setattr(Axes, "text", keep_text)
+    for step, loss, tokens in ((5, 4.0, 64), (6, 2.0, 2048), (7, 2.0, 64)):
+        runs.log(tmp_path, {"step": step, "loss": loss, "seq_len": tokens})
+    assert runs.draw_curve(tmp_path) == tmp_path / "curve.png"
+    assert drawn == [([5, 6, 7], [4.0, 2.0, 2.0]), ([5, 6, 7], pytest.approx([4.0, 3.9, 3.805]))]
+    assert named == [(5, " 64 tokens"), (6, " 2,048 tokens")]
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (900, 480)
+        assert len(picture.convert("RGB").resize((90, 48)).getcolors(90 * 48)) > 3  # not an empty page
 
 
-def test_the_curve_names_each_length_once_where_texts_get_longer(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    named = []
-    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **how: named.append((x, text)))
-    for step, tokens in enumerate((64, 256, 2048, 256, 2048)):
-        runs.log(tmp_path, {"step": step, "loss": 1.0, "seq_len": tokens})
-    runs.draw_curve(tmp_path)
-    assert named == [(0, " 64 tokens"), (1, " 256 tokens"), (2, " 2,048 tokens")]
-
-
-VERDICTS = [(0.01, 1.0, False), (0.03, 1.0, True), (0.01, 0.8, True), (math.nan, 1.0, True)]
-
-
-@pytest.mark.parametrize("loss, score, warns", VERDICTS)
-def test_a_stage_says_whether_it_worked(capsys, loss, score, warns):
-    runs.print_verdict(loss, score, (0.02, 0.9))
-    said = capsys.readouterr().out
-    assert "(expected at most 0.02)" in said and "(expected at least 0.9)" in said and ("WARNING" in said) == warns
-    runs.print_verdict(loss, score, ())
+def test_a_stage_says_whether_it_worked(capsys):
+    for loss, score, warns in ((0.01, 1.0, False), (0.03, 1.0, True), (0.01, 0.8, True), (math.nan, 1.0, True)):
+        runs.print_verdict(loss, score, (0.02, 0.9))
+        said = capsys.readouterr().out
+        assert "(expected at most 0.02)" in said and "(expected at least 0.9)" in said and ("WARNING" in said) == warns
+    runs.print_verdict(math.nan, 0.0, ())
     assert capsys.readouterr().out == ""
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -40,7 +41,13 @@ class Config:
             raise ValueError(f"--steps {self.steps}: expected at least 1")
 
 
+def toy(*settings):
+    """A dataclass of settings (name, type, setting(...))."""
+    return dataclasses.make_dataclass("Toy", settings, frozen=True)
+
+
 PRE = {"tiny": {"steps": 3, "offload": False, "frames": (1,)}, "paper": {}}
+SMALL = Config(**PRE["tiny"])
 
 
 def read(*argv, **how):
@@ -63,17 +70,13 @@ def ends(capsys, monkeypatch):
     return ends
 
 
-SMALL = Config(steps=3, offload=False, frames=(1,))
-
-
 @pytest.mark.parametrize("argv, want", [
     ("", Config()),
     ("--preset tiny", SMALL),
     ("--preset tiny --steps 224_000", replace(SMALL, steps=224000)),  # a flag beats the preset, wherever it stands
     ("--frames 5 --preset tiny --offload", replace(SMALL, frames=(5,), offload=True)),
-    ("--no-offload --resume x --size 4", Config(offload=False, resume=Path("x"), size=4)),
-    ("--lr .1 --depths -1 0.5 --betas .9 .98", Config(lr=0.1, depths=(-1.0, 0.5), betas=(0.9, 0.98))),
-    ("--frames 8 16 32 --lr 2e-6", Config(frames=(8, 16, 32), lr=2e-6)),
+    ("--no-offload --resume x --size 4 --frames 8 4", Config(offload=False, resume=Path("x"), size=4, frames=(8, 4))),
+    ("--lr 2e-6 --depths -1 .5 --betas .9 .98", Config(lr=2e-6, depths=(-1.0, 0.5), betas=(0.9, 0.98))),
     ("text why? --lr 1", Config("text", "why?", lr=1)),
     ("--lr 1 text why?", Config("text", "why?", lr=1)),
     ("text", Config("text")),
@@ -95,7 +98,7 @@ def test_default_preset_and_the_real_command_line(monkeypatch):
 
 
 def test_positional_that_must_be_given(ends):
-    cls = dataclasses.make_dataclass("Cls", [("video", Path, setting(MISSING, "file", positional=True))], frozen=True)
+    cls = toy(("video", Path, setting(MISSING, "file", positional=True)))
     assert parse(cls, argv=["a.mp4"]).video == Path("a.mp4")
     assert "required: video" in ends(2, parse, cls, argv=[])
 
@@ -109,17 +112,14 @@ def test_positional_that_must_be_given(ends):
     (["text", "why?", "more"], "unrecognized arguments: more; write the flag again before each further value"),
     (["--lr", "1e300"], "--lr 1e+300 makes no sense; give 1 or less"),
     (["--frames", "8", "9" * 12], "--frames 999999999999 makes no sense; give 10000000 or less"),
-    (["--steps", "ten"], "argument --steps: expected a whole number such as 1000, got 'ten'"),
     (["--steps", "1.5"], "argument --steps: expected a whole number such as 1000, got '1.5'"),
     (["--steps", "0"], "--steps 0: expected at least 1"),
     (["--steps"], "argument --steps: expected one argument"),
     (["--resume", "https://x.y/z"], "argument --resume: https://x.y/z is an address; download the file, and give its path"),
     (["--lr", "nan"], "argument --lr: expected a number such as 0.5 or 1e-5, got 'nan'"),
     (["--lr", "fast"], "argument --lr: expected a number such as 0.5 or 1e-5, got 'fast'"),
-    (["--frames", "8", "x"], "argument --frames: expected a whole number such as 1000, got 'x'"),
     (["--frames"], "argument --frames: expected at least one argument"),
     (["--betas", "1"], "argument --betas: expected 2 arguments"),
-    (["--scheme", "x"], "argument --scheme: invalid choice: 'x' (choose from"),
     (["--preset", "x"], "argument --preset: invalid choice: 'x' (choose from"),
     (["sound"], "argument mode: invalid choice: 'sound' (choose from"),
     (["x" * 10**6], "argument mode: invalid choice: 'xxx"),
@@ -140,22 +140,18 @@ def test_help(ends):
 
 def test_help_in_groups(ends):
     """A title holds its setting and those below; a hidden one is listed by --help all alone, and can be set."""
-
-    @dataclass(frozen=True)
-    class Grouped:
-        """Toy."""
-
-        lr: float = setting(1e-5, "rate", group="Optimizer")
-        steps: int = setting(10, "updates")
-        frames: int = setting(8, "frames", group="Data")
-        beta: float = setting(0.9, "decay", group="Optimizer", hidden=True)
-
-    some, every = ends(0, parse, Grouped, argv=["--help"]), ends(0, parse, Grouped, argv=["--help", "all"])
+    grouped = toy(
+        ("lr", float, setting(1e-5, "rate", group="Optimizer")),
+        ("steps", int, setting(10, "updates")),
+        ("frames", int, setting(8, "frames", group="Data")),
+        ("beta", float, setting(0.9, "decay", group="Optimizer", hidden=True)),
+    )
+    some, every = ends(0, parse, grouped, argv=["--help"]), ends(0, parse, grouped, argv=["--help", "all"])
     optimizer, data = some.split("Optimizer:")[1].split("Data:")
     assert "--lr" in optimizer and "--steps" in optimizer and "--frames" in data
     assert "--beta" not in some and "1 more settings: --help all" in some
     assert "--beta" in every.split("Optimizer:")[1].split("Data:")[0] and "more settings" not in every
-    assert parse(Grouped, argv=["--beta", "0.5"]).beta == 0.5
+    assert parse(grouped, argv=["--beta", "0.5"]).beta == 0.5
 
 
 def test_help_ends_with_examples(ends, monkeypatch):
@@ -178,26 +174,17 @@ def test_run_ends_with_a_sentence(rank, ends, monkeypatch):
     assert len(slept) == rank
 
 
-def test_run_keeps_the_traceback_of_our_own_mistakes():
-    with pytest.raises(ValueError, match="invalid literal"):
-        flags.run(lambda cfg: int("x"), Config, argv=[])  # this file stands for a library
-    with pytest.raises(ZeroDivisionError):
-        flags.run(lambda cfg: 1 / 0, Config, argv=[])
-
-
 def test_files_do_not_swallow_the_question():
     """`--image FILE "question"` is what people type; several pictures take the flag several times."""
-
-    @dataclass(frozen=True)
-    class Asking:
-        """Ask."""
-
-        question: str = setting("what?", "what to ask", positional=True)
-        image: tuple[Path, ...] = setting((), "picture files")
-
+    images = ("image", tuple[Path, ...], setting((), "picture files"))
+    asking = toy(("question", str, setting("what?", "what to ask", positional=True)), images)
     for words in (["--image", "a.png", "how many?"], ["how many?", "--image", "a.png"]):
-        assert parse(Asking, argv=words) == Asking("how many?", (Path("a.png"),))
-    assert parse(Asking, argv=["--image", "a", "--image", "b"]) == Asking(image=(Path("a"), Path("b")))
+        assert parse(asking, argv=words) == asking("how many?", (Path("a.png"),))
+    assert parse(asking, argv=["--image", "a", "--image", "b"]) == asking(image=(Path("a"), Path("b")))
+
+
+def fail(error):
+    raise error
 
 
 @pytest.mark.parametrize("error, code, said", [
@@ -206,29 +193,31 @@ def test_files_do_not_swallow_the_question():
     (KeyboardInterrupt(), 130, ""),
 ])  # fmt: skip
 def test_run_tells_of_bad_numbers_and_full_disks_and_ends_quietly_when_asked(error, code, said, ends):
-    def main(cfg):
-        raise error
+    assert said in (found := ends(code, flags.run, lambda cfg: fail(error), Config, argv=[]))
+    assert bool(said) == bool(found)
 
-    assert said in (found := ends(code, flags.run, main, Config, argv=[])) and bool(said) == bool(found)
+
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError])
+def test_run_keeps_the_traceback_of_our_own_mistakes(error):
+    with pytest.raises(error, match="mine"):
+        flags.run(lambda cfg: fail(error("mine")), Config, argv=[])  # this file stands for a library
 
 
 def test_output_into_a_plain_file(monkeypatch):
     """Characters that the file lacks have a plain stand-in, warnings are sentences, progress is a line now and then."""
-    files = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
 
     def main(cfg):
-        print("\u2591\u2588 caf\u00e9")
-        flags.warn("film.mp4: cut")
-        flags.warn("film.mp4: cut")
+        print("\u2591\u2588 caf\u00e9", flush=True)
+        for _ in range(2):
+            flags.warn("film.mp4: cut")
         for _ in flags.progress(range(3000), "steps"):
             time.sleep(1e-4)
+        sys.stderr.flush()
 
-    monkeypatch.setattr(sys, "stdout", files[0])
-    monkeypatch.setattr(sys, "stderr", files[1])
-    flags.run(main, dataclasses.make_dataclass("Cls", []), argv=[])
-    for file in files:
-        file.flush()
-    out, err = (file.buffer.getvalue().decode() for file in files)
+    flags.run(main, toy(), argv=[])
+    out, err = (stream.buffer.getvalue().decode() for stream in (sys.stdout, sys.stderr))
     assert out == ".# caf?\n"
     assert err.startswith("warning: film.mp4: cut\n") and err.count("cut") == 1 and err.count("steps") <= 3
 
@@ -260,29 +249,21 @@ def test_settings_that_would_overflow_or_never_end(words, complaint, ends):
 # ---- model folders -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Models:
-    """Toy."""
-
-    weights: Path | None = setting(None, "folder")
-    tokenizer: Path | None = setting(None, "folder")
-
-
+Models = toy(*((name, Path | None, setting(None, "folder")) for name in ("weights", "tokenizer")))
 WHOLE = ("config.json", "model.safetensors.index.json", "a.safetensors")
 
 
-def cached(folder, files, revision="new", main="new"):
+def cached(folder, files, revision="new"):
     """A model in a cache: files as links to blobs; one that ends with "?" is a link that leads nowhere."""
-    snapshot = folder / "models--lab--Toy-7B/snapshots" / revision
+    model = folder / "models--lab--Toy-7B"
+    snapshot = model / "snapshots" / revision
+    for below in (snapshot, model / "blobs", model / "refs"):
+        below.mkdir(parents=True, exist_ok=True)
     for file in files:
-        blob = folder / "models--lab--Toy-7B/blobs" / file
-        (snapshot / file.rstrip("?")).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / file.rstrip("?")).symlink_to(blob)
-        blob.parent.mkdir(exist_ok=True)
+        (snapshot / file.rstrip("?")).symlink_to(model / "blobs" / file)
         if not file.endswith("?"):
-            blob.write_text('{"weight_map": {"x": "a.safetensors"}}' if "index" in file else "{}")
-    (refs := snapshot.parents[1] / "refs").mkdir(exist_ok=True)
-    (refs / "main").write_text(f"{main}\n")
+            (model / "blobs" / file).write_text('{"weight_map": {"x": "a.safetensors"}}' if "index" in file else "{}")
+    (model / "refs/main").write_text("new\n")
     return snapshot
 
 
@@ -299,10 +280,9 @@ def test_hub_names(tmp_path, monkeypatch, variable, below):
     os.utime(old, (0, 0))
     assert parse(Models, argv=["--weights", "lab/Toy-7B", "--tokenizer", "Toy-7B"]) == Models(new, Path("Toy-7B"))
     assert flags.model_name(new) == "Toy-7B" and flags.model_name(Path("runs/x")) == "x"
-    (new.parents[1] / "refs/main").write_text("old")
-    assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == old
-    (new.parents[1] / "refs/main").write_text("gone")
-    assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == new
+    for main, found in (("old", old), ("gone", new)):
+        (new.parents[1] / "refs/main").write_text(main)
+        assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == found
     Path("lab/Toy-7B").mkdir(parents=True)
     assert parse(Models, argv=["--weights", "lab/Toy-7B"]).weights == Path("lab/Toy-7B")
 
@@ -329,7 +309,7 @@ def test_a_tokenizer_needs_no_weights(tmp_path, monkeypatch):
 
 
 def test_at_least():
-    cfg = dataclasses.make_dataclass("Cls", ["steps", "lengths", "rate"])(3, (4, 0), None)
+    cfg = SimpleNamespace(steps=3, lengths=(4, 0), rate=None)
     flags.at_least(cfg, steps=3, lengths=0, rate=1)
     for least, said in (({"steps": 4}, "--steps 3"), ({"lengths": 1}, "--lengths 0")):
         with pytest.raises(ValueError, match=f"{said} makes no sense; give {max(least.values())} or more"):
@@ -349,9 +329,9 @@ def test_torchrun_cannot_take_our_flags():
     assert {name for name in theirs if "_" not in name} <= set(flags.TORCHRUN)
     for name in ("run", "log", "max", "start", "node", "rdzv", "local"):
         with pytest.raises(AssertionError, match="torchrun would take"):
-            parse(dataclasses.make_dataclass("Cls", [(name, int, setting(1, "x"))]), argv=[])
+            parse(toy((name, int, setting(1, "x"))), argv=[])
     for name in ("resume", "seed", "log_every", "role"):  # an exact match is passed on
-        parse(dataclasses.make_dataclass("Cls", [(name, int, setting(1, "x"))]), argv=[])
+        parse(toy((name, int, setting(1, "x"))), argv=[])
 
 
 @pytest.mark.parametrize("name", ["longva", "train_text", "train_vision", "vniah", "data.pack"])
