@@ -1,24 +1,31 @@
+import ctypes
+import gc
 import json
 import os
-import subprocess
+import re
+import socket
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-import data.flags
 import longva
+import ring
 import train_text
-from data import memory, runs, synthetic, weights
-from data.config import LMConfig, LongVAConfig, num_parameters, to_dict
+from data import flags, memory, runs, synthetic, weights
+from data.config import ClipConfig, LMConfig, LongVAConfig, num_parameters, to_dict
 from data.memory import Step
+from tests import ranks
 from tests.test_data_config import small_clip as eye
 from tests.test_data_config import small_lm as lm
 
-ROOT = Path(__file__).parents[1]
 QWEN = LMConfig()
 REAL = LongVAConfig()
 GB = 10**9
@@ -60,6 +67,35 @@ def test_a_training_step_on_a_gpu(layers, tokens, reserved, settings):
 
 # ---- measured here: processes that answer --------------------------------------------------------
 
+
+def kilobytes(key):
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def growth(run, first, args):
+    """By how many bytes resident memory grows, at most, in run(*args), once run(*first) has loaded torch's own code.
+
+    glibc is told to return freed blocks of over 64 kB to the system: it otherwise keeps those below 32 MB, and models
+    of this size have few larger ones.
+    """
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    torch.set_num_threads(1)
+    run(*first)
+    gc.collect()
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
+    run(*args)
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+def compare(predicted, run, first, cases):
+    """Compare with the most that a process grew; each case runs in a process of its own, all at once."""
+    with ProcessPoolExecutor(len(cases), ranks.forkserver()) as pool:
+        measured = max(pool.map(partial(growth, run), first, cases, timeout=300))
+    print(f"predicted / measured {predicted / measured:.3f} of {measured / 1e6:.0f} MB")
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
 WIDE_LM, WIDE_EYE = lm(hidden_size=256, head_dim=16), eye(hidden_size=256, intermediate_size=999, image_size=224)
 ANSWERS = {  # what prevails: language model, eye, frames, frames at once, tokens at once
     "weights": (lm(hidden_size=512, intermediate_size=2048, num_hidden_layers=9, vocab_size=4000), eye(), 16, 4, 64),
@@ -68,44 +104,11 @@ ANSWERS = {  # what prevails: language model, eye, frames, frames at once, token
     "vision": (WIDE_LM, WIDE_EYE, 48, 24, 64),
 }
 SAID = 4  # tokens of each answer
-PROBE = """
-import gc, json, multiprocessing, os, socket, sys
 
-def kilobytes(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-
-def growth(run, *args):
-    gc.collect()
-    before = kilobytes("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins here
-    run(*args)
-    return 1024 * (kilobytes("VmHWM") - before)
-
-def start(measure, cases):
-    pipes = []
-    for case in cases:  # each in a process of its own
-        reader, writer = multiprocessing.Pipe()
-        child = multiprocessing.get_context("fork").Process(target=measure, args=(*case, writer))
-        child.start()
-        writer.close()  # else a child that fails would leave us waiting
-        pipes.append((reader, child))
-    return pipes
-
-def print_most(name, pipes):
-    print("MEASURED", json.dumps([name, max(reader.recv() for reader, _ in pipes)]), flush=True)
-    for _, child in pipes:
-        child.join()
-"""
-ANSWER = """
-import numpy as np, torch
-import longva
-import ring
-from tests.test_data_memory import ANSWERS, SAID
-from data.config import ClipConfig, LMConfig, LongVAConfig
 
 @torch.no_grad()
-def answer(lm, eye, frames, batch, chunk):
-    config = LongVAConfig(lm, eye)
+def answer(lm_config, eye_config, frames, batch, chunk):
+    config = LongVAConfig(lm_config, eye_config)
     with torch.device("meta"):
         model = longva.LongVA(config)
     model.to_empty(device="cpu").tie()
@@ -113,53 +116,25 @@ def answer(lm, eye, frames, batch, chunk):
         parameter.normal_(0, 0.02)
     side, M = config.vision.side, config.vision.tokens_per_grid
     film = (longva.unires.frame(np.full((side, side, 3), i % 256, np.uint8), side) for i in range(frames))
-    cache = longva.KVCache(lm, 1, frames * M + 2 + SAID, model.lm_head.weight)
+    cache = longva.KVCache(lm_config, 1, frames * M + 2 + SAID, model.lm_head.weight)
     seen = longva.encode_video(model, longva.video.prefetch(film, 2 * batch), batch)
-    alone, rounds = ring.World(0, 1, torch.device("cpu")), -(-frames // batch)
-    parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, rounds, alone)
+    parts = ring.gather_round_robin(seen, model.lm_head.weight[:0], batch * M, -(-frames // batch), ranks.ALONE)
     longva.memory.CHUNK["cpu"] = chunk
     rest = longva.prefill_prompt(model, [1, longva.chat.IMAGE, 2], [parts], cache)
     list(longva.generate(model, model.embed(torch.tensor([rest])), cache, [], SAID))
     assert cache.length == frames * M + 2 + SAID
 
-def measure(case, tell):
-    answer(LMConfig(96, 64, 96, 2, 4, 2), ClipConfig(64, 96, 2, 2, 14, 112), 3, 2, 16)  # torch's own code, once
-    tell.send(growth(answer, *case))
-
-for name, pipes in [(name, start(measure, [(case,)])) for name, case in ANSWERS.items()]:
-    print_most(name, pipes)
-"""
-
-
-def run_probe(code, *args):
-    """Run a probe and return its measurements by name.
-
-    glibc is told to return freed blocks of over 64 kB to the system: it otherwise keeps those below 32 MB, and models
-    of this size have few larger ones.
-    """
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
-    probe = [sys.executable, "-c", PROBE + code, *args]
-    done = subprocess.run(probe, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(line[9:]) for line in done.stdout.splitlines() if line.startswith("MEASURED"))
-
-
-@pytest.fixture(scope="module")
-def answers():
-    """Return by how many bytes resident memory grew, at most, in each answer."""
-    return run_probe(ANSWER)
-
 
 @LINUX
 @pytest.mark.parametrize("name", ANSWERS)
-def test_predicts_the_peak_of_an_answer(answers, name):
+def test_predicts_the_peak_of_an_answer(name):
     lm_config, eye_config, frames, batch, chunk = ANSWERS[name]
     config = LongVAConfig(lm_config, eye_config)
     terms = memory.answer_terms(config, frames * config.vision.tokens_per_grid + 2 + SAID, 4, chunk, batch, 1, "cpu")
     predicted = sum(terms.values())
     assert terms[name if name in terms else "work"] > 0.6 * predicted
-    print(f"{name}: predicted / measured {predicted / answers[name]:.3f} of {answers[name] / 1e6:.0f} MB")
-    assert predicted == pytest.approx(answers[name], rel=0.1)
+    small = LMConfig(96, 64, 96, 2, 4, 2), ClipConfig(64, 96, 2, 2, 14, 112), 3, 2, 16
+    compare(predicted, answer, [small], [ANSWERS[name]])
 
 
 # ---- measured here: processes that train ---------------------------------------------------------
@@ -179,78 +154,51 @@ STEPS = {  # ranks, language model, tokens, flags
     "two ranks, tiles": (2, HEADS, 2560, ("--checkpointing", "full", "--mlp-tile", "256", "--offload")),
     "two ranks, all kept, bf16": (2, text_lm(hidden_size=32, num_hidden_layers=2), 8192, ("--precision", "bf16")),
 }
-TRAIN = """
-import torch
-import ring, train_text
-from data import flags
-import torch._dynamo
-
-class Done(Exception):
-    pass
-
-def end(*_):
-    raise Done
-
-def train(flags_):
-    try:
-        train_text.main(flags.parse(train_text.Config, train_text.PRESETS, "tiny", flags_))
-    except Done:  # two steps are made; saving is no part of one
-        ring.stop()
-
-def measure(rank, ranks, port, small, case, tell):
-    torch.set_num_threads(1)
-    if ranks > 1:
-        here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-        os.environ.update({key: str(value) for key, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    os.environ["MASTER_PORT"] = str(port[0])
-    ring.save_state = end
-    train(small)  # torch's own code, once
-    os.environ["MASTER_PORT"] = str(port[1])
-    tell.send(growth(train, case))
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-for name, ranks, small, case in json.loads(sys.argv[1]):
-    port = free_port(), free_port()
-    print_most(name, start(measure, [(rank, ranks, port, small, case) for rank in range(ranks)]))
-"""
 
 
-def command(folder, name, config, S):
-    """Flags of two steps of a model of these sizes, made here."""
-    model = folder / f"{name}-model"
+def parse(words):
+    return flags.parse(train_text.Config, train_text.PRESETS, "tiny", words)
+
+
+class StoppedError(Exception):
+    """Two steps are made; saving is no part of one."""
+
+
+def train(rank, world_size, port, words):
+    """Two steps of train_text.py on one of several ranks."""
+    if world_size > 1:
+        here = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+        here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in here.items()})
+    with patch.object(ring, "save_state", side_effect=StoppedError), suppress(StoppedError):
+        train_text.main(parse(words))
+    ring.stop()
+
+
+def jobs(folder, world_size, config, S, words):
+    """What `train` takes on each rank, for a model of these sizes that is made here."""
+    folder.mkdir()
     with torch.device("meta"):
         shapes = longva.LM(config)
-    weights.save(model, weights.init_weights(shapes, 0), to_dict(config), synthetic.TOKENIZER)
-    flags = {"weights": model, "corpus": folder / "tokens.npy", "out": folder / f"{name}-run", "seq-len": S}
-    flags |= {"batch": 1, "steps": 2, "device": "cpu"}
-    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-
-
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """Return by how many bytes resident memory grew, at most on any rank, in two steps of train_text.py."""
-    folder, jobs = tmp_path_factory.mktemp("memory"), []
+    weights.save(folder / "model", weights.init_weights(shapes, 0), to_dict(config), synthetic.TOKENIZER)
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 500, 20_000).astype(np.uint16))
-    for name, (ranks, config, S, flags) in STEPS.items():
-        small = command(folder, f"{name}-small", text_lm(hidden_size=32, intermediate_size=64), 64)
-        jobs.append((name, ranks, [*small, *flags], [*command(folder, name, config, S), *flags]))
-    return run_probe(TRAIN, json.dumps(jobs))
+    given = {"weights": folder / "model", "corpus": folder / "tokens.npy", "out": folder / "run", "seq-len": S}
+    given |= {"batch": 1, "steps": 2, "device": "cpu"}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = [*(str(word) for flag, value in given.items() for word in (f"--{flag}", value)), *words]
+    return [(rank, world_size, port, words) for rank in range(world_size)]
 
 
 @pytest.mark.ranks
 @LINUX
 @pytest.mark.parametrize("name", STEPS)
-def test_predicts_the_peak_of_a_training_step(steps, name):
-    ranks, config, S, flags = STEPS[name]
-    words = ["--device", "cpu", "--seq-len", str(S), "--batch", "1", *flags]
-    cfg = data.flags.parse(train_text.Config, train_text.PRESETS, "tiny", words)
-    predicted = total(replace(Step.of(config, cfg), ranks=ranks))
-    print(f"{name}: predicted / measured {predicted / steps[name]:.3f} of {steps[name] / 1e6:.0f} MB")
-    assert predicted == pytest.approx(steps[name], rel=0.1)
+def test_predicts_the_peak_of_a_training_step(tmp_path, name):
+    world_size, config, S, words = STEPS[name]
+    small = jobs(tmp_path / "small", world_size, text_lm(hidden_size=32, intermediate_size=64), 64, words)
+    cases = jobs(tmp_path / "case", world_size, config, S, words)
+    compare(total(replace(Step.of(config, parse(cases[0][3])), ranks=world_size)), train, small, cases)
 
 
 # ---- what fits -----------------------------------------------------------------------------------
@@ -323,27 +271,27 @@ def test_table_of_a_step(capsys):
     assert "3 rank(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, model", [
+@pytest.mark.parametrize("words, model", [
     ("", ""), ("--preset longva", "the tiny model, for --weights names no other: 0.8 M"),
     ("--preset longva --device cuda --weights {folder}", "{folder}: 7,615.6 M parameters, bf16, cuda"),
 ])  # fmt: skip
-def test_plan_makes_nothing_and_reads_config_json_alone(tmp_path, capsys, monkeypatch, flags, model):
+def test_plan_makes_nothing_and_reads_config_json_alone(tmp_path, capsys, monkeypatch, words, model):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(QWEN)))
     monkeypatch.setattr(train_text.ring, "start", None)
-    words = [*flags.format(folder=tmp_path).split(), "--plan", "--out", str(tmp_path / "run")]
-    data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
+    words = [*words.format(folder=tmp_path).split(), "--plan", "--out", str(tmp_path / "run")]
+    flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words)
     said = capsys.readouterr().out
     assert said.startswith(model.format(folder=tmp_path)) and ("the tiny model" in said) == ("tiny" in model)
     assert "longest sequence" in said and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags, complaint", [
+@pytest.mark.parametrize("words, complaint", [
     ("--plan --weights nowhere", "nowhere"),
     ("--plan --mlp-tile -1", "--mlp-tile -1 makes no sense"),
     (f"--plan --weights {runs.TINY / 'longva'}", "sees already"),
 ])  # fmt: skip
-def test_mistakes_get_one_sentence(capsys, flags, complaint):
+def test_mistakes_get_one_sentence(capsys, words, complaint):
     with pytest.raises(SystemExit) as refusal:
-        data.flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", flags.split())
+        flags.run(train_text.main, train_text.Config, train_text.PRESETS, "tiny", words.split())
     said = capsys.readouterr().err
     assert refusal.value.code == 2 and complaint in said and len(said.strip().splitlines()) == 1, said
