@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Barrier
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,11 +46,8 @@ def save(folder, step, ranks=2):
     """Save the model as ranks would that hold rows of each tensor, and the first of them what has no rows."""
     found = {key: x.detach() for key, x in checkpoint.tensors(*trained(step)).items()}
 
-    def rows(x, rank):
-        return x.tensor_split(ranks)[rank]
-
     def work(rank, gather):
-        mine = {key: rows(x, rank) if x.dim() else x for key, x in found.items() if x.dim() or rank == 0}
+        mine = {key: x.tensor_split(ranks)[rank] if x.dim() else x for key, x in found.items() if x.dim() or rank == 0}
         checkpoint.save(folder, step, mine, rank, gather)
 
     together(ranks, work)
@@ -87,7 +85,7 @@ def test_what_was_saved_is_restored(saved):
     assert (said["step"], said["ranks"], [*said["files"]]) == (3, 2, ["rank-0.safetensors", "rank-1.safetensors"])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])  # the ranks that read need not be those that wrote
+@pytest.mark.parametrize("ranks", [1, 3])  # the ranks that read need not be those that wrote
 @pytest.mark.parametrize("file, spoil, name", [
     ("rank-1.safetensors", flip, "rank-1.safetensors"),
     ("rank-1.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-7]), "rank-1.safetensors"),
@@ -148,9 +146,7 @@ def test_a_missing_moment_is_refused(tmp_path):
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
-    def full(tensors, file, *_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match=r"step-1\.tmp/rank-0\.safetensors cannot be written \(No space left"):
         save(tmp_path, 1, ranks=1)

@@ -3,7 +3,7 @@
 import gc
 import math
 import weakref
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import longva
 from data import chat, memory_saving
 from data.memory_saving import nll
-from tests.shapes import watched
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -40,9 +39,9 @@ def plain_nll(h, head, targets):
 
 
 @pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("chunk", [1, 3, 11, 12, 1000])
+@pytest.mark.parametrize("chunk", [1, 3, 11, 1000])
 @pytest.mark.parametrize("row_grad", [(0.5, 3.0, -2.0), (0.7, 0.7, 0.7)], ids=str)
-def test_nll_is_cross_entropy(chunk, dtype, off, row_grad):
+def test_nll_is_cross_entropy(check_shapes, chunk, dtype, off, row_grad):
     """Also with another incoming gradient for each row, as DPO sends them. Logits are float32 at best."""
     h, head, targets = loss_case(dtype)
     row_grad = torch.tensor(row_grad)
@@ -62,12 +61,6 @@ def test_nll_is_cross_entropy(chunk, dtype, off, row_grad):
         (alone,) = torch.autograd.grad(got, learning, row_grad)
         assert (alone - want).abs().max() <= off * want.abs().max()
         frozen.requires_grad_()
-
-
-def test_suffixes_tell_the_truth():
-    with watched(Path(memory_saving.__file__)) as told:
-        nll(*loss_case(), chunk=4)[0].sum().backward()
-    assert not told, told
 
 
 def test_nll_of_nothing_is_zero():
@@ -130,9 +123,9 @@ def layer(x):
     return x.exp().sub(1).tanh()  # tanh saves its answer, exp too
 
 
-def chain(x, hooks, layers=6):
-    for _ in range(layers):
-        with hooks.layer():
+def chain(x, hooks=None):
+    for _ in range(6):
+        with hooks.layer() if hooks else nullcontext():
             x = layer(x)
     return x
 
@@ -153,10 +146,7 @@ def test_gradients_are_the_same_and_copies_come_ahead(device):
     torch.manual_seed(0)
     x = torch.randn(7, 5, dtype=torch.float64, device=device).t()  # not contiguous
     plain, away = (x.clone().requires_grad_() for _ in range(2))
-    y = plain
-    for _ in range(6):
-        y = layer(y)
-    y.sum().backward()
+    chain(plain).sum().backward()
     hooks = Watched(torch.device(device))
     y = chain(away, hooks)
     assert [len(saved) for saved in hooks.layers] == [2] * 6
@@ -194,15 +184,16 @@ def test_what_is_empty_or_elsewhere_stays():
         assert hooks.unpack(elsewhere) is elsewhere
 
 
-def test_a_tensor_that_two_operations_save_is_copied_once():
-    x = torch.ones(3, requires_grad=True)
-    hooks = memory_saving.ActivationOffload(CPU)
+def test_a_tensor_is_copied_once_and_the_copy_shares_nothing():
+    x, hooks = torch.ones(3, requires_grad=True), memory_saving.ActivationOffload(CPU)
     with hooks.layer():
         y = x.exp()
-        z = y * y
+        z = y * y  # both operations save y
     assert len(hooks.layers[0]) == 1
+    kept = y.detach().clone()
+    y.data.zero_()  # autograd cannot see this
     z.sum().backward()
-    assert torch.equal(x.grad, 2 * y.detach() ** 2)
+    assert torch.equal(x.grad, 2 * kept**2)
 
 
 def test_host_memory_is_free_as_soon_as_backward_is_done():
@@ -227,13 +218,3 @@ def test_all_passes_copy_on_one_stream(monkeypatch):
     assert memory_saving.ActivationOffload(gpu).stream is memory_saving.ActivationOffload(gpu).stream is not None
     assert memory_saving.ActivationOffload(CPU).stream is None
     memory_saving.copy_stream.cache_clear()
-
-
-def test_what_is_kept_shares_nothing_with_what_is_computed():
-    x = torch.ones(3, requires_grad=True)
-    with memory_saving.ActivationOffload(CPU).layer():
-        y = x.exp()
-    kept = y.detach().clone()
-    y.data.zero_()  # autograd cannot see this
-    y.sum().backward()
-    assert torch.equal(x.grad, kept)
