@@ -32,38 +32,36 @@ SCALINGS = [  # as folders write them
 KINDS = [f"{s.get('type', s.get('rope_type'))}-{i}" for i, s in enumerate(SCALINGS)]
 
 
-def folder(tmp_path, kind, scaling):
-    """A folder of transformers' model with that scaling, and the model."""
-    config = AutoConfig.for_model(kind, **SIZES, rope_scaling=dict(scaling), tie_word_embeddings=False)
-    torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config).eval()
-    weights.write(tmp_path, theirs.named_parameters(), {"model_type": kind, **SIZES, "rope_scaling": scaling})
-    return theirs
-
-
 def config_of(scaling, kind="qwen2", **changes):
     return LMConfig.from_dict({"model_type": kind, **SIZES, **changes, "rope_scaling": scaling})
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
-def test_cos_sin_and_logits_equal_transformers(tmp_path, scaling):
+def test_cos_sin_logits_and_a_cache_in_pieces_equal_transformers(tmp_path, scaling):
     kind = "llama" if scaling.get("rope_type") == "llama3" else "qwen2"
-    theirs = folder(tmp_path, kind, scaling)
+    config = AutoConfig.for_model(kind, **SIZES, rope_scaling=dict(scaling), tie_word_embeddings=False)
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    weights.write(tmp_path, theirs.named_parameters(), {"model_type": kind, **SIZES, "rope_scaling": scaling})
     ours = longva.load(tmp_path)
     lm, S = ours.config, 150
     pos_S, ids_1S = torch.arange(S), torch.arange(S)[None] * 31 % 97
 
-    rotary = theirs.model.rotary_emb
-    cos_1SK, sin_1SK = rotary(torch.zeros(1), pos_S[None])
+    cos_1SK, sin_1SK = theirs.model.rotary_emb(torch.zeros(1), pos_S[None])
     cos_SK, sin_SK = longva.rope(pos_S, lm.head_width, lm.rope_theta, lm.rope_scaling, S)
     sign_K = torch.tensor([-1.0, 1.0]).repeat_interleave(lm.head_width // 2)  # `rotate` adds with a minus
     assert_close(cos_SK, cos_1SK[0], rtol=0, atol=2e-6)
     assert_close(sign_K * sin_SK, sin_1SK[0], rtol=0, atol=2e-6)
     with torch.no_grad():
-        logits_1SV = ours.logits(ours.model(ours.embed(ids_1S), pos_S))
+        x_1SD = ours.embed(ids_1S)
+        h_1SD = ours.model(x_1SD, pos_S)
+        logits_1SV = ours.logits(h_1SD)
         assert_close(logits_1SV, theirs(ids_1S).logits, rtol=0, atol=2e-5)
+        ours.model.rope_len = S
+        h_1TD = longva.prefill(ours, x_1SD, longva.KVCache(lm, 1, S, x_1SD), chunk=32)
+        assert_close(h_1TD[:, -1], h_1SD[:, -1], rtol=0, atol=1e-5)
         ours.model.config = replace(lm, rope_scaling=None)  # the scaling matters: without it, logits differ
-        assert (ours.logits(ours.model(ours.embed(ids_1S), pos_S)) - logits_1SV).abs().max() > 1e-3
+        assert (ours.logits(ours.model(x_1SD, pos_S)) - logits_1SV).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
@@ -80,18 +78,6 @@ def test_frequencies_equal_transformers(scaling, K, theta):
         found = ours.rope_scaling.scale(base ** (-torch.arange(0, K, 2) / K), base)
         assert_close(found, frequency, rtol=1e-6, atol=0)
         assert ours.rope_scaling.amplitude == pytest.approx(amplitude, rel=1e-12)
-
-
-@pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
-def test_a_cache_in_pieces_equals_one_pass(tmp_path, scaling):
-    folder(tmp_path, "qwen2", scaling)
-    model = longva.load(tmp_path)
-    x_1SD = model.embed(torch.arange(90)[None] % 97)
-    model.model.rope_len = 90
-    cache = longva.KVCache(model.config, 1, 90, x_1SD)
-    h_1TD = longva.prefill(model, x_1SD, cache, chunk=32)
-    with torch.no_grad():
-        assert_close(h_1TD[:, -1], model.model(x_1SD, torch.arange(90))[:, -1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=KINDS)
@@ -120,45 +106,30 @@ def test_config_goes_out_as_it_came_in(tmp_path, scaling):
 def test_refusals(scaling, complaint):
     with pytest.raises(ValueError, match=complaint):
         config_of(scaling)
+
+
+def test_refusals_for_another_base_to_train_and_on_the_command_line():
     with pytest.raises(ValueError, match="needs a base above 1"):
         config_of({"type": "yarn", "factor": 8}, rope_theta=1)
-
-
-def test_llama_3_and_qwen_2_5_configs():
-    """As published; the sizes are not the point."""
-    llama = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
-             "original_max_position_embeddings": 8192}  # fmt: skip
-    found = config_of(llama, "llama", rope_theta=500000.0, max_position_embeddings=131072).rope_scaling
-    assert found == RopeScaling("llama3", 32.0, 8192)
-    found = config_of({"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}).rope_scaling
-    assert found == RopeScaling("yarn", 4.0, 32768) and found.amplitude == pytest.approx(1.1386294)
-
-
-def test_a_length_is_needed_to_train():
     with pytest.raises(ValueError, match="dynamic NTK scaling, which is for answering"):
         check_trainable(config_of({"type": "dynamic", "factor": 2}))
     check_trainable(config_of({"type": "yarn", "factor": 2}))
-
-
-@pytest.mark.parametrize("distractors", [0, 2])
-def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, distractors, monkeypatch):
-    """Also dynamic NTK, whose keys depend on the haystack's length, so that lengths cannot share a cache."""
-    for name in ("draw_heatmaps", "draw_comparison"):
-        monkeypatch.setattr(results, name, lambda *a: None)
-    grid = {"frames": (8, 90, 300), "depths": (0.0, 0.5), "needle_count": 4, "distractors": distractors}
-    grid |= {"max_new_tokens": 0, "controls": False, "rope_scaling": ("dynamic:1", "yarn:8")}
-    found = []
-    for engine in ("cache", "ring"):
-        model = TINY / "baseline"
-        vniah.main(vniah.Config(protocol="tiny", engine=engine, out=tmp_path / engine, weights=model, **grid))
-        lines = results.read_results(tmp_path / engine)
-        found.append({key: {n: p["hit"] for n, p in probes.items()} for key, probes in lines.items()})
-    assert found[0] == found[1] and len(found[0]) == 3 * 6
-    rates = {name: sum(sum(p.values()) for key, p in found[0].items() if key[0] == name) for name, *_ in found[0]}
-    assert len(set(rates.values())) > 1, rates  # a scaling changes something
-
-
-def test_a_scaling_that_does_not_exist():
     for scaling, complaint in (("ntk:8", "rope_type is 'ntk'"), ("yarn", "")):
         with pytest.raises(ValueError, match=f"--rope-scaling {scaling}: {complaint}.*write KIND:FACTOR"):
             RopeScaling.parse(scaling, 256)
+
+
+def test_needles_with_a_scaling_are_scored_as_in_one_pass(tmp_path, monkeypatch):
+    """Also dynamic NTK, whose keys depend on the haystack's length, so that lengths cannot share a cache."""
+    for name in ("draw_heatmaps", "draw_comparison"):
+        monkeypatch.setattr(results, name, lambda *a: None)
+    grid = {"frames": (8, 300), "depths": (0.0, 0.5), "needle_count": 3, "distractors": 0, "max_new_tokens": 0}
+    grid |= {"weights": TINY / "baseline", "controls": False, "rope_scaling": ("dynamic:1", "yarn:8")}
+    found = []
+    for engine in ("cache", "ring"):
+        vniah.main(vniah.Config(protocol="tiny", engine=engine, out=tmp_path / engine, **grid))
+        lines = results.read_results(tmp_path / engine)
+        found.append({key: {n: p["hit"] for n, p in probes.items()} for key, probes in lines.items()})
+    assert found[0] == found[1] and len(found[0]) == 3 * 4
+    rates = {name: sum(sum(p.values()) for key, p in found[0].items() if key[0] == name) for name, *_ in found[0]}
+    assert len(set(rates.values())) > 1, rates  # a scaling changes something
