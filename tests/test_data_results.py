@@ -12,16 +12,6 @@ from data import niah, results, runs
 LENGTHS, DEPTHS = (8, 16, 32), (0.0, 0.5, 1.0)
 
 
-def some(lengths, depths, name="a model", trained=16, gaps=False, seed=0):
-    """A map whose rates fall with the length; with `gaps`, some cells are not there and some are empty."""
-    rng, grid = np.random.default_rng(seed), {}
-    for n in lengths:
-        for d in depths:
-            if not gaps or rng.random() < 0.7:
-                grid[n, d] = (rng.random(5) > n / lengths[-1] * 0.8).tolist() if not gaps or rng.random() < 0.8 else []
-    return results.Heatmap(name, grid, trained)
-
-
 def test_table():
     one = results.Heatmap("p", {(8, 0.0): [True, False], (8, 1.0): [True, True], (16, 0.0): [False, False]}, 8)
     assert one.rate() == (3, 6) and one.rate(8) == (3, 4) and one.rate(99) == (0, 0)
@@ -45,17 +35,20 @@ def test_ascii_heatmap():
     assert text.splitlines()[1] == "  0% ░░░▓▓▓  ?"
 
 
-@pytest.mark.parametrize("lengths, depths, count, gaps", [
-    (LENGTHS, DEPTHS, 4, True), ((16,), (0.5,), 1, False), ((16,), DEPTHS, 3, True),
-    (tuple(range(32_000, 480_001, 32_000)), tuple(i / 10 for i in range(11)), 2, False),
+@pytest.mark.parametrize("lengths, depths, count, tokens", [
+    (LENGTHS, DEPTHS, 4, 4), ((16,), (0.5,), 1, 1), (tuple(range(2_000, 50_001, 6_000)), DEPTHS, 2, 4),
 ])  # fmt: skip
-def test_pictures(tmp_path, lengths, depths, count, gaps):
-    maps = [some(lengths, depths, f"model {i}", seed=i, gaps=gaps) for i in range(count)]
-    maps[-1] = results.Heatmap("nothing known", {}, 10**9) if gaps else maps[-1]
-    results.draw_heatmaps(tmp_path / "heatmap.png", maps, lengths, depths, "frames", 4)
-    results.draw_heatmaps(tmp_path / "plain.png", maps, lengths, depths, "tokens")
+def test_pictures(tmp_path, lengths, depths, count, tokens):
+    """Of random hits; of four systems one was never tested, and the others lack cells."""
+    rng, maps = np.random.default_rng(0), []
+    for i in range(count):
+        hits = {(n, d): rng.integers(0, 2, 5).tolist() for n in lengths for d in depths}
+        if count == 4:
+            hits = {cell: found[: 5 * (cell[0] > 8)] for cell, found in hits.items() if i < 3 and cell[1] < 1}
+        maps.append(results.Heatmap(f"model {i}", hits, 10**9 if i == 3 else 16))
+    results.draw_heatmaps(tmp_path / "heatmap.png", maps, lengths, depths, "frames", tokens)
     results.draw_comparison(tmp_path / "comparison.png", maps, lengths, "frames")
-    for name in ("heatmap", "plain", "comparison"):
+    for name in ("heatmap", "comparison"):
         picture = Image.open(tmp_path / f"{name}.png")
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
 
@@ -71,18 +64,19 @@ def test_wilson_is_where_the_score_test_is_z():
     assert results.wilson(409, 450) == pytest.approx((0.8787, 0.9321), abs=5e-5)
 
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("7", "7", True), (" 7.", "7", True), ("17", "7", False), ("It is 7 there", "7", True), ("72", "7", False),
-    ("Yellow", "yellow", True), ("a yellow balloon.", "Yellow", True), ("yellowish", "yellow", False),
-    ("B", "B", True), ("b", "B", True), ("B.", "B", True), ("(B) the cup", "B", True), ("B. cup", "B", True),
-    ("Bird", "B", False), ("The answer is B", "B", False), ("A dog", "A", False), ("A: a dog", "A", True),
-    ("A's", "A", False), ("", "7", False), ("200 mg", "200", True), ("a+b", "a+b", True), ("aab", "a+b", False),
-    ("the number is 2965478.", "2965478", True), ("29654780", "2965478", False), ("E", "E", True), ("e\n", "E", True),
-    ("B is the answer", "B", True), ("**B**", "B", True), ("[B] a house", "B", True), ("B - a house", "B", True),
-    ("I think B", "I", False), ("A - a house", "A", True), ("A (a house)", "A", True), ("Because", "B", False), ("A: a dog", "A", True),
+@pytest.mark.parametrize("answer, right, wrong", [
+    ("7", ["7", " 7.", "It is 7 there"], ["17", "72", ""]),
+    ("yellow", ["Yellow", "a yellow balloon."], ["yellowish"]),
+    ("Yellow", ["a yellow balloon."], []),
+    ("2965478", ["the number is 2965478."], ["29654780"]),
+    ("a+b", ["a+b"], ["aab"]),
+    ("A", ["A - a house", "A (a house)", "A: a dog"], ["A dog", "A's"]),
+    ("B", ["B", "b", "B.", "(B) the cup", "B. cup", "B is the answer", "**B**", "[B] a house"], ["Bird", "The answer is B"]),
+    ("E", ["E", "e\n"], ["the end"]),
+    ("I", ["I - a house"], ["I think B"]),
 ])  # fmt: skip
-def test_answer_in_text(text, answer, right):
-    assert results.answer_in_text(text, answer) == right
+def test_answer_in_text(answer, right, wrong):
+    assert [text for text in right + wrong if results.answer_in_text(text, answer)] == right
 
 
 # ---- the page of every probe ---------------------------------------------------------------------
@@ -128,9 +122,10 @@ def test_page_has_every_probe_and_no_text_acts(tmp_path, task):
     first, page = (tmp_path / results.PAGE).read_text(), Page(tmp_path)
     want = json.loads((tmp_path / "results.json").read_text())
     assert {name: page.json[name] for name in want} == want and set(page.json) == {*want, "pictures", "needles"}
-    probes = [probe for cell in page.json["cells"] for probe in cell["probes"].values()]
-    assert len(probes) == 6 == sum(cell["of"] for cell in want["cells"])
-    assert sum(probe["hit"] for probe in probes) == 4 == sum(cell["found"] for cell in want["cells"])
+    cells = page.json["cells"]
+    probes = [probe for cell in cells for probe in cell["probes"].values()]
+    assert (len(probes), sum(probe["hit"] for probe in probes)) == (6, 4)
+    assert [(cell["of"], cell["found"]) for cell in cells] == [(3, 2)] * 2
     assert {(p["generated_text"], p["answer"], p["generated_correct"]) for p in probes} == {(HOSTILE, "7", False)}
     assert page.json["needles"] == {"a system": [niah.describe(needle) for needle in needles]}
     assert len(page.json["pictures"]) == (task == "vision")
@@ -141,12 +136,13 @@ def test_page_has_every_probe_and_no_text_acts(tmp_path, task):
     assert (tmp_path / results.PAGE).read_text() == first
 
 
-def test_page_of_600_noisy_photographs_is_small(tmp_path):
+def test_page_of_many_noisy_photographs_is_small(tmp_path, monkeypatch):
     """Noise is what neither PNG nor JPEG makes small."""
-    noise = np.random.default_rng(0).integers(0, 256, (600, 99, 99, 3), np.uint8)
+    monkeypatch.setattr(results, "MAX_BYTES", results.MAX_BYTES // 10)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 99, 99, 3), np.uint8)
     needles = [niah.Needle(f"{i}", Image.fromarray(pixels), "Which?" * 20, "7") for i, pixels in enumerate(noise)]
     finished(tmp_path, "vision", needles, cells=[(8, 0.5)])
-    assert len(Page(tmp_path).json["pictures"]) == 600 and (tmp_path / results.PAGE).stat().st_size < 5_000_000
+    assert len(Page(tmp_path).json["pictures"]) == 60 and (tmp_path / results.PAGE).stat().st_size < 500_000
 
 
 def test_script_and_style_of_the_page_are_all_it_may_use():
@@ -160,17 +156,13 @@ def test_script_and_style_of_the_page_are_all_it_may_use():
 def test_probes_that_are_missing_are_asked_for_once(tmp_path):
     """Whichever probes of a group a killed run left: no group asks for one that is there."""
     needles = [niah.Needle(f"n{i}", None, "?", "7") for i in range(3)]
-    done = {8: ("n0", "n2"), 16: ("n0",), 32: (), 64: ("n0", "n1", "n2")}
+    done = {(8, 0), (8, 2), (16, 0), (64, 0), (64, 1), (64, 2)}  # (length, number of the needle)
     log = results.ProbeLog(tmp_path, 0, lambda: None)
-    log.append(
-        [results.probe_line("s", (n, 0.5), needles[int(x[1])], 9, True, "7", None) for n in done for x in done[n]]
-    )
+    log.append(results.probe_line("s", (n, 0.5), needles[i], 9, True, "7", None) for n, i in done)
     log.read()
-    group = niah.ProbeGroup(0, 8, (0, 1, 2), tuple((n, 0.5) for n in done))
-    asked = [
-        (cell[0], f"n{i}") for one in log.pending("s", needles, [group]) for cell in one.cells for i in one.needle_ids
-    ]
-    assert sorted(asked) == [(n, x) for n in done for x in ("n0", "n1", "n2") if x not in done[n]]
+    pending = log.pending("s", needles, [niah.ProbeGroup(0, 8, (0, 1, 2), tuple((n, 0.5) for n in (8, 16, 32, 64)))])
+    asked = [(n, i) for group in pending for n, _ in group.cells for i in group.needle_ids]
+    assert sorted(asked) == [(n, i) for n in (8, 16, 32) for i in range(3) if (n, i) not in done]
 
 
 def test_the_settings_of_another_program_are_not_overwritten(tmp_path):
