@@ -28,11 +28,10 @@ def folder(tmp_path):
 
 def test_written_needles_read_back(folder):
     cat, dog = niah.read_needles(folder)
-    assert (cat.name, cat.question, cat.answer) == ("cat", "\nWhich colour?\nA. Red\nB. Blue", "A")
-    assert (dog.name, dog.answer, dog.picture.mode) == ("zoo/dog", "200", "RGB")
-    assert (cat.kind, dog.kind) == ("", "count")
+    assert (cat.name, cat.question, cat.answer, cat.kind) == ("cat", "\nWhich colour?\nA. Red\nB. Blue", "A", "")
+    assert (dog.name, dog.question, dog.answer, dog.kind) == ("zoo/dog", "\nHow many?", "200", "count")
     assert ["kind" in record for record in json.loads((folder / "questions.json").read_text())] == [False, True]
-    assert np.array_equal(np.asarray(dog.picture), np.asarray(picture("blue")))
+    assert (dog.picture.mode, dog.picture.tobytes()) == ("RGB", picture("blue").tobytes())
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -65,10 +64,8 @@ GOOD = {"image": "cat.png", "question": "q", "answer": "a"}
     ([GOOD, GOOD], "record 2: the needle 'cat' is record 1 already"),
     ([GOOD | {"image": "fox.png"}], "record 1: .*fox.png: no such picture file"),
     ([GOOD | {"image": "text.png"}], "record 1: .*text.png: cannot be read as a picture"),
-    ([GOOD | {"image": "../cat.png"}], "record 1: the picture '../cat.png' lies outside the folder"),
-    ([GOOD | {"image": "/etc/passwd"}], "record 1: the picture '/etc/passwd' lies outside the folder"),
-    ([GOOD | {"image": "."}], "record 1: the picture '.' lies outside the folder"),
-    ([GOOD | {"image": "link.png"}], "record 1: the picture 'link.png' lies outside the folder"),
+    *(([GOOD | {"image": image}], f"record 1: the picture '{image}' lies outside the folder")
+      for image in ("../cat.png", "/etc/passwd", ".", "link.png")),
     ([GOOD | {"image": "a\0b"}], "record 1: the picture .* lies outside the folder"),
 ])  # fmt: skip
 def test_bad_needles(folder, records, complaint):
@@ -98,26 +95,24 @@ def test_insert_index():
             niah.insert_index(10, depth)
 
 
-FOUR = "\nWhere is it?\nA. Here\nB. There\nC. Elsewhere\nD. Nowhere\nAnswer with the option's letter."
-
-
 @pytest.mark.parametrize("answer", "ABCD")
 def test_shuffled_options_move_the_answer(answer):
-    options = dict(line.split(". ", 1) for line in FOUR.split("\n")[2:6])
-    needle, rng = Needle("n", picture("red"), FOUR, answer, "place"), np.random.default_rng(0)
+    options = {"A": "Here", "B": "There", "C": "Elsewhere", "D": "Nowhere"}
+    lines = ["", "Where is it?", *(f"{letter}. {text}" for letter, text in options.items()), "Answer with the letter."]
+    needle, rng = Needle("n", picture("red"), "\n".join(lines), answer, "place"), np.random.default_rng(0)
     letters, orders = [], set()
     for _ in range(300):
         other = niah.shuffled_options(needle, rng)
         assert (other.name, other.kind, other.picture) == (needle.name, needle.kind, needle.picture)
-        lines = other.question.split("\n")
-        assert lines[:2] + lines[6:] == FOUR.split("\n")[:2] + FOUR.split("\n")[6:]
-        moved = dict(line.split(". ", 1) for line in lines[2:6])
-        assert sorted(moved) == sorted(options) and sorted(moved.values()) == sorted(options.values())
-        assert moved[other.answer] == options[answer] and other.answer != answer
+        found = other.question.split("\n")
+        assert (found[:2], found[6:]) == (lines[:2], lines[6:])
+        moved = dict(line.split(". ") for line in found[2:6])
+        assert (sorted(moved), sorted(moved.values())) == (sorted(options), sorted(options.values()))
+        assert moved[other.answer] == options[answer]
         letters.append(other.answer)
         orders.add(tuple(moved.values()))
     assert len(orders) == 18  # every order but the 6 that leave the answer where it was
-    assert all(60 < letters.count(letter) < 140 for letter in "ABCD" if letter != answer)
+    assert all(60 < letters.count(letter) < 140 for letter in {*"ABCD"} - {answer}) and answer not in letters
     two = niah.shuffled_options(Needle("n", picture("red"), "\nWhich?\nA. Cat\nB. Dog", "B"), rng)
     assert (two.question, two.answer) == ("\nWhich?\nA. Dog\nB. Cat", "A")
 
@@ -187,7 +182,7 @@ def test_period_ids():
     (Toy(*LLAMA), "is: ", list("2965478")),
     (Toy(GPT), "is:", [" 296", "547", "8"]),  # the space is part of the first token of the answer
 ])  # fmt: skip
-@pytest.mark.parametrize("number", ["2965478", "9965478", "1965478"])
+@pytest.mark.parametrize("number", ["2965478", "9965478"])
 def test_question_and_answer(toy, ends, answer, number):
     question_ids, answer_ids = niah.question_and_answer(toy.encode, number)
     assert question_ids + answer_ids == toy.encode(niah.QUESTION + number)
@@ -198,46 +193,30 @@ def test_question_and_answer(toy, ends, answer, number):
         niah.question_and_answer(Toy("[a-z]+").encode, "123")
 
 
-@pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.9, 1])
-@pytest.mark.parametrize("cities", [[], [("New York", "1111111")], [("New York", "1111111"), ("London", "2222222")]])
-def test_probe(depth, cities):
-    toy = Toy(QWEN)
-    encode, stops, context = toy.encode, niah.period_ids(toy.encode), 100
-    book = encode(BOOK)
-    ids, answer_ids = niah.text_probe(encode, book, context, depth, "2965478", cities, np.random.RandomState(1), stops)
-    text, hay = toy.decode(ids), toy.decode((book * 9)[:context])
-    assert toy.decode(answer_ids) == "2965478"
-    assert text.startswith(niah.PREFIX) and text.endswith("</book>.\n" + niah.QUESTION.split("\n", 1)[1])
-    planted = [f"\nThe special magic {c} number is: {n}.\n" for c, n in [*cities, ("Singapore", "2965478")]]
-    body = text[len(niah.PREFIX) : -len(niah.QUESTION)]
-    for sentence in planted:
-        assert body.count(sentence) == 1
-        before = body[: body.index(sentence)]
-        assert before in ("",) or re.search(r"\.\n*$", before) or body.endswith(sentence)  # at a sentence's end
-    for sentence in reversed(planted):
-        body = body.replace(sentence, "", 1)
-    assert body == hay  # nothing of the haystack is lost
-    if depth == 0:
-        assert text.startswith(niah.PREFIX + planted[-1])
-    added = sum(len(encode(sentence)) for sentence in planted)
-    assert len(ids) == len(encode(niah.PREFIX)) + context + added + len(niah.question_and_answer(encode, "1")[0])
+def hide(encode, book, at, city, number):
+    return [*book[:at], *encode(f"\nThe special magic {city} number is: {number}.\n"), *book[at:]]
 
 
-def test_depth_is_of_what_has_grown():
-    """An independent construction of one probe, one distractor, no snapping."""
-    toy, rng = Toy(QWEN), np.random.RandomState(3)
-    encode = toy.encode
-    at = np.random.RandomState(3).randint(50)
-    book = encode("word " * 60)[:50]
-    book = [*book[:at], *encode("\nThe special magic Rome number is: 77.\n"), *book[at:]]
-    at = int(0.3 * len(book))
-    book = [*book[:at], *encode("\nThe special magic Singapore number is: 42.\n"), *book[at:]]
-    ids, answer = niah.text_probe(encode, encode("word " * 60), 50, 0.3, "42", [("Rome", "77")], rng, frozenset())
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+def test_probe(depth):
+    """Against one put together by hand, without sentence ends; depth is of the book with its distractors."""
+    encode, at = Toy(QWEN).encode, np.random.RandomState(3).randint(70)
+    words, rome, rng = encode(BOOK), [("Rome", "77")], np.random.RandomState(3)
+    book = hide(encode, (words * 9)[:70], at, "Rome", "77")
+    book = hide(encode, book, int(depth * len(book)), "Singapore", "42")
+    ids, answer = niah.text_probe(encode, words, 70, depth, "42", rome, rng, frozenset())
     assert ids == encode(niah.PREFIX) + book + encode(niah.QUESTION) and answer == encode("42")
-    stops = niah.period_ids(encode)
-    free, _ = niah.text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, frozenset())
-    snapped, _ = niah.text_probe(encode, encode(BOOK), 50, 0.3, "42", [], rng, stops)
-    assert free != snapped and sorted(free) == sorted(snapped)
+
+
+@pytest.mark.parametrize("depth, after", [
+    (0, ""), (0.1, "it rained."), (0.5, "home.\n\n"), (0.8, "was near ."), (0.9, "Really."), (1, "Really. "),
+])  # fmt: skip
+def test_a_needle_goes_after_a_sentence(depth, after):
+    encode, rng = Toy(QWEN).encode, np.random.RandomState(0)
+    book = encode(BOOK)
+    ids, _ = niah.text_probe(encode, book, len(book), depth, "42", [], rng, niah.period_ids(encode))
+    want = hide(encode, book, len(encode(BOOK[: BOOK.index(after) + len(after)])), "Singapore", "42")
+    assert ids == encode(niah.PREFIX) + want + encode(niah.QUESTION)
 
 
 def test_sentence_end():
@@ -246,14 +225,13 @@ def test_sentence_end():
     assert niah.sentence_end(ids, 3, frozenset({29889, 869})) == 3
 
 
-@pytest.mark.parametrize("book, context, depth, complaint", [
-    ([], 10, 0.5, "0 tokens cannot fill a context of 10"),
-    ([1, 2], 0, 0.5, "2 tokens cannot fill a context of 0"),
-    ([1, 2], 10, 1.5, "depth of 1.5 is outside"),
-])  # fmt: skip
-def test_bad_probes(book, context, depth, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        niah.text_probe(Toy(QWEN).encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
+def test_bad_probes():
+    for book, context, depth, complaint in [
+        ([], 10, 0.5, "0 tokens cannot fill a context of 10"), ([1, 2], 0, 0.5, "2 tokens cannot fill a context of 0"),
+        ([1, 2], 10, 1.5, "depth of 1.5 is outside"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=complaint):
+            niah.text_probe(Toy(QWEN).encode, book, context, depth, "42", [], np.random.RandomState(0), frozenset())
 
 
 def test_text_haystack(tmp_path):

@@ -12,7 +12,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.testing import assert_close
 
 import clip
@@ -68,11 +67,16 @@ def undrawn(monkeypatch):
 
 @pytest.fixture
 def own_needles(tmp_path):
-    """A folder of needles whose questions and answers differ in length: four sizes."""
+    """A folder of needles whose questions and answers differ in length, of four sizes; two have options."""
     rng, made = np.random.default_rng(0), []
-    for i, answer in enumerate(("7", "12", "red", "345")):
+    for question, answer in [
+        ("", "7"),
+        ("\nA. red\nB. blue", "B"),
+        (" star", "345"),
+        ("\nA. one\nB. two\nC. six", "A"),
+    ]:
         picture = synthetic.compose_picture(rng, 1, 1, synthetic.draw_objects(rng, 1))
-        made.append(niah.Needle(f"n{i}", picture, "\n" * (i % 2) + "Which number?" + " star" * (i // 2), answer))
+        made.append(niah.Needle(f"n{len(made)}", picture, f"Which number?{question}", answer))
     niah.write_needles(tmp_path / "needles", made)
     return tmp_path / "needles"
 
@@ -93,13 +97,6 @@ def pick_needles(cfg, system):
 
 def open_haystack(cfg, system, frames):
     return evaluate.open_haystack(system, cfg.haystack, frames, cfg.seed, cfg.protocol == "paper", [])
-
-
-def moved(needle, rng):
-    """In place of the real niah.shuffled_options: something else is asked, and not about every needle."""
-    if needle.name.endswith("1"):
-        return None
-    return replace(needle, question=f"{needle.question} {rng.integers(10)}", answer=str(rng.integers(10)))
 
 
 def results(cfg):
@@ -146,9 +143,7 @@ def test_the_slow_test_against_a_sequence_written_out(cfg, folders):
     sentence = words.encode("\nThe special magic Singapore number is: 42.\n")
     book, question = (words.encode(text) * 9)[:30], words.encode(niah.QUESTION + "42")
     ids = [*words.encode(niah.PREFIX), *sentence, *book, *question[: -len(answer)]]
-    assert words.decode(answer).strip() == "42"
-    want = in_one_pass(model, ids, None, answer)
-    assert_close(vniah.answer_logits(model, x_1SD, answer), want, rtol=1e-4, atol=1e-4)
+    assert words.decode(answer).strip() == "42" and torch.equal(x_1SD, model.embed(torch.tensor([ids])))
 
 
 def test_the_film_strip_of_the_readme_shows_what_the_model_answers():
@@ -161,7 +156,7 @@ def naive(cfg, system, model, words):
     """The slow way, the test at the top of vniah.py: {probe: (hit, logits, tokens)}."""
     hidden, distractors = pick_needles(cfg, system)
     rng = np.random.default_rng([0x0B7, cfg.seed])
-    asked = [moved(one, rng) for one in hidden] if system.control == "shuffled" else hidden
+    asked = [niah.shuffled_options(one, rng) for one in hidden] if system.control == "shuffled" else hidden
     start, M, found = len(chat.template_ids(words)[0]), model.config.vision.tokens_per_grid, {}
     for frames, depth in all_cells(cfg):
         film = list(open_haystack(cfg, system, frames))
@@ -223,7 +218,6 @@ def test_cells_equal_one_pass_per_probe(
     """Places 0, 1 and 3 are shared by several lengths; questions and answers differ in length; groups in any order."""
     cfg = replace(cfg, engine=engine, frames=(3, 6, 8), depths=(0.0, 0.2, 0.4, 0.5, 1.0), max_new_tokens=0)
     cfg = replace(cfg, needles=own_needles if own else None)
-    monkeypatch.setattr(niah, "shuffled_options", moved)
     system, (model, words) = vniah.System("x", cfg.weights, distractors, control=control), loaded(cfg.weights)
     scale_by_length(model, dynamic)
     slow = naive(cfg, system, model, words)
@@ -298,20 +292,18 @@ def test_whole_run_reports_all_that_is_needed_to_do_it_again(shipped, capsys):
     assert found["settings"]["inputs"] == runs.fingerprints({str(shipped.weights): shipped.weights}) != {}
     assert found["settings"]["seed"] == 7 and found["settings"]["frames"] == [3, 40]
     haystack, told = found["systems"]["longva"]["haystack"], found["systems"]["longva"]["prompts"]
-    assert len(set(haystack)) > 20 and len(haystack) == 40
-    assert haystack[0] == niah.picture_hash(next(synthetic.film(7)))
+    assert haystack == [niah.picture_hash(frame) for frame in islice(synthetic.film(7), 40)]
     assert told["needles"] == [niah.describe(one) for one in hidden]
     assert told["template"] == "qwen_1_5" and told["pre"] and told["post"]
     cells = found_by(shipped)
-    assert len(cells) == 2 * 2 + 2 and {name for name, *_ in cells} == {"longva", "longva, no needle"}
+    assert sorted(name for name, *_ in cells) == ["longva"] * 4 + ["longva, no needle"] * 2
     for cell in found["cells"]:
         hits = [probe["hit"] for probe in cell["probes"].values()]
         assert (cell["found"], cell["of"]) == (sum(hits), 3) and set(cell["probes"]) == {n.name for n in hidden}
         assert cell["wilson"] == [round(x, 4) for x in result_tables.wilson(sum(hits), 3)]
     assert all(probe["hit"] and probe["generated_correct"] for probe in cells["longva", 3, 0.0].values())
     assert not all(probe["hit"] for probe in cells["longva, no needle", 40, 0.5].values())
-    for name in ("heatmap.png", "heatmap-1.png", "comparison.png"):
-        assert min(Image.open(shipped.out / name).size) > 200
+    assert {file.name for file in shipped.out.glob("*.png")} == {"heatmap.png", "heatmap-1.png", "comparison.png"}
 
 
 def run(cfg, kill=None):
@@ -335,7 +327,6 @@ def test_a_killed_run_goes_on_and_repeats_nothing(
     undrawn, cfg, folders, own_needles, tmp_path, monkeypatch, capsys, kind
 ):
     """Also where lines are damaged; with one cell, the groups that were not begun are known from no line."""
-    monkeypatch.setattr(niah, "shuffled_options", moved)
     cfg = replace(cfg, needles=own_needles, max_new_tokens=0)  # four sizes: at each place four groups
     if kind == "one cell":
         cfg = replace(cfg, frames=(4,), depths=(0.0,), controls=False)
@@ -346,8 +337,8 @@ def test_a_killed_run_goes_on_and_repeats_nothing(
     written, want = run(whole), results(whole)
     if kind == "frames":
         asked = want["systems"]["sees, options moved"]["prompts"]["needles"]
-        assert [one["name"] for one in asked] == ["n0", "n2", "n3"] and asked[0]["question"][-1].isdigit()
-        assert set(found_by(whole)["sees, options moved", 3, 0.5]) == {"n0", "n2", "n3"}
+        assert [one["name"] for one in asked] == ["n1", "n3"] and asked[0]["question"].endswith("A. blue\nB. red")
+        assert set(found_by(whole)["sees, options moved", 3, 0.5]) == {"n1", "n3"}
     for kill in {1, min(5, len(written) - 2), len(written) - 1}:
         at = replace(cfg, out=tmp_path / f"killed-{kill}")
         before, file = run(at, kill), at.out / "cells-0.jsonl"
@@ -456,7 +447,7 @@ def released(cfg, words, ids, distractors):
             book = hide(book, int(len(book) * depth), "Singapore", number, snap=depth > 0)
             whole = words.encode(prefix) + book + words.encode(question + number)
             made.setdefault((context, depth), []).append(whole)
-    return mine, others, made
+    return made
 
 
 @pytest.mark.parametrize("distractors", [0, 5])
@@ -467,14 +458,11 @@ def test_the_release_s_draws_in_whatever_order_cells_are_asked_in(cfg, folders, 
     cfg = replace(cfg, task="text", weights=folders / "text", haystack=str(text), number_count=None, **grid)
     cfg, words = vniah.resolve(cfg), tokenizer.load_tokenizer(cfg.weights)
     story = vniah.TextNIAH(cfg, vniah.System("x", cfg.weights, distractors), None, words, ALONE)
-    mine, others, made = released(cfg, words, words.encode(text.read_text()), distractors)
-    assert mine == ["2965478", "7624612", "7182423", "9211957", "7727364"]
-    assert others == ["7875983", "1540810", "5050145", "4209505", "9134486"][:distractors]
+    made = released(cfg, words, words.encode(text.read_text()), distractors)
     for i in np.random.default_rng(0).permutation(len(made)):
-        cell = list(made)[i]
-        probes = story.probes(*cell)
-        assert [ids + answer for ids, answer in probes] == made[cell]
-        assert [words.decode(answer).strip() for _, answer in probes] == mine
+        probes = story.probes(*list(made)[i])
+        assert [ids + answer for ids, answer in probes] == list(made.values())[i]
+        assert words.decode(probes[0][1]).strip() == "2965478"
 
 
 @pytest.mark.parametrize("protocol", ["paper", "tiny"])
