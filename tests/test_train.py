@@ -5,6 +5,7 @@ import re
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import data.flags
 import longva
 import train_text
 import train_vision
-from data import chat, evaluate, memory_saving, pack, synthetic, tokenizer, weights
+from data import chat, evaluate, llava, memory_saving, pack, synthetic, tokenizer, weights
 from data.runs import TINY
 from data.tiny import make
 from tests.ranks import ALONE, Job
@@ -24,19 +25,37 @@ ROOT = Path(__file__).parents[1]
 SMALL = "--device cpu --seq-len 64 --batch 4 --curriculum-steps 0".split()
 
 
+def score_few(rank):
+    """A rank's hook: a vision stage of the miniature is scored on 8 held-out samples at its end."""
+    llava.HELD_OUT = 8
+
+
 def here(script, *flags):
     """Run a script in this process, which has imported torch already; returns the exit code of a refusal."""
     module = {"train_text.py": train_text, "train_vision.py": train_vision}[script]
     torch.set_num_threads(1)
     try:
-        data.flags.run(module.main, module.Config, module.PRESETS, "tiny", [str(flag) for flag in flags])
+        with patch.object(llava, "HELD_OUT", 8):
+            data.flags.run(module.main, module.Config, module.PRESETS, "tiny", [str(flag) for flag in flags])
     except SystemExit as refusal:
         return refusal.code
     return 0
 
 
+def refusal(capsys, script, *flags):
+    """The one sentence with which a script refuses, its progress bars apart."""
+    capsys.readouterr()
+    assert here(script, *flags) == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    return sentence
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines(folder / "log.jsonl")]
 
 
 def weights_of(folder):
@@ -53,12 +72,12 @@ def assert_same_run(one, two):
 
 def kill_and_resume(script, flags, folder, ranks):
     """Start, kill all with SIGKILL once the second state is there, start the same command again, to its end."""
-    job = Job(script, folder, *flags, ranks=ranks)
+    job = Job(script, folder, *flags, ranks=ranks, hook=score_few)
     job.wait_for((folder / "state" / "step-2").exists)
     for process in job.ranks:
         process.kill()
     assert job.codes() == [-signal.SIGKILL] * ranks, "it ended before it could be killed"
-    return Job(script, folder, *flags, ranks=ranks).end()
+    return Job(script, folder, *flags, ranks=ranks, hook=score_few).end()
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +95,8 @@ def made(tmp_path_factory):
     assert here("train_vision.py", *align, "--steps", 2, "--out", at / "align") == 0
     sft = ["--stage", "sft", "--weights", at / "align/model", "--batch", 4, "--steps", 5, "--save-every", 1]
     assert here("train_vision.py", *sft, "--out", at / "sft") == 0
-    Job("train_vision.py", at / "sft-ranks", *sft).end()
+    Job("train_vision.py", at / "sft-ranks", *sft, hook=score_few).end()
     return at, base, sft
-
-
-def test_what_is_made_from_our_own_parts_has_our_licence(made):
-    assert (made[0] / "sft/model/README.md").read_text().startswith("---\nlicense: mit\n")
 
 
 @pytest.mark.ranks
@@ -125,16 +140,16 @@ def test_documents_apart_over_ranks_and_what_they_find(made, tmp_path, capsys):
     one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=2e-5, atol=0)
     assert (one - torch.tensor(losses(tmp_path / "together"))).abs().min() > 1e-4
-    lines = [[json.loads(line) for line in (tmp_path / name / "eval.jsonl").open()] for name in ("one", "two")]
-    assert [line["step"] for line in lines[0]] == [2, 4]
-    assert [line["needles_found"] for line in lines[0]] == [line["needles_found"] for line in lines[1]]
-    assert lines[0][1]["perplexity"] == pytest.approx(lines[1][1]["perplexity"], rel=1e-4)
+    scores = [lines(tmp_path / name / "eval.jsonl") for name in ("one", "two")]
+    assert [line["step"] for line in scores[0]] == [2, 4]
+    assert [line["needles_found"] for line in scores[0]] == [line["needles_found"] for line in scores[1]]
+    assert scores[0][1]["perplexity"] == pytest.approx(scores[1][1]["perplexity"], rel=1e-4)
     more = [*flags, "--steps", 5]  # the rate is constant, so it goes on
     assert here("train_text.py", *more, "--out", tmp_path / "together") == 0
     assert "together resumes at step 4" in capsys.readouterr().out and len(losses(tmp_path / "together")) == 5
     packed("another")
-    assert here("train_text.py", *apart, "--out", tmp_path / "one") == 2
-    assert "the content of corpus has changed" in capsys.readouterr().err
+    said = refusal(capsys, "train_text.py", *apart, "--out", tmp_path / "one")
+    assert "the content of corpus has changed" in said
 
 
 @pytest.mark.parametrize("name, theta, least, most", [("extended", 1e6, 1, 1), ("control", 1e4, 0, 0.49)])
@@ -146,7 +161,7 @@ def test_evaluation_finds_what_a_good_model_finds(tmp_path, name, theta, least, 
     assert all(words.decode(ids[0].tolist()).count("The special magic") == 6 + 1 for ids, _ in sets.needles)
     scores = train_text.score_held_out(model, sets, None, ALONE)
     evaluate.log_scores(tmp_path, 7, scores, ())
-    (line,) = map(json.loads, (tmp_path / "eval.jsonl").open())
+    (line,) = lines(tmp_path / "eval.jsonl")
     assert line["step"] == 7 and least <= line["needles_found"] <= most
 
 
@@ -166,10 +181,11 @@ def test_perplexity_predicts_every_token_once():
 
 
 def test_finished_runs_are_left_alone(made, capsys):
-    """The same command once more changes nothing and says again what comes next."""
+    """The same command once more changes nothing and says again what comes next; other settings are refused."""
     at, base, _ = made
     before = weights_of(at / "base")
     assert here("train_text.py", *base, "--out", at / "base") == 0 and "next:" in capsys.readouterr().out
+    assert "save_every was 1, is 2" in refusal(capsys, "train_text.py", *base, "--save-every", 2, "--out", at / "base")
     assert all(torch.equal(before[key], tensor) for key, tensor in weights_of(at / "base").items())
     assert (at / "base" / "curve.png").stat().st_size > 1000
 
@@ -179,6 +195,7 @@ def test_exports_load(made):
     model, words = longva.load(made[0] / "sft/model"), tokenizer.load_tokenizer(made[0] / "sft/model")
     assert isinstance(model, longva.LongVA) and words.size <= model.config.lm.vocab_size
     assert model.config.rule == "floor" and model.config.scheme == "unires"
+    assert (made[0] / "sft/model/README.md").read_text().startswith("---\nlicense: mit\n")  # of our own parts alone
 
 
 def test_align_changes_the_projector_alone_and_sft_everything(made):
@@ -206,11 +223,9 @@ def test_align_changes_the_projector_alone_and_sft_everything(made):
     ("train_vision.py --stage sft --weights nowhere", "--stage align first"),
     ("train_text.py --preset longva", "--corpus"),
     ("train_text.py --save-every 0", "--save-every 0 makes no sense; give 1 or more"),
-    ("train_text.py --grad-accumulation 0", "--grad-accumulation 0 makes no sense"),
     ("train_text.py --ring 2", "1 rank(s) cannot form rings of 2; choose one of 1"),
     ("train_text.py --lr -1", "--lr -1.0 makes no sense"),
     ("train_vision.py --stage sft --grids 0", "--grids 0 makes no sense"),
-    ("train_vision.py --stage sft --steps 0", "--steps 0 makes no sense"),
     ("train_vision.py --preset longva --stage align", "--weights"),
     ("train_vision.py --stage sft --weights {sft} --images nowhere", "--images nowhere is no folder"),
     ("train_vision.py --preset longva --stage sft --weights {sft}", "for the tiny model; give LLaVA"),
@@ -225,15 +240,13 @@ def test_align_changes_the_projector_alone_and_sft_everything(made):
 def test_mistakes_get_one_sentence(made, tmp_path, capsys, command, complaint):
     folders = {name: made[0] / name / "model" for name in ("base", "sft", "tower")}
     script, *flags = command.format(**folders).split()
-    assert here(script, *flags, "--out", tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert complaint in said and len(said.strip().splitlines()) == 1, said
+    assert complaint in refusal(capsys, script, *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()  # so that the mended command is not refused
 
 
 @pytest.mark.parametrize("kernel, device, precision, complaint", [
     ("cpu", "cuda", "bf16", "needs tensors on the CPU"),
-    ("cudnn", "cuda", "fp32", "takes no fp32"), ("cudnn", "cpu", "bf16", "needs a CUDA GPU"),
+    ("cudnn", "cuda", "fp32", "takes no fp32"),
     ("cudnn", "cuda", "bf16", None), ("math", "cuda", "fp32", None), ("cpu", "cpu", "fp32", None),
     ("flash_attn", "cuda", "bf16", "needs the package flash-attn"), ("cuda", "cuda:75", "bf16", "capability 8.0"),
 ])  # fmt: skip
@@ -250,11 +263,6 @@ def test_what_rings_cannot_share_evenly_is_refused():
         train_text.check(train_text.Config(**train_text.PRESETS["tiny"]), ALONE, 2)
     with pytest.raises(ValueError, match="3 samples cannot be shared evenly by 2 ranks or rings; change --batch"):
         train_vision.check(train_vision.Config(batch=3), 2)
-
-
-def test_other_settings_do_not_overwrite_a_run(made, capsys):
-    assert here("train_text.py", *made[1][:-2], "--save-every", 2, "--out", made[0] / "base") == 2
-    assert "save_every was 1, is 2" in capsys.readouterr().err
 
 
 def test_synthetic_targets_can_be_known():

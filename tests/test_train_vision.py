@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -17,7 +19,7 @@ from data import chat, flags, llava, synthetic, tokenizer
 from data.runs import TINY
 from tests import ranks
 from tests.ranks import ALONE
-from tests.test_train import ROOT, assert_same_run, here, kill_and_resume, weights_of
+from tests.test_train import ROOT, assert_same_run, here, kill_and_resume, lines, refusal, score_few, weights_of
 
 WORDS = tokenizer.load_tokenizer(synthetic.TOKENIZER)
 NUMBER = "Which number is on the star?"
@@ -235,17 +237,14 @@ def test_shards_cut_pictures_and_grids():
 
 
 @pytest.mark.parametrize("stage, samples, grids", [
-    ("sft", [ask(film(0), film(0)), ask(film(0)[:2]), ask()], 8),
-    ("dpo", PAIRS[:1], 3),
-    ("dpo", [PAIRS[0], PAIRS[0], PAIRS[2]], 9),
+    ("sft", [ask(film(0), film(0)), ask(film(0)[:2]), ask()], 8), ("dpo", [PAIRS[0], PAIRS[0], PAIRS[2]], 9),
 ])  # fmt: skip
 def test_both_answers_of_a_pair_share_its_film(stage, samples, grids):
     cfg = settings(stage)
     model, _ = tv.build_sharded_model(cfg, ALONE)
     calls = []
     model.tower.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    batch = tv.collate(prepared(cfg, model.config, samples), model.config, WORDS.pad_id, ALONE)
-    model(*batch.model_inputs)
+    model(*tv.collate(prepared(cfg, model.config, samples), model.config, WORDS.pad_id, ALONE).model_inputs)
     assert calls == [grids]
 
 
@@ -276,21 +275,21 @@ def test_align_builds_no_graph_in_what_is_frozen():
     assert [group["peak"] for group in groups] == [cfg.lr] and len(groups[0]["params"]) == 4
 
 
-@pytest.mark.parametrize("name", ["longva", "anyres"])
 @pytest.mark.parametrize("samples", [[ask(), ask(more=MORE)], [ask(film(0))]], ids=["text", "film"])
-def test_a_batch_without_pictures_uses_the_same_parameters(name, samples):
+def test_a_batch_without_pictures_uses_the_same_parameters(samples):
     """Text alone, or a film alone, gives a gradient to every parameter that a picture does, if need be of zero."""
-    cfg = settings(model=name)
+    cfg = settings(model="anyres")
     with_pictures, without = learn(cfg, ALONE, [ask(picture(0))])[1], learn(cfg, ALONE, samples)[1]
     assert with_pictures.keys() == without.keys()
     eye = [name for name in without if "vision_tower" in name or "mm_projector" in name]
     assert eye and all(bool(without[name].any()) == (samples[0][0] != []) for name in eye if "k_proj.bias" not in name)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 8])
-def test_parts_of_a_step_add_up(at_once):
+def test_parts_of_a_step_add_up():
     cfg = settings()
-    same(learn(replace(cfg, micro_batch_size=at_once), ALONE, MIXED), learn(cfg, ALONE, MIXED))
+    whole = learn(cfg, ALONE, MIXED)
+    for at_once in (1, 3):
+        same(learn(replace(cfg, micro_batch_size=at_once), ALONE, MIXED), whole)
 
 
 # ---- labels and lengths --------------------------------------------------------------------------
@@ -330,12 +329,12 @@ def test_questions_go_before_pictures_are_cut():
 # ---- broken samples ------------------------------------------------------------------------------
 
 
-def records(folder, count=12, missing=(), cut=(), suffix="png"):
-    """A data file with a picture each, of which some are not there, and some end early."""
+def records(folder, count=12, missing=(), cut=()):
+    """A data file with a picture each, PNG and JPEG in turn, of which some are not there, and some end early."""
     (folder / "images").mkdir(exist_ok=True)
     written = []
     for i in range(count):
-        file = folder / "images" / f"{i}.{suffix}"
+        file = folder / "images" / f"{i}.{('png', 'jpg')[i % 2]}"
         picture(i, 9).resize((256, 256)).save(file)
         if i in missing:
             file.unlink()
@@ -348,56 +347,45 @@ def records(folder, count=12, missing=(), cut=(), suffix="png"):
     return [*flags, "--stage", "sft", "--weights", TINY / "longva", "--save-every", 1]
 
 
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_broken_pictures_are_left_out_and_reported(tmp_path, capsys, suffix):
+def test_broken_pictures_are_left_out_and_reported(tmp_path, capsys):
     """Each of 11 usable records comes once in a step; two of them end early, one was missing from the start."""
-    flags = [*records(tmp_path, missing=[2], cut=[5, 9], suffix=suffix), "--max-skip-fraction", 0.3]
-    flags += ["--batch", 11, "--steps", 2]
-    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 0
-    assert "1 of 12 records are bad" in capsys.readouterr().out
-    (unusable,) = lines(tmp_path / "out/unusable-0.jsonl")
-    assert unusable["record"] == 2 and unusable["id"] == "r2" and f"2.{suffix}" in unusable["why"]
-    skipped = lines(tmp_path / "out/skipped-0.jsonl")
-    reported = sorted((line["step"], line["record"], line["id"]) for line in skipped)
-    assert reported == [(step, i, f"r{i}") for step in range(2) for i in (5, 9)]
-    assert all(f"shows {line['record']}.{suffix}: " in line["why"] for line in skipped)
-    logged = lines(tmp_path / "out/log.jsonl")
-    assert [line["skipped"] for line in logged] == [2, 2] and all(np.isfinite(line["loss"]) for line in logged)
-    data = flags[flags.index("--data") + 1]
-    data.write_text(json.dumps(json.loads(data.read_text())[::-1]))
-    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
-    assert "the content of data has changed" in capsys.readouterr().err
-
-
-def test_too_many_broken_pictures_stop_the_run(tmp_path, capsys):
     out = tmp_path / "out"
-    flags = ["--batch", 4, "--steps", 9, "--out", out]
-    assert here("train_vision.py", *records(tmp_path, missing=[1, 2]), "--max-skip-fraction", 0.1, *flags) == 2
-    said = capsys.readouterr().err
-    assert "2 of 12 records are bad, more than --max-skip-fraction 0.1 allows: record 1 (id 'r1') shows 1.png" in said
-    assert len(said.strip().splitlines()) == 1 and not out.exists()
-    assert here("train_vision.py", *records(tmp_path, cut=[*range(12)]), "--max-skip-fraction", 0.1, *flags) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "samples" in line]
-    assert len(said) == 1 and "4 samples of 12 could not be used, more than --max-skip-fraction 0.1 allows" in said[0]
-    assert len(lines(out / "skipped-0.jsonl")) == 4
+    flags = [*records(tmp_path, missing=[2], cut=[5, 8]), "--max-skip-fraction", 0.3]
+    flags += ["--batch", 11, "--steps", 2, "--out", out]
+    assert here("train_vision.py", *flags) == 0
+    assert "1 of 12 records are bad" in capsys.readouterr().out
+    (unusable,) = lines(out / "unusable-0.jsonl")
+    assert unusable["record"] == 2 and unusable["id"] == "r2" and "2.png" in unusable["why"]
+    skipped = sorted(lines(out / "skipped-0.jsonl"), key=lambda line: (line["step"], line["record"]))
+    reported = [(line["step"], line["record"], line["id"], line["why"].partition(": ")[0]) for line in skipped]
+    assert reported == [(step, *one) for step in (0, 1) for one in ((5, "r5", "shows 5.jpg"), (8, "r8", "shows 8.png"))]
+    logged = lines(out / "log.jsonl")
+    assert [line["skipped"] for line in logged] == [2, 2] and all(np.isfinite(line["loss"]) for line in logged)
+    (tmp_path / "data.json").write_text(json.dumps(json.loads((tmp_path / "data.json").read_text())[::-1]))
+    assert "the content of data has changed" in refusal(capsys, "train_vision.py", *flags)
+
+
+def test_too_many_missing_pictures_stop_the_run_before_it_begins(tmp_path, capsys):
+    flags = [*records(tmp_path, missing=[1, 2]), "--max-skip-fraction", 0.1, "--out", tmp_path / "out"]
+    said = refusal(capsys, "train_vision.py", *flags)
+    assert "2 of 12 records are bad, more than --max-skip-fraction 0.1 allows: record 1 (id 'r1') shows 1.jpg" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_continues_knows_what_was_skipped_before(tmp_path, capsys):
     """One broken picture of 12 may be skipped; the second one ends the run, and again when it is started once more."""
     flags = [*records(tmp_path, cut=[0, 1]), "--max-skip-fraction", 0.1, "--batch", 2, "--steps", 6]
     for _ in range(2):
-        assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
-        assert "2 samples of 12 could not be used" in capsys.readouterr().err
+        said = refusal(capsys, "train_vision.py", *flags, "--out", tmp_path / "out")
+        assert "2 samples of 12 could not be used, more than --max-skip-fraction 0.1 allows" in said
         assert sum(line["skipped"] for line in lines(tmp_path / "out/log.jsonl")) == 1
+        assert len(lines(tmp_path / "out/skipped-0.jsonl")) == 2
 
 
 def test_a_step_without_a_sample_leaves_the_parameters_alone(tmp_path, capsys, monkeypatch):
     """And a run does not go on with other records than it began with: they would come in another order."""
     flags = [*records(tmp_path, 4, cut=[1]), "--max-skip-fraction", 0.3, "--batch", 1, "--steps", 4]
+    flags += ["--out", tmp_path / "out"]
     saved, save = [], ring.save_state
 
     def save_state(folder, model, *rest):
@@ -405,14 +393,13 @@ def test_a_step_without_a_sample_leaves_the_parameters_alone(tmp_path, capsys, m
         save(folder, model, *rest)
 
     monkeypatch.setattr(ring, "save_state", save_state)
-    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 0
+    assert here("train_vision.py", *flags) == 0
     logged = lines(tmp_path / "out/log.jsonl")
     (at,) = [line["step"] for line in logged if line["skipped"]]
     assert at > 0 and ["loss" in line for line in logged] == [step != at for step in range(4)]
     assert [torch.equal(saved[step - 1], saved[step]) for step in (1, 2, 3)] == [step == at for step in (1, 2, 3)]
-    (tmp_path / "images/3.png").unlink()
-    assert here("train_vision.py", *flags, "--out", tmp_path / "out") == 2
-    said = capsys.readouterr().err
+    (tmp_path / "images/3.jpg").unlink()
+    said = refusal(capsys, "train_vision.py", *flags)
     assert "usable_records was '4 of 4, " in said and "bring the missing pictures back, then run the same" in said
 
 
@@ -447,10 +434,9 @@ def textbook(cfg):
     return {name: value.item() for name, value in told.items()}, gradients
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.3])
-@pytest.mark.parametrize("at_once", [1, 3, None])
-def test_preference_is_the_textbook_s(beta, at_once):
-    cfg = settings("dpo", beta=beta)
+@pytest.mark.parametrize("at_once", [3, None])
+def test_preference_is_the_textbook_s(at_once):
+    cfg = settings("dpo", beta=0.3)
     same(learn(replace(cfg, micro_batch_size=at_once), ALONE, PAIRS, BEFORE), textbook(cfg))
 
 
@@ -465,13 +451,16 @@ def test_rates_over_the_steps():
     assert rates[515] == pytest.approx(1.0) and rates[999] < 1e-5 and sorted(rates[30:], reverse=True) == rates[30:]
     assert [tv.learning_rate(1.0, step, 100, 0.014, True) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]  # ceil(1.4) steps
     assert tv.learning_rate(1.0, 1, 10, 0.0, True) == 0.9  # no warm-up: the fall begins at once, as transformers'
-    assert (dpo.lr, dpo.tower_lr, dpo.beta, dpo.warmup) == (5e-7, 5e-7, 0.1, 0.1)
 
 
 def test_each_stage_of_anyres_expects_its_own_score():
     stages = [tv.resolve(tv.Config(**tv.PRESETS["tiny-anyres"] | {"stage": stage})) for stage in tv.TINY_STAGES]
     expected = {stage: values["expected"] for stage, values in tv.TINY_STAGES.items()} | {"sft": (0.1, 0.95)}
     assert {cfg.stage: cfg.expected for cfg in stages} == expected
+
+
+PREFERRING = "--stage dpo --device cpu --frames 4 --steps 80 --batch 8 --lr 2e-4 --tower-lr 2e-4".split()
+PREFERRING += ["--weights", TINY / "longva"]
 
 
 @pytest.fixture(scope="module")
@@ -484,60 +473,36 @@ def preferring(tmp_path_factory):
     return out
 
 
-PREFERRING = "--stage dpo --device cpu --frames 4 --steps 80 --batch 8 --lr 2e-4 --tower-lr 2e-4".split()
-PREFERRING += ["--weights", TINY / "longva"]
-
-
-def preferred(folder, cfg, first, count=96):
-    """Share of pairs, from number `first`, in which the model thinks the preferred answer likelier; of those with no
-    number, too.
-    """
-    model, dataset = longva.load(folder), synthetic_samples(cfg)
-    samples = [dataset.get(i) for i in range(first, first + count)]
-    batch = tv.collate(prepared(cfg, model.config, samples), model.config, WORDS.pad_id, ALONE)
-    bare = torch.tensor([not dialogues[0][1][1].isdigit() for _, dialogues in samples])
-    with torch.no_grad():
-        nll_B, _ = model(*batch.model_inputs)
-    better = (nll_B.view(-1, 2)[:, 0] < nll_B.view(-1, 2)[:, 1]).double()
-    return better.mean().item(), better[bare].mean().item()
-
-
-def test_preference_is_learned(preferring):
-    """On pairs that were not shown the preferred answers' share rises, where the model had made numbers up above all."""
-    cfg = settings("dpo", frames=4)
-    folders = TINY / "longva", preferring / "model"
-    before, after = (preferred(folder, cfg, llava.SYNTHETIC_PAIRS) for folder in folders)
-    print(f"preferred before {before[0]:.0%} ({before[1]:.0%} of things without a number), after {after[0]:.0%}")
-    assert after[0] > max(0.88, before[0] + 0.1) and after[1] > max(0.8, before[1] + 0.2), (before, after)
+def test_preference_is_learned(preferring, capsys):
+    """The preferred answers' share of held-out pairs rises, also with a batch that does not divide these 128."""
+    for folder in (TINY / "longva", preferring / "model"):
+        tv.print_held_out_score(settings("dpo", frames=4, batch=48), longva.load(folder), WORDS, ONE, ALONE)
+    before, after = (float(score) for score in re.findall(r"held-out: .* score ([\d.]+)", capsys.readouterr().out))
+    assert after > max(0.88, before + 0.1), (before, after)
     told = lines(preferring / "log.jsonl")
     assert told[0]["margin"] == pytest.approx(0, abs=1e-4) and told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert np.mean([line["margin"] for line in told[-8:]]) > 0.3
     assert np.mean([line["accuracy"] for line in told[-8:]]) > 0.8
     assert told[-1]["chosen"] - told[-1]["rejected"] == pytest.approx(told[-1]["margin"])
+    shipped = {name: p.shape for name, p in longva.load(TINY / "longva").named_parameters()}
+    assert {name: tensor.shape for name, tensor in weights_of(preferring).items()} == shipped
 
 
-def test_the_reference_is_asked_once(preferring, monkeypatch, capsys):
+def test_the_reference_is_asked_once(preferring, tmp_path, monkeypatch, capsys):
     """A run that goes on reads what the reference thought; one that has lost it cannot go on, and says so."""
     monkeypatch.setattr(llava, "SYNTHETIC_PAIRS", 128)
     monkeypatch.setattr(llava, "write_reference", None)  # it is computed no second time
-    known = preferring / "reference.safetensors"
-    assert here("train_vision.py", *PREFERRING, "--out", preferring) == 0
-    kept = known.read_bytes()
-    try:
-        for complaint, spoiled in (("is gone", None), ("is damaged", kept[:-1] + b"x")):
-            known.unlink(missing_ok=True)
-            if spoiled:
-                known.write_bytes(spoiled)
-            capsys.readouterr()
-            assert here("train_vision.py", *PREFERRING, "--out", preferring) == 2
-            said = capsys.readouterr().err
-            assert f"reference.safetensors {complaint}" in said and len(said.strip().splitlines()) == 1
-    finally:
-        known.write_bytes(kept)
+    flags = [*PREFERRING, "--out", shutil.copytree(preferring, tmp_path / "run")]
+    known = tmp_path / "run" / "reference.safetensors"
+    assert here("train_vision.py", *flags) == 0
+    known.write_bytes(known.read_bytes()[:-1] + b"x")
+    assert "reference.safetensors is damaged" in refusal(capsys, "train_vision.py", *flags)
+    known.unlink()
+    assert "reference.safetensors is gone" in refusal(capsys, "train_vision.py", *flags)
 
 
 def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
-    """One that could not be read when the reference was asked is not learned from later, also by a run that goes on."""
+    """One that could not be read when the reference was asked is not learned from later."""
     read, asked = synthetic.preference, []
 
     def once_broken(seed, i, frames):
@@ -553,29 +518,17 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
     told, reports = lines(tmp_path / "log.jsonl"), lines(tmp_path / "skipped-0.jsonl")
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
     assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
-    loader = loader_of(cfg, longva.read_config(TINY / "longva"), synthetic_samples(cfg))
-    again = tv.reference_logps(cfg, 1, None, loader, ONE, ALONE)
-    assert loader.dataset.unreadable == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
 def test_the_command_that_follows_align_can_be_run(preset, tmp_path, monkeypatch, capsys):
-    """With the data that it needs, and on the model that was just made."""
     monkeypatch.setattr(tv.runs, "draw_curve", lambda *a: None)
-    given = {"stage": "align", "weights": tmp_path, "tower": tmp_path}
-    cfg = tv.resolve(tv.Config(**tv.PRESETS[preset] | given))
+    cfg = tv.resolve(tv.Config(**tv.PRESETS[preset], stage="align", weights=tmp_path, tower=tmp_path))
     tv.runs.print_end(cfg.out, tv.runs.command_after_vision(cfg.stage, cfg.system, cfg.tiny))
     _, _, typed = capsys.readouterr().out.rpartition("train_vision.py ")
     after = tv.resolve(flags.parse(tv.Config, tv.PRESETS, "tiny", typed.split()))
     assert after.stage == "sft" and after.weights == cfg.out / "model"
     tv.check(replace(after, weights=tmp_path, images=after.images and tmp_path), 1)
-
-
-def test_what_is_exported(preferring):
-    """Names and shapes are those of the shipped model, which test_data_config.py compares with the released file."""
-    found = {name: tuple(tensor.shape) for name, tensor in weights_of(preferring).items()}
-    shipped = {name: tuple(p.shape) for name, p in longva.load(TINY / "longva").named_parameters()}
-    assert found == shipped
 
 
 @pytest.mark.ranks
@@ -604,7 +557,7 @@ def test_a_killed_preference_resumes_to_the_bit(tmp_path):
 def test_a_killed_ring_resumes_to_the_bit(tmp_path):
     flags = "--stage sft --device cpu --ring 2 --steps 5 --batch 4 --save-every 1".split()
     flags += ["--weights", TINY / "longva"]
-    ranks.Job("train_vision.py", tmp_path / "straight", *flags).end()
+    ranks.Job("train_vision.py", tmp_path / "straight", *flags, hook=score_few).end()
     kill_and_resume("train_vision.py", flags, tmp_path / "killed", 2)
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
@@ -618,8 +571,9 @@ def test_both_stages_are_the_miniature_s(flags, capsys):
     assert "--stage both is for the miniature" in capsys.readouterr().err
 
 
-def test_a_stage_ends_with_its_held_out_score(tmp_path, capsys):
+def test_a_stage_ends_with_its_held_out_score(tmp_path, monkeypatch, capsys):
     """The shipped model reaches what sft should, and an untrained projector does not reach what align should."""
+    monkeypatch.setattr(llava, "HELD_OUT", 32)
     cfg = settings(out=tmp_path / "sft", steps=1, lr=0.0, tower_lr=0.0, batch=16, max_len=256)
     tv.train(cfg, ALONE)
     good = capsys.readouterr().out
@@ -627,10 +581,3 @@ def test_a_stage_ends_with_its_held_out_score(tmp_path, capsys):
     bad = capsys.readouterr().out
     assert "held-out: loss" in good and "held-out: loss" in bad
     assert "WARNING" not in good and "WARNING" in bad
-
-
-def test_held_out_pairs_of_any_batch(capsys):
-    """48 does not divide the 128 pairs: the last batch goes beyond them."""
-    cfg = settings("dpo", batch=48, expected=(9.0, 0.0), frames=4)
-    tv.print_held_out_score(cfg, longva.load(TINY / "longva"), WORDS, ring.split_groups(ALONE, 1), ALONE)
-    assert "held-out: loss" in capsys.readouterr().out
