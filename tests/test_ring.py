@@ -92,7 +92,8 @@ def check_attention(world, out):
         assert whole[0].dtype == dtype
         # fp32 cannot hold logits of hundreds to 1e-5; there, torch's own attention is the measure
         rounding = worst(with_gradients(sdpa, *given), want) if dtype == torch.float32 else 0
-        assert worst(whole, want) <= max(bound, 2 * rounding), (dtype, kernel, shape)
+        error, bound = worst(whole, want), max(bound, 2 * rounding)
+        assert error <= bound, f"an error of {error:.2g} where {bound:.2g} is allowed: {dtype}, {kernel}, {shape}"
 
 
 def check_documents(world, out):

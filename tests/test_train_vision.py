@@ -451,6 +451,7 @@ def test_rates_over_the_steps():
     assert rates[515] == pytest.approx(1.0) and rates[999] < 1e-5 and sorted(rates[30:], reverse=True) == rates[30:]
     assert [tv.learning_rate(1.0, step, 100, 0.014, True) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]  # ceil(1.4) steps
     assert tv.learning_rate(1.0, 1, 10, 0.0, True) == 0.9  # no warm-up: the fall begins at once, as transformers'
+    assert (dpo.lr, dpo.tower_lr, dpo.beta, dpo.warmup) == (5e-7, 5e-7, 0.1, 0.1)
 
 
 def test_each_stage_of_anyres_expects_its_own_score():
@@ -502,7 +503,7 @@ def test_the_reference_is_asked_once(preferring, tmp_path, monkeypatch, capsys):
 
 
 def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
-    """One that could not be read when the reference was asked is not learned from later."""
+    """One that could not be read when the reference was asked is not learned from later, also by a run that goes on."""
     read, asked = synthetic.preference, []
 
     def once_broken(seed, i, frames):
@@ -518,6 +519,9 @@ def test_a_pair_without_a_reference_is_left_out(tmp_path, monkeypatch):
     told, reports = lines(tmp_path / "log.jsonl"), lines(tmp_path / "skipped-0.jsonl")
     assert told[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and [line["skipped"] for line in told] == [1, 1]
     assert [(report["step"], report["sample"]) for report in reports] == [(0, 3), (1, 3)]
+    loader = loader_of(cfg, longva.read_config(TINY / "longva"), synthetic_samples(cfg))
+    again = tv.reference_logps(cfg, 1, None, loader, ONE, ALONE)
+    assert loader.dataset.unreadable == {3} and not again[3].any() and again[[0, 1, 2, 4, 5, 6, 7]].all()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-baseline", "longva"])
