@@ -529,7 +529,9 @@ def test_the_shipped_model_answers_about_the_shipped_film(tmp_path, capsys):
         assert capsys.readouterr().out == f"{number}\n"
     model = longva.load(ROOT / "data" / "tiny" / "longva")
     assert longva.answer(model, house, video=make_film.FILM, frames=32) == "4"
-    assert longva.answer(model, "Which number is on the star?", images=[ROOT / "assets" / "star.png"]) == "7"
+    star = ROOT / "assets" / "star.png"
+    for images in ([star], star, str(star)):
+        assert longva.answer(model, "Which number is on the star?", images=images) == "7"
 
 
 def test_a_name_in_the_local_cache_is_loaded(tmp_path, monkeypatch):
