@@ -36,7 +36,7 @@ def test_ascii_heatmap():
 
 
 @pytest.mark.parametrize("lengths, depths, count, tokens", [
-    (LENGTHS, DEPTHS, 4, 4), ((16,), (0.5,), 1, 1), (tuple(range(2_000, 50_001, 6_000)), DEPTHS, 2, 4),
+    (LENGTHS, DEPTHS, 4, 4), ((16,), (0.5,), 5, 1), (tuple(range(2_000, 50_001, 6_000)), DEPTHS, 2, 4),
 ])  # fmt: skip
 def test_pictures(tmp_path, lengths, depths, count, tokens):
     """Of random hits; of four systems one was never tested, and the others lack cells."""
