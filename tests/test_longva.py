@@ -606,7 +606,8 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
 
 @pytest.mark.parametrize("settings, message", [
     ({}, "either --image FILE or --video"), ({"image": ("frames/0.png",), "video": "frames"}, "not both"),
-    ({"image": ("frames/9.png",)}, "9.png: no such picture file"), ({"video": "none.mp4"}, "mp4: no such video file"),
+    ({"image": ("frames/9.png",)}, "frames/9.png: no such picture file"),
+    ({"video": "none.mp4"}, "none.mp4: no such video file"),
     ({"video": "film.mp4", "frames": 32}, r"film\.mp4: has 4 frames, but 32 were asked for"),
     ({"image": ("frames/0.png",), "weights": "blind"}, "blind is a language model and cannot see"),
     ({"image": ("frames/0.png",), "weights": "none"}, "none is not a folder|none.* missing|no tokenizer"),
@@ -614,7 +615,8 @@ def test_how_to_draw_comes_from_the_folder_or_the_flags(folder, tmp_path, capsys
     ({"video": "frames", "fps": 1.0, "frames": 3}, "--fps and --frames both say"),
     ({"image": ("frames/0.png",), "plan": True}, "--plan counts frames"),
     ({"video": "frames", "frames": 0}, "--frames 0 makes no sense; give 1 or more"),
-    ({"video": "frames", "max_tokens": 0}, "--max-tokens 0"), ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no"),
+    ({"video": "frames", "max_tokens": 0}, "--max-tokens 0 makes no sense"),
+    ({"video": "frames", "fps": 0.0}, "--fps 0.0 makes no sense"),
     ({"image": ("frames/0.png",), "question": __file__}, "is a file where the question should stand"),
     ({"image": ("frames/0.png",), "max_tokens": 10**12}, "tokens take .* GB can be had; give fewer"),
     ({"image": ("frames/0.png",), "question": "<image> or <image>?"}, "2 placeholder.* for 1 picture"),
