@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,13 @@ def test_cudnn_is_chosen_on_hopper_alone(monkeypatch):
         assert memory_saving.fastest_kernel(gpu_, torch.bfloat16) == want
         assert memory_saving.fastest_kernel(gpu_, torch.float32) is None
     assert memory_saving.fastest_kernel(ALONE.device, torch.bfloat16) is None
+
+
+def test_documents_kept_apart_get_no_plan_for_each_length():
+    choose = partial(memory_saving.choose_kernel, device=torch.device("cuda"), precision="bf16", separate_documents=True)
+    assert choose("auto") is None
+    with pytest.raises(ValueError, match="a plan for each document's length; leave --kernel at auto"):
+        choose("cudnn")
 
 
 def test_settings_of_torch():
