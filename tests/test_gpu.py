@@ -108,7 +108,9 @@ def test_cudnn_is_chosen_on_hopper_alone(monkeypatch):
 
 
 def test_documents_kept_apart_get_no_plan_for_each_length():
-    choose = partial(memory_saving.choose_kernel, device=torch.device("cuda"), precision="bf16", separate_documents=True)
+    choose = partial(
+        memory_saving.choose_kernel, device=torch.device("cuda"), precision="bf16", separate_documents=True
+    )
     assert choose("auto") is None
     with pytest.raises(ValueError, match="a plan for each document's length; leave --kernel at auto"):
         choose("cudnn")
