@@ -323,7 +323,7 @@ def attend_to_past(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
     else:
         heads_first = [x.transpose(1, 2) for x in (rows, k_BSGK, v_BSGK)]
         mask = torch.ones(T, S, dtype=torch.bool, device=rows.device).tril(S - T) if 1 < T < S else None
-        o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=1 < T == S, enable_gqa=T > 1)
+        o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=T > 1 and T == S, enable_gqa=T > 1)
     return o.flatten(1, 2).unsqueeze(1) if T == 1 else o.transpose(1, 2)
 
 

@@ -844,7 +844,10 @@ def pipeline(kit: Kit) -> None:
         }
         for name, words in commands.items():
             job, began = start(words, out / f"{name}.txt"), time.perf_counter()
-            code, spent = job.wait(timeout=300), time.perf_counter() - began
+            try:
+                code, spent = job.wait(timeout=300), time.perf_counter() - began
+            finally:
+                job.kill()  # if it takes longer, it shall not go on beside the cases that follow
             kit.row(f"{name}: exit code, and seconds in all", f"{code}, {spent:.0f} s", "0", code == 0)
             if code:
                 print((out / f"{name}.txt").read_text()[-3000:])

@@ -26,7 +26,7 @@ ALONE = ring.World(0, 1, torch.device("cpu"))  # one process, no group
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Where processes come from."""
+    """Processes are forked from one server, which has imported torch and the scripts."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "train_text", "train_vision", "vniah", "data.pack"])
     return multiprocessing.get_context("forkserver")
 
